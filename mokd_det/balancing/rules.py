@@ -1,0 +1,269 @@
+# Copyright (c) The mokd_det authors.
+"""
+Rules: from the Gram matrix of the objectives' gradients and the objectives' values to weights.
+
+Every rule obeys one contract, ``weights(gram, losses) -> weights``: pure functions of a (K, K)
+float64 CPU tensor and a (K,) one, where index 0 is the task. The update of the shared part is
+``sum_i weights[i] * gradient_i``. :func:`balance` handles what is degenerate for every rule, so a
+rule sees finite, non-vanishing gradients and positive finite losses.
+
+Sources: MoKD (arXiv 2505.08170, withdrawn by its authors), DTO-KD (ICLR 2026), MGDA (Sener &
+Koltun 2018), CAGrad (Liu et al. 2021).
+"""
+
+import dataclasses
+import inspect
+
+import torch
+
+from ..registry import Registry
+from .min_norm import min_norm_simplex, min_norm_two
+
+__all__ = ["BALANCERS", "RESCALES", "Balance", "balance", "build_rule"]
+
+BALANCERS = Registry("BALANCERS", "MOKD.BALANCING.RULE")
+"""Classes of rules, built as ``cls(**options)`` with the options of MOKD.BALANCING they take."""
+
+# The log of a loss needs a floor: a student that matches its teacher has a loss of zero.
+LOSS_FLOOR = 1e-12
+
+
+@BALANCERS.register("fixed")
+class FixedWeights:
+    """The same weights at every step: what every other toolkit does."""
+
+    # Nothing is degenerate for weights that do not depend on gradients.
+    reads_gradients = False
+
+    def __init__(self, weights=(1.0, 1.0)):
+        """
+        Args:
+            weights (sequence[float]): of the task and of each distillation objective, >= 0.
+        """
+        if any(not (w >= 0 and w < float("inf")) for w in weights) or not any(weights):
+            raise ValueError(
+                f"MOKD.BALANCING.WEIGHTS is {list(weights)}: expected finite weights >= 0, "
+                "not all zero."
+            )
+        self.fixed = torch.tensor(weights, dtype=torch.float64)
+
+    def weights(self, gram, losses):
+        if len(gram) != len(self.fixed):
+            raise ValueError(
+                f"MOKD.BALANCING.WEIGHTS has {len(self.fixed)} entries for {len(gram)} "
+                "objectives (the task first)."
+            )
+        return self.fixed.clone()
+
+
+@BALANCERS.register("min_norm")
+class MinNorm:
+    """
+    Min-norm on the gradients of the log-losses, as published (DTO-KD, Theorem 3.1, Eq. 10-15).
+
+    With ``h_i = g_i / L_i``, ``pi`` minimises ``|sum_i pi_i h_i|`` over the simplex, and the
+    update is ``sum_i pi_i h_i``, so ``weights_i = pi_i / L_i``. No objective gets worse to first
+    order. The rule follows the *smaller* gradient, so a small distillation gradient can take
+    nearly all the weight and starve the task.
+    """
+
+    def __init__(self, clip=True):
+        """
+        Args:
+            clip (bool): False for the literal formula without the bounds of the simplex (K = 2).
+        """
+        self.clip = clip
+
+    def weights(self, gram, losses):
+        logs = log_gram(gram, losses)
+        if self.clip:
+            return min_norm_simplex(logs) / losses
+        if len(gram) != 2:
+            raise ValueError(
+                f"MOKD.BALANCING.CLIP False is defined for 2 objectives, not {len(gram)}."
+            )
+        return min_norm_two(logs, clip=False) / losses
+
+
+@BALANCERS.register("protected_min_norm")
+class ProtectedMinNorm:
+    """
+    Min-norm on log-losses that cannot starve the task (ours).
+
+    The point of minimal norm is taken on the part of the simplex where the task's share is at
+    least one half. The task then has weight 1, so that the recipe's learning rate keeps its
+    meaning, and the distillation has the same ratio to it, at most ``cap * |g_task|`` in norm:
+    with ``cap < 1`` the task descends to first order in every step.
+    """
+
+    def __init__(self, cap=0.5):
+        """
+        Args:
+            cap (float): largest norm of the weighted distillation gradient, in units of the
+                task gradient's norm; > 0.
+        """
+        self.cap = _positive("MOKD.BALANCING.CAP", cap)
+
+    def weights(self, gram, losses):
+        shares = min_norm_simplex(log_gram(gram, losses))
+        if shares[0] < 0.5:
+            shares = torch.cat([shares.new_tensor([0.5]), 0.5 * shares[1:] / shares[1:].sum()])
+        weights = shares / losses
+        return _capped(weights / weights[0], gram, self.cap)
+
+
+@BALANCERS.register("anchored")
+class Anchored:
+    """
+    The update that improves the worse of all normalised objectives most, inside a ball of radius
+    ``cap * |g_task|`` around the task gradient (ours; CAGrad's problem with the task gradient as
+    centre and unit gradients).
+
+    For two objectives and ``cap <= 1`` its solution is simple: starting from ``g_task`` the
+    distillation is the worse off, and stays so up to the border of the ball, so the update is
+    ``g_task + cap |g_task| g_distill / |g_distill|``: the distillation gradient at a fixed share
+    of the task gradient's norm. With several distillation gradients their mean direction is used.
+    The task descends to first order for ``cap < 1``, and the scale of the losses is irrelevant.
+    """
+
+    def __init__(self, cap=0.5):
+        """
+        Args:
+            cap (float): radius of the ball in units of the task gradient's norm, in (0, 1].
+        """
+        self.cap = _positive("MOKD.BALANCING.CAP", cap)
+        if self.cap > 1:
+            raise ValueError(f"MOKD.BALANCING.CAP is {cap}: rule 'anchored' expects 0 < cap <= 1.")
+
+    def weights(self, gram, losses):
+        unit = gram.diagonal()[0].sqrt() / gram.diagonal().sqrt()
+        weights = torch.cat([unit.new_ones(1), unit[1:]])
+        return _scaled_to(weights, gram, self.cap)
+
+
+def log_gram(gram, losses):
+    """Return the Gram matrix of ``grad log L_i = g_i / L_i`` from that of ``g_i``."""
+    return gram / torch.outer(losses, losses)
+
+
+def _positive(option, value):
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{option} is {value}: expected a finite number > 0.")
+    return float(value)
+
+
+def _distillation_norm(weights, gram):
+    """Norm of the weighted sum of all gradients but the task's, in units of the task's norm."""
+    rest = weights[1:]
+    return torch.sqrt((rest @ gram[1:, 1:] @ rest).clamp_min(0) / gram[0, 0])
+
+
+def _capped(weights, gram, cap):
+    norm = _distillation_norm(weights, gram)
+    return _scaled_to(weights, gram, cap) if norm > cap else weights
+
+
+def _scaled_to(weights, gram, size):
+    norm = _distillation_norm(weights, gram)
+    scale = size / norm if norm > 0 else torch.zeros_like(norm)
+    return torch.cat([weights[:1], weights[1:] * scale])
+
+
+def _rescale_convex(weights, gram):
+    return weights / weights.sum()
+
+
+def _rescale_sum(weights, gram):
+    return len(weights) * weights / weights.sum()
+
+
+def _rescale_task_norm(weights, gram):
+    return weights * torch.sqrt(gram[0, 0] / (weights @ gram @ weights))
+
+
+RESCALES = {
+    "none": lambda weights, gram: weights,
+    "convex": _rescale_convex,
+    "sum": _rescale_sum,
+    "task_norm": _rescale_task_norm,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Balance:
+    """
+    What one balancing step decided.
+
+    Attributes:
+        weights (Tensor): (K,) float64 on the CPU, the task first.
+        gram (Tensor): (K, K) float64 on the CPU, of the unweighted gradients.
+        losses (Tensor): (K,) float64 on the CPU.
+        fallback (str): "" or why the rule was not asked: "non_finite", "vanished", "undefined".
+    """
+
+    weights: torch.Tensor
+    gram: torch.Tensor
+    losses: torch.Tensor
+    fallback: str = ""
+
+
+def balance(rule, gram, losses, rescale="none"):
+    """
+    Ask a rule for its weights, unless the step is degenerate:
+
+    * a non-finite gradient or loss: the plain sum; the trainer's check of the loss speaks;
+    * a gradient that vanishes beside the others (the student matches its teacher already): the
+      min-norm point is zero and training would stall, so the others get weight one each;
+    * a rule or a rescaling without a finite answer (an update of zero has no norm to rescale,
+      and weights that sum to zero no scale): the plain sum.
+
+    Args:
+        rule: with ``weights(gram, losses)``.
+        gram (Tensor): (K, K) Gram matrix of the gradients, the task first, on any device.
+        losses (Tensor): (K,) values of the objectives.
+        rescale (str): a key of ``RESCALES``.
+
+    Returns:
+        Balance: the weights and why.
+    """
+    # Small and double on the CPU: rules stay readable, and 1e-6 differences of norms survive.
+    gram = gram.detach().to("cpu", torch.float64)
+    losses = losses.detach().to("cpu", torch.float64)
+    ones = torch.ones(len(gram), dtype=torch.float64)
+    if not (gram.isfinite().all() and losses.isfinite().all()):
+        return Balance(ones, gram, losses, "non_finite")
+    if not getattr(rule, "reads_gradients", True):
+        return Balance(RESCALES[rescale](rule.weights(gram, losses), gram), gram, losses)
+    squares = gram.diagonal()
+    vanished = squares <= 1e-20 * squares.max()
+    if vanished.any():
+        weights = ones if vanished.all() else (~vanished).double()
+        return Balance(weights, gram, losses, "vanished")
+    weights = rule.weights(gram, losses.clamp_min(LOSS_FLOOR))
+    weights = RESCALES[rescale](weights, gram)
+    if not weights.isfinite().all():
+        return Balance(ones, gram, losses, "undefined")
+    return Balance(weights, gram, losses)
+
+
+def build_rule(name, rescale, **options):
+    """
+    Args:
+        name (str): of a rule in ``BALANCERS``.
+        rescale (str): a key of ``RESCALES``, checked here so that errors come early.
+        options: every option of MOKD.BALANCING by lower-case name; the rule takes what it knows.
+
+    Returns:
+        the rule.
+
+    Raises:
+        ValueError: unknown name or rescaling, or a bad option.
+    """
+    cls = BALANCERS.get(name)
+    if rescale not in RESCALES:
+        raise ValueError(
+            f"MOKD.BALANCING.RESCALE is '{rescale}': expected one of "
+            f"{', '.join(map(repr, RESCALES))}."
+        )
+    parameters = inspect.signature(cls).parameters
+    return cls(**{key: value for key, value in options.items() if key in parameters})

@@ -1,0 +1,168 @@
+# Copyright (c) The mokd_det authors.
+"""
+What Detectron2 0.6 needs to run on today's NumPy, Pillow, setuptools and PyTorch. Nothing else.
+
+`import mokd_det` calls :func:`apply`, which must happen before the first import of a Detectron2
+submodule. Every mend looks first whether it is needed, so a Detectron2 built from upstream's main
+branch (which needs none of them but, with a new setuptools, the last) is left as it is.
+"""
+
+import importlib.util
+import sys
+import types
+from pathlib import Path
+
+BUILD_HINT = (
+    "this Detectron2 has no compiled operators (the packaged 0.6 comes without them). "
+    "Build upstream's, see INSTALL.md: "
+    "pip install --no-build-isolation 'git+https://github.com/facebookresearch/detectron2.git'"
+)
+
+__all__ = ["BUILD_HINT", "apply"]
+
+
+def apply():
+    """
+    Apply every mend that the installed Detectron2 needs.
+
+    Returns:
+        list[str]: names of the mends applied now, among ``pillow``, ``numpy``, ``compiled``,
+        ``caffe2``, ``pkg_resources``. Empty without Detectron2 (``mokd_det.balancing`` and
+        ``mokd_det.subspace`` work without it) and on a second call.
+    """
+    spec = importlib.util.find_spec("detectron2")
+    if spec is None or not spec.submodule_search_locations:
+        return []
+    root = Path(spec.submodule_search_locations[0])
+    mends = {
+        "pillow": _mend_pillow,
+        "numpy": _mend_numpy,
+        "compiled": _mend_compiled,
+        "caffe2": _mend_caffe2,
+        "pkg_resources": _mend_pkg_resources,
+    }
+    return [name for name, mend in mends.items() if mend(root)]
+
+
+def _mentions(file, text):
+    # 0.6 and main both call themselves 0.6, so the source is the only witness of which one it is.
+    return file.is_file() and text in file.read_text(encoding="utf-8")
+
+
+def _mend_pillow(root):
+    """Pillow 10 removed ``Image.LINEAR``; 0.6 uses it as a default argument."""
+    from PIL import Image
+
+    if hasattr(Image, "LINEAR") or not _mentions(
+        root / "data" / "transforms" / "transform.py", "Image.LINEAR"
+    ):
+        return False
+    Image.LINEAR = Image.BILINEAR
+    return True
+
+
+def _mend_numpy(root):
+    """NumPy 1.24 removed its aliases of Python's own types (NumPy 2 brought ``bool`` back)."""
+    import numpy as np
+
+    aliases = {"bool": bool, "float": float, "int": int, "object": object, "str": str}
+    missing = {name: alias for name, alias in aliases.items() if name not in vars(np)}
+    if not missing or not _mentions(root / "evaluation" / "sem_seg_evaluation.py", "np.float)"):
+        return False
+    for name, alias in missing.items():
+        setattr(np, name, alias)
+    return True
+
+
+def _mend_compiled(root):
+    """
+    Without ``detectron2._C`` nothing imports. Detectors that need none of its operators run
+    with this stand-in; the others fail at the operator, with the way to get it.
+    """
+    if "detectron2._C" in sys.modules or any(root.glob("_C*.so")) or any(root.glob("_C*.pyd")):
+        return False
+
+    compiled = types.ModuleType("detectron2._C", doc="Stand-in for absent compiled operators.")
+    # detectron2.utils.collect_env asks these of any _C that imports.
+    compiled.get_compiler_version = lambda: "not built"
+    compiled.get_cuda_version = lambda: "not built"
+    compiled.has_cuda = lambda: False
+
+    def missing_operator(name):
+        # Import machinery and inspection look for dunders and take AttributeError for an answer.
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+        def operator(*args, **kwargs):
+            raise RuntimeError(f"Detectron2's operator '{name}' is missing: {BUILD_HINT}.")
+
+        return operator
+
+    compiled.__getattr__ = missing_operator
+    sys.modules["detectron2._C"] = compiled
+    _define_missing_torch_ops(missing_operator)
+
+    # 0.6 imports its C++ COCO evaluation unconditionally; pycocotools gives the same numbers.
+    fast_eval = types.ModuleType("detectron2.evaluation.fast_eval_api")
+
+    def official_cocoeval(name):
+        if name != "COCOeval_opt":
+            raise AttributeError(name)
+        from pycocotools.cocoeval import COCOeval
+
+        return COCOeval
+
+    fast_eval.__getattr__ = official_cocoeval
+    sys.modules["detectron2.evaluation.fast_eval_api"] = fast_eval
+    return True
+
+
+def _define_missing_torch_ops(missing_operator):
+    """Operators that Detectron2 calls as ``torch.ops.detectron2.*`` (0.6: the first only)."""
+    import torch
+
+    library = torch.library.Library("detectron2", "FRAGMENT")
+    for schema in (
+        "nms_rotated(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+        "box_iou_rotated(Tensor boxes1, Tensor boxes2) -> Tensor",
+        "roi_align_rotated_forward(Tensor input, Tensor rois, float spatial_scale, "
+        "SymInt pooled_height, SymInt pooled_width, SymInt sampling_ratio) -> Tensor",
+    ):
+        library.define(schema)
+        name = schema.split("(")[0]
+        library.impl(name, missing_operator(name), "CompositeExplicitAutograd")
+    # The definitions live as long as this object.
+    sys.modules["detectron2._C"].library = library
+
+
+def _mend_caffe2(root):
+    """
+    0.6 imports ``detectron2.export.api``, which is all caffe2, on ``import detectron2.export``.
+    caffe2 left PyTorch in 2.0 or so; tracing and scripting do not need it.
+    """
+    name = "detectron2.export.api"
+    if (
+        name in sys.modules
+        or importlib.util.find_spec("caffe2") is not None
+        or _mentions(root / "export" / "__init__.py", "except ImportError")
+    ):
+        return False
+    api = types.ModuleType(name, doc="Stand-in: Detectron2's caffe2 export needs caffe2.")
+    api.__all__ = []
+    sys.modules[name] = api
+    return True
+
+
+def _mend_pkg_resources(root):
+    """setuptools 82 dropped pkg_resources; ``detectron2.model_zoo`` needs one function of it."""
+    if "pkg_resources" in sys.modules or importlib.util.find_spec("pkg_resources") is not None:
+        return False
+    stand_in = types.ModuleType("pkg_resources", doc="Stand-in with resource_filename only.")
+
+    def resource_filename(package, resource):
+        locations = importlib.util.find_spec(package).submodule_search_locations
+        return str(Path(locations[0]) / resource)
+
+    stand_in.resource_filename = resource_filename
+    sys.modules["pkg_resources"] = stand_in
+    return True

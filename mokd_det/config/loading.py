@@ -1,0 +1,117 @@
+# Copyright (c) The mokd_det authors.
+"""Reading configs: with our options, without unsafe YAML, and with errors that help."""
+
+import difflib
+
+import yaml
+from detectron2.config import CfgNode
+from detectron2.config import get_cfg as get_detectron2_cfg
+from detectron2.utils.file_io import PathManager
+
+from .defaults import add_mokd_config
+
+__all__ = ["get_cfg", "load_config", "stock_config"]
+
+
+def get_cfg():
+    """Return Detectron2's default config with the options of mokd_det added."""
+    cfg = get_detectron2_cfg()
+    add_mokd_config(cfg)
+    return cfg
+
+
+def load_config(config_file, opts=(), option="--config-file"):
+    """
+    Args:
+        config_file (str): a YAML file, with any prefix that Detectron2 resolves. Empty: defaults.
+        opts (sequence): overrides [KEY, VALUE, ...].
+        option (str): where the file name was given, for messages.
+
+    Returns:
+        CfgNode: not frozen.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a key that does not exist (with the closest that do), unsafe or broken YAML,
+            or overrides that are no pairs.
+    """
+    cfg = get_cfg()
+    if config_file:
+        if "://" not in config_file and not PathManager.isfile(config_file):
+            raise FileNotFoundError(f"{option} '{config_file}' does not exist.")
+        try:
+            loaded = CfgNode.load_yaml_with_base(config_file, allow_unsafe=False)
+        except yaml.constructor.ConstructorError as error:
+            raise ValueError(
+                f"{option} '{config_file}' (or its _BASE_) holds YAML that runs Python code, "
+                f"which is never loaded: {error.problem}. Spell the values out; for Detectron2's "
+                "RetinaNet base that is MODEL.ANCHOR_GENERATOR.SIZES, as in "
+                "configs/Quick-Start/Base-RetinaNet.yaml."
+            ) from error
+        except yaml.YAMLError as error:
+            raise ValueError(f"{option} '{config_file}' is not valid YAML: {error}") from error
+        if not isinstance(loaded, dict):
+            raise ValueError(f"{option} '{config_file}' holds no options.")
+        if loaded.get("VERSION", cfg.VERSION) == cfg.VERSION:  # Detectron2 upgrades older ones
+            _check_keys(loaded, cfg, f"{option} '{config_file}'")
+        cfg.merge_from_file(config_file, allow_unsafe=False)
+    opts = list(opts)
+    if len(opts) % 2:
+        raise ValueError(f"Overrides must be pairs KEY VALUE, but there are {len(opts)}: {opts}.")
+    for key in opts[::2]:
+        _check_key(key, cfg, "override")
+    cfg.merge_from_list(opts)
+    return cfg
+
+
+def stock_config(cfg):
+    """
+    The student's config as Detectron2 alone reads it: without the keys of mokd_det.
+
+    Args:
+        cfg (CfgNode): a config of :func:`load_config`.
+
+    Returns:
+        CfgNode: a new one with Detectron2's keys only. A student whose backbone is a torchvision
+        model keeps ``MODEL.TORCHVISION``: it needs mokd_det's registered builder all the same.
+    """
+    stock = cfg.clone()
+    stock.defrost()
+    del stock["MOKD"]
+    del stock.DATASETS["COCO"]
+    if "torchvision" not in stock.MODEL.BACKBONE.NAME:
+        del stock.MODEL["TORCHVISION"]
+    return stock
+
+
+def _check_keys(loaded, cfg, source, prefix=""):
+    for key, value in loaded.items():
+        if key == "_BASE_":
+            continue
+        full = f"{prefix}{key}"
+        node = _check_key(full, cfg, source)
+        if isinstance(value, dict) and isinstance(node, CfgNode) and not node.is_new_allowed():
+            _check_keys(value, cfg, source, f"{full}.")
+
+
+def _check_key(key, cfg, source):
+    node = cfg
+    parts = key.split(".")
+    for depth, part in enumerate(parts):
+        if not isinstance(node, CfgNode) or part not in node:
+            if isinstance(node, CfgNode) and node.is_new_allowed():
+                return node
+            if cfg.key_is_deprecated(key) or cfg.key_is_renamed(key):
+                return node  # Detectron2 has its own message for these
+            close = difflib.get_close_matches(key, _all_keys(cfg), n=3)
+            hint = f" Did you mean {' or '.join(close)}?" if close else ""
+            raise ValueError(f"{source}: there is no option {'.'.join(parts[: depth + 1])}.{hint}")
+        node = node[part]
+    return node
+
+
+def _all_keys(node, prefix=""):
+    for key, value in node.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, CfgNode):
+            yield from _all_keys(value, f"{prefix}{key}.")

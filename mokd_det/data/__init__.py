@@ -1,0 +1,16 @@
+# Copyright (c) The mokd_det authors.
+"""Data sets from the config, VOC reading, and a training loader that can resume."""
+
+from .catalog import check_datasets, register_datasets
+from .loader import ResumableLoader, build_resumable_train_loader, isolated_rng
+from .paths import datasets_root, local_path
+
+__all__ = [
+    "ResumableLoader",
+    "build_resumable_train_loader",
+    "check_datasets",
+    "datasets_root",
+    "isolated_rng",
+    "local_path",
+    "register_datasets",
+]

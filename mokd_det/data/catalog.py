@@ -1,0 +1,79 @@
+# Copyright (c) The mokd_det authors.
+"""Registering data sets from the config, and checking them before anything is read."""
+
+import difflib
+import os
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+from detectron2.utils.file_io import PathManager
+
+from .paths import datasets_root, local_path
+
+__all__ = ["register_datasets", "check_datasets"]
+
+
+def register_datasets(cfg):
+    """
+    Register every set of ``cfg.DATASETS.COCO`` under its name. The same name may be registered
+    again with the same files (a second run in one process), not with others.
+
+    Raises:
+        ValueError: a malformed entry, or a name that stands for other files already.
+    """
+    for entry in cfg.DATASETS.COCO:
+        if len(entry) != 3 or not all(isinstance(part, str) and part for part in entry):
+            raise ValueError(
+                f"DATASETS.COCO has the entry {entry!r}: expected [name, JSON file, image folder]."
+            )
+        name, json_file, image_root = entry
+        json_file, image_root = local_path(json_file), local_path(image_root)
+        if name in DatasetCatalog.list():
+            known = MetadataCatalog.get(name)
+            if known.get("json_file") == json_file and known.get("image_root") == image_root:
+                continue
+            raise ValueError(
+                f"DATASETS.COCO: the name '{name}' is taken by another data set "
+                f"({known.get('json_file', 'not in COCO format')}). Choose another name."
+            )
+        register_coco_instances(name, {}, json_file, image_root)
+
+
+def check_datasets(names, option):
+    """
+    Check that data sets are registered and their files exist, without reading any of them.
+
+    Args:
+        names (sequence[str]): of data sets.
+        option (str): the config key that holds them, for the message.
+
+    Raises:
+        ValueError: no name at all, or one that is not registered.
+        FileNotFoundError: the JSON file or the image folder is missing.
+    """
+    if not names:
+        raise ValueError(f"{option} is empty: name at least one data set.")
+    for name in names:
+        if name not in DatasetCatalog.list():
+            close = difflib.get_close_matches(name, DatasetCatalog.list(), n=3)
+            hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+            raise ValueError(
+                f"{option} names '{name}', which is not registered.{hint} Add an entry "
+                f"['{name}', JSON file, image folder] to DATASETS.COCO, or register it in Python."
+            )
+        metadata = MetadataCatalog.get(name)
+        remedy = (
+            f"Data sets are looked for in '{datasets_root()}' (set DETECTRON2_DATASETS to move "
+            "that); datasets/README.md says how to prepare each."
+        )
+        json_file, image_root = metadata.get("json_file"), metadata.get("image_root")
+        if json_file is not None and not PathManager.isfile(json_file):
+            raise FileNotFoundError(
+                f"{option}: the annotations of '{name}' are missing: expected the file "
+                f"{os.path.abspath(json_file)}. {remedy}"
+            )
+        if image_root is not None and not PathManager.isdir(image_root):
+            raise FileNotFoundError(
+                f"{option}: the images of '{name}' are missing: expected the folder "
+                f"{os.path.abspath(image_root)}. {remedy}"
+            )

@@ -1,0 +1,214 @@
+# Copyright (c) The mokd_det authors.
+"""
+A training loader that can go on where it stopped.
+
+Detectron2's loader starts anew after a resume: other images, other augmentations. Here the stream
+of batches is a function of a seed, and the augmentation of a sample a function of the seed and of
+the sample's position in the stream. So position N can be reached without loading what comes
+before, and gives the same batch with any number of workers.
+"""
+
+import contextlib
+import copy
+import functools
+import itertools
+import random
+
+import numpy as np
+import torch
+from detectron2.data import DatasetFromList, DatasetMapper, get_detection_dataset_dicts
+from detectron2.data.build import trivial_batch_collator
+from detectron2.data.samplers import (
+    RandomSubsetTrainingSampler,
+    RepeatFactorTrainingSampler,
+    TrainingSampler,
+)
+from detectron2.utils import comm
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+__all__ = ["ResumableLoader", "build_resumable_train_loader", "isolated_rng"]
+
+
+@contextlib.contextmanager
+def isolated_rng(seed=None):
+    """
+    Restore the random states of Python, NumPy and torch (CPU and CUDA) afterwards.
+
+    Args:
+        seed (int or None): seed the three of them (torch: CPU only) inside.
+    """
+    state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    if seed is not None:
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(state[0])
+        np.random.set_state(state[1])
+        torch.set_rng_state(state[2])
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
+
+
+class _SeededDataset(Dataset):
+    """Maps the element at an index under a random state of its own."""
+
+    def __init__(self, elements, mapper, seed):
+        self.elements = elements
+        self.mapper = mapper
+        self.seed = seed
+
+    def __len__(self):
+        return len(self.elements)
+
+    def __getitem__(self, key):
+        position, index = key
+        with isolated_rng(hash((self.seed, position)) % 2**63):
+            for _ in range(100):
+                sample = self.mapper(copy.deepcopy(self.elements[index]))
+                if sample is not None:
+                    return sample
+                index = random.randrange(len(self.elements))  # as Detectron2: try another
+        raise RuntimeError("The mapper dropped 100 samples in a row: check the data set.")
+
+
+class _BatchStream(Sampler):
+    """Batches of (position, index), infinite, from batch number ``start`` on."""
+
+    def __init__(self, sampler, batch_size, groups, start):
+        self.sampler = sampler
+        self.batch_size = batch_size
+        self.groups = groups
+        self.start = start
+
+    def __iter__(self):
+        return itertools.islice(self._batches(), self.start, None)
+
+    def _batches(self):
+        rank, ranks = comm.get_rank(), comm.get_world_size()
+        waiting = {}
+        for count, index in enumerate(self.sampler):
+            group = waiting.setdefault(self.groups[index] if self.groups else 0, [])
+            group.append((count * ranks + rank, index))
+            if len(group) == self.batch_size:
+                yield group[:]
+                group.clear()
+
+
+class ResumableLoader:
+    """
+    An infinite iterable of batches.
+
+    Nothing is loaded and no worker starts before the first batch is asked for, so that a
+    checkpoint loaded after the loader was built still decides where it starts.
+
+    Attributes:
+        start (int): number of batches to skip, without loading them, when iterating starts.
+    """
+
+    def __init__(
+        self, elements, mapper, make_sampler, seed, batch_size, groups=None, num_workers=0
+    ):
+        """
+        Args:
+            elements (Sequence): data set dicts.
+            mapper (callable): from an element (a copy) to a sample; None drops it.
+            make_sampler (callable): from a seed to an infinite iterable of indices.
+            seed (int): of the order and the augmentations; equal on all ranks.
+            batch_size (int): of this rank.
+            groups (list or None): a group for each element; a batch holds one group only.
+            num_workers (int): of processes.
+        """
+        self.elements = elements
+        self.mapper = mapper
+        self.make_sampler = make_sampler
+        self.seed = seed
+        self.batch_size = batch_size
+        self.groups = groups
+        self.num_workers = num_workers
+        self.start = 0
+
+    def __iter__(self):
+        sampler = self.make_sampler(self.seed)
+        yield from DataLoader(
+            _SeededDataset(self.elements, self.mapper, self.seed),
+            batch_sampler=_BatchStream(sampler, self.batch_size, self.groups, self.start),
+            num_workers=self.num_workers,
+            collate_fn=trivial_batch_collator,
+            # A data loader draws from torch's global generator when it starts, unless it has one.
+            generator=torch.Generator(),
+        )
+
+    def state_dict(self):
+        """The position is the trainer's iteration, so the seed is all there is to keep."""
+        return {"seed": self.seed}
+
+    def load_state_dict(self, state):
+        self.seed = state["seed"]
+
+
+def build_resumable_train_loader(cfg, mapper=None):
+    """
+    Build the training loader of a Detectron2 config, with its samplers, filters, mapper and
+    aspect-ratio grouping.
+
+    Args:
+        cfg (CfgNode): Detectron2's ``DATASETS``, ``DATALOADER``, ``INPUT``, ``SOLVER``.
+        mapper (callable): default ``DatasetMapper(cfg, is_train=True)``.
+
+    Returns:
+        ResumableLoader
+
+    Raises:
+        ValueError: a sampler that Detectron2 does not have, or a batch that the ranks cannot
+            share equally.
+    """
+    ranks = comm.get_world_size()
+    if cfg.SOLVER.IMS_PER_BATCH % ranks:
+        raise ValueError(
+            f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, which {ranks} processes cannot "
+            "share equally."
+        )
+    elements = get_detection_dataset_dicts(
+        cfg.DATASETS.TRAIN,
+        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        min_keypoints=(
+            cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
+        ),
+        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
+    )
+    groups = None
+    if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
+        groups = [int(element["width"] > element["height"]) for element in elements]
+    return ResumableLoader(
+        DatasetFromList(elements, copy=False),
+        mapper or DatasetMapper(cfg, is_train=True),
+        functools.partial(_make_sampler, cfg, elements),
+        comm.shared_random_seed(),
+        cfg.SOLVER.IMS_PER_BATCH // ranks,
+        groups,
+        cfg.DATALOADER.NUM_WORKERS,
+    )
+
+
+def _make_sampler(cfg, elements, seed):
+    name = cfg.DATALOADER.SAMPLER_TRAIN
+    if name == "TrainingSampler":
+        return TrainingSampler(len(elements), seed=seed)
+    if name == "RepeatFactorTrainingSampler":
+        factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
+            elements, cfg.DATALOADER.REPEAT_THRESHOLD
+        )
+        return RepeatFactorTrainingSampler(factors, seed=seed)
+    if name == "RandomSubsetTrainingSampler":
+        ratio = cfg.DATALOADER.RANDOM_SUBSET_RATIO
+        return RandomSubsetTrainingSampler(
+            len(elements), ratio, seed_shuffle=seed, seed_subset=seed
+        )
+    raise ValueError(
+        f"DATALOADER.SAMPLER_TRAIN is '{name}': expected TrainingSampler, "
+        "RepeatFactorTrainingSampler or RandomSubsetTrainingSampler."
+    )

@@ -1,0 +1,59 @@
+# Copyright (c) The mokd_det authors.
+"""Cutting large annotated photos into tiles."""
+
+from .voc import clip_box
+
+__all__ = ["tile_windows", "objects_in_window"]
+
+
+def tile_windows(width, height, size, stride):
+    """
+    Args:
+        width, height (int): of the photo in pixels.
+        size, stride (int): of the tiles in pixels. ``stride == size`` gives tiles that share no
+            pixel and cover the photo, those at the right and bottom borders being smaller.
+            With a smaller stride (overlap), border tiles are moved inside to keep their size.
+
+    Yields:
+        tuple[int]: x0, y0, x1, y1 of each tile.
+
+    Raises:
+        ValueError: unless ``0 < stride <= size``.
+    """
+    if not 0 < stride <= size:
+        raise ValueError(f"Tiles need 0 < stride <= size, but size={size} and stride={stride}.")
+    for y0, y1 in _spans(height, size, stride):
+        for x0, x1 in _spans(width, size, stride):
+            yield x0, y0, x1, y1
+
+
+def _spans(length, size, stride):
+    if stride == size:
+        starts = range(0, length, stride)
+    else:
+        last = max(length - size, 0)
+        starts = [*range(0, last, stride), last]
+    return [(start, min(start + size, length)) for start in starts]
+
+
+def objects_in_window(objects, window, min_visible):
+    """
+    Args:
+        objects (list[dict]): with ``box`` (x0, y0, x1, y1) in the photo's pixels.
+        window (tuple[int]): x0, y0, x1, y1 of a tile.
+        min_visible (float): keep an object if at least this share of its area is in the tile.
+
+    Returns:
+        list[dict]: the objects kept, boxes clipped and in the tile's pixels.
+    """
+    wx0, wy0, wx1, wy1 = window
+    kept = []
+    for item in objects:
+        x0, y0, x1, y1 = item["box"]
+        box = clip_box((x0 - wx0, y0 - wy0, x1 - wx0, y1 - wy0), wx1 - wx0, wy1 - wy0)
+        if box is None:
+            continue
+        visible = (box[2] - box[0]) * (box[3] - box[1]) / ((x1 - x0) * (y1 - y0))
+        if visible >= min_visible:
+            kept.append({**item, "box": box})
+    return kept

@@ -1,0 +1,54 @@
+# Copyright (c) The mokd_det authors.
+"""Starting one process or several: as Detectron2, and under torchrun."""
+
+import os
+
+import torch
+import torch.distributed as dist
+from detectron2.engine import launch as detectron2_launch
+from detectron2.utils import comm
+
+__all__ = ["launch"]
+
+
+def launch(main, args):
+    """
+    Run ``main(args)`` in every process.
+
+    Under ``torchrun`` the processes exist already (the only way for several on the CPU, since
+    Detectron2's own launcher insists on CUDA); else Detectron2's launcher starts them.
+
+    Args:
+        main (callable): of the parsed arguments.
+        args (Namespace): of Detectron2's ``default_argument_parser``.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return detectron2_launch(
+            main,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=(args,),
+        )
+    local_rank, local_ranks = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        _create_local_process_group(local_ranks)
+        return main(args)
+    finally:
+        dist.destroy_process_group()
+
+
+def _create_local_process_group(local_ranks):
+    if hasattr(comm, "create_local_process_group"):
+        comm.create_local_process_group(local_ranks)
+        return
+    # Detectron2 0.6 has this inside its launcher only.
+    for first in range(0, dist.get_world_size(), local_ranks):
+        ranks = list(range(first, first + local_ranks))
+        group = dist.new_group(ranks)
+        if dist.get_rank() in ranks:
+            comm._LOCAL_PROCESS_GROUP = group

@@ -1,0 +1,42 @@
+# Copyright (c) The mokd_det authors.
+"""Every step's balance as JSON lines; Detectron2's own writers keep one smoothed value in 20."""
+
+import json
+
+from detectron2.utils.events import EventWriter, get_event_storage
+from detectron2.utils.file_io import PathManager
+
+__all__ = ["BalanceWriter"]
+
+
+class BalanceWriter(EventWriter):
+    """
+    Appends one JSON object a step to a file: ``iteration`` and every scalar under ``balance/``,
+    as it was computed.
+    """
+
+    def __init__(self, json_file):
+        """
+        Args:
+            json_file (str): path; lines are appended if it exists.
+        """
+        self._file = PathManager.open(json_file, "a")
+        self._last = -1
+
+    def write(self):
+        steps = {}
+        for name, history in get_event_storage().histories().items():
+            if not name.startswith("balance/"):
+                continue
+            for value, iteration in reversed(history.values()):
+                if iteration <= self._last:
+                    break
+                steps.setdefault(iteration, {})[name] = value
+        for iteration in sorted(steps):
+            line = json.dumps({"iteration": int(iteration), **steps[iteration]}, sort_keys=True)
+            self._file.write(line + "\n")
+        self._file.flush()
+        self._last = max(steps, default=self._last)
+
+    def close(self):
+        self._file.close()

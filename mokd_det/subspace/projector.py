@@ -1,0 +1,106 @@
+# Copyright (c) The mokd_det authors.
+"""
+Projection of student and teacher features into one subspace, for training only.
+
+Both sides are projected by semi-orthogonal linear maps and standardised afterwards. The maps keep
+angles and lengths, so the student must move rather than the map; standardising rules out the
+solution where both sides are zero. Sources: MoKD, Eq. 16 (both sides, a common high-dimensional
+space; second hand, the paper is withdrawn), VkD (Miles et al., CVPR 2024; orthogonal projection
+and standardisation).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from ..registry import Registry
+
+__all__ = ["PROJECTORS", "TEACHER_SIDES", "SubspaceProjector"]
+
+PROJECTORS = Registry("PROJECTORS", "MOKD.FEATURES.PROJECTOR")
+"""
+Modules built as ``cls(student_channels, teacher_channels, dim=..., teacher_side=...)`` and called
+with (N, C_s, H, W) and (N, C_t, H, W), which return two (N, n, H, W).
+"""
+
+TEACHER_SIDES = ("learned", "frozen", "identity")
+
+
+@PROJECTORS.register("SubspaceProjector")
+class SubspaceProjector(nn.Module):
+    """A pair of semi-orthogonal 1 x 1 convolutions and per-channel standardisation."""
+
+    def __init__(self, student_channels, teacher_channels, *, dim=0, teacher_side="learned"):
+        """
+        Args:
+            student_channels, teacher_channels (int): C_s and C_t.
+            dim (int): n, dimension of the subspace. 0: twice the larger of C_s and C_t.
+            teacher_side (str): "learned", "frozen" (random semi-orthogonal) or "identity" (n is
+                then C_t).
+
+        Raises:
+            ValueError: a bad ``dim`` or ``teacher_side``.
+        """
+        super().__init__()
+        if teacher_side not in TEACHER_SIDES:
+            raise ValueError(
+                f"MOKD.FEATURES.TEACHER_SIDE is '{teacher_side}': expected one of {TEACHER_SIDES}."
+            )
+        if dim < 0:
+            raise ValueError(f"MOKD.FEATURES.DIM is {dim}: expected 0 (automatic) or more.")
+        if teacher_side == "identity":
+            if dim not in (0, teacher_channels):
+                raise ValueError(
+                    f"MOKD.FEATURES.DIM is {dim}, but with TEACHER_SIDE 'identity' the subspace "
+                    f"is the teacher's own of {teacher_channels} channels: set DIM to 0."
+                )
+            dim = teacher_channels
+        self.dim = dim or 2 * max(student_channels, teacher_channels)
+        self.student = _semi_orthogonal(student_channels, self.dim)
+        if teacher_side == "learned":
+            self.teacher = _semi_orthogonal(teacher_channels, self.dim)
+        elif teacher_side == "frozen":
+            weight = nn.init.orthogonal_(torch.empty(self.dim, teacher_channels))
+            self.register_buffer("teacher_weight", weight)
+        self.teacher_side = teacher_side
+
+    def forward(self, student, teacher):
+        """
+        Args:
+            student (Tensor): (N, C_s, H, W).
+            teacher (Tensor): (N, C_t, H, W), without gradient.
+
+        Returns:
+            tuple[Tensor]: two (N, n, H, W), each channel with mean 0 and variance 1 over N, H, W.
+        """
+        student = _project(student, self.student.weight)
+        if self.teacher_side == "learned":
+            teacher = _project(teacher, self.teacher.weight)
+        elif self.teacher_side == "frozen":
+            teacher = _project(teacher, self.teacher_weight)
+        return standardise(student), standardise(teacher)
+
+
+def _semi_orthogonal(channels, dim):
+    # Rows or columns stay orthonormal, whichever are fewer.
+    return parametrizations.orthogonal(nn.Linear(channels, dim, bias=False))
+
+
+def _project(features, weight):
+    return F.conv2d(features, weight[:, :, None, None])
+
+
+def standardise(features, eps=1e-5):
+    """
+    Args:
+        features (Tensor): (N, C, H, W).
+        eps (float): added to the variance.
+
+    Returns:
+        Tensor: same shape; each channel has mean 0 and variance 1 over N, H, W. Zero, without
+        gradient, where a channel has a single value (a 1 x 1 map of one image).
+    """
+    if features.numel() == features.shape[1]:
+        return features * 0
+    return F.batch_norm(features, None, None, training=True, momentum=0.0, eps=eps)
