@@ -232,11 +232,9 @@ def balance(rule, gram, losses, rescale="none"):
     ones = torch.ones(len(gram), dtype=torch.float64)
     if not (gram.isfinite().all() and losses.isfinite().all()):
         return Balance(ones, gram, losses, "non_finite")
-    if not getattr(rule, "reads_gradients", True):
-        return Balance(RESCALES[rescale](rule.weights(gram, losses), gram), gram, losses)
     squares = gram.diagonal()
     vanished = squares <= 1e-20 * squares.max()
-    if vanished.any():
+    if vanished.any() and getattr(rule, "reads_gradients", True):
         weights = ones if vanished.all() else (~vanished).double()
         return Balance(weights, gram, losses, "vanished")
     weights = rule.weights(gram, losses.clamp_min(LOSS_FLOOR))

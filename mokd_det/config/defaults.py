@@ -20,6 +20,10 @@ def add_mokd_config(cfg):
     # ---------------------------------------------------------------------------------------- #
     cfg.DATASETS.COCO = []
 
+    # Random colours in training: contrast and each channel's brightness are multiplied by factors
+    # in [1 - j, 1 + j]. 0 is off, as in Detectron2. For data of another camera, sun or season.
+    cfg.INPUT.COLOR_JITTER = 0.0
+
     # ---------------------------------------------------------------------------------------- #
     # A torchvision classification model as the backbone, for MODEL.BACKBONE.NAME
     # "build_torchvision_backbone", "build_torchvision_fpn_backbone" (R-CNNs: p2-p6) or

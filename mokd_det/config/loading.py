@@ -79,6 +79,7 @@ def stock_config(cfg):
     stock.defrost()
     del stock["MOKD"]
     del stock.DATASETS["COCO"]
+    del stock.INPUT["COLOR_JITTER"]
     if "torchvision" not in stock.MODEL.BACKBONE.NAME:
         del stock.MODEL["TORCHVISION"]
     return stock

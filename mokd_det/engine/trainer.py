@@ -9,6 +9,7 @@ import weakref
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
+from detectron2.data import build_detection_train_loader
 from detectron2.engine import DefaultTrainer, SimpleTrainer, create_ddp_model
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils import comm
@@ -17,7 +18,12 @@ from detectron2.utils.logger import setup_logger
 
 from .. import modeling  # noqa: F401  (registers the distillation model and the backbones)
 from ..balancing import cosine, dominance
-from ..data import build_resumable_train_loader, check_datasets, register_datasets
+from ..data import (
+    build_resumable_train_loader,
+    build_train_mapper,
+    check_datasets,
+    register_datasets,
+)
 from ..evaluation import build_evaluator
 from .writers import BalanceWriter
 
@@ -102,6 +108,10 @@ class Trainer(DefaultTrainer):
         super().__init__(cfg)
 
     @classmethod
+    def build_train_loader(cls, cfg):
+        return build_detection_train_loader(cfg, mapper=build_train_mapper(cfg))
+
+    @classmethod
     def build_evaluator(cls, cfg, dataset_name):
         return build_evaluator(cfg, dataset_name)
 
@@ -168,7 +178,7 @@ class DistillationTrainer(Trainer):
 
     @classmethod
     def build_train_loader(cls, cfg):
-        return build_resumable_train_loader(cfg)
+        return build_resumable_train_loader(cfg, mapper=build_train_mapper(cfg))
 
     def build_writers(self):
         path = os.path.join(self.cfg.OUTPUT_DIR, "balance.json")

@@ -12,11 +12,11 @@ and standardisation).
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrize
 
 from ..registry import Registry
 
-__all__ = ["PROJECTORS", "TEACHER_SIDES", "SubspaceProjector"]
+__all__ = ["PROJECTORS", "TEACHER_SIDES", "SemiOrthogonal", "SubspaceProjector"]
 
 PROJECTORS = Registry("PROJECTORS", "MOKD.FEATURES.PROJECTOR")
 """
@@ -82,9 +82,39 @@ class SubspaceProjector(nn.Module):
         return standardise(student), standardise(teacher)
 
 
+class SemiOrthogonal(nn.Module):
+    """
+    Parametrisation that orthonormalises the rows or columns of a matrix, whichever are fewer, by
+    the Cholesky factor of its Gram matrix.
+
+    Not ``torch.nn.utils.parametrizations.orthogonal``: for tall matrices that one keeps signs in
+    a diagonal which it reads as integers, so the first step with weight decay (0.9999 becomes 0)
+    silently turns the map into zero. Here the scale of the matrix is irrelevant.
+    """
+
+    def forward(self, matrix):
+        """
+        Args:
+            matrix (Tensor): (rows, columns) of full rank.
+
+        Returns:
+            Tensor: same shape, with orthonormal columns if rows >= columns, else rows.
+        """
+        if matrix.shape[0] < matrix.shape[1]:
+            return self.forward(matrix.T).T
+        with torch.autocast(matrix.device.type, enabled=False):
+            factor = torch.linalg.cholesky(matrix.T @ matrix, upper=True)
+            return torch.linalg.solve_triangular(factor, matrix, upper=True, left=False)
+
+    def right_inverse(self, matrix):
+        return matrix
+
+
 def _semi_orthogonal(channels, dim):
-    # Rows or columns stay orthonormal, whichever are fewer.
-    return parametrizations.orthogonal(nn.Linear(channels, dim, bias=False))
+    linear = nn.Linear(channels, dim, bias=False)
+    nn.init.orthogonal_(linear.weight)
+    parametrize.register_parametrization(linear, "weight", SemiOrthogonal())
+    return linear
 
 
 def _project(features, weight):
