@@ -1,9 +1,88 @@
 # Copyright (c) The mokd_det authors.
-import os
+"""Small real detectors on nine real aerial tiles."""
 
-import torch
+import os
+from pathlib import Path
 
 import mokd_det  # noqa: F401  (first: mends Detectron2 where it needs it)
+import pytest
+import torch
+from detectron2.modeling import build_model
+from detectron2.utils.env import seed_all_rng
+
+from mokd_det import modeling  # noqa: F401  (registers meta-architecture and backbones)
+from mokd_det.config import load_config
+
+ROOT = Path(__file__).parent.parent
+TREES = Path(__file__).parent / "data" / "trees"
 
 # Sums are split over threads, so a fixed number of them makes float results repeatable.
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
+
+
+@pytest.fixture(autouse=True)
+def at_root(monkeypatch):
+    """Paths in configs count from the checkout."""
+    monkeypatch.chdir(ROOT)
+
+
+TREE_OPTS = [
+    "DATASETS.COCO",
+    [[f"tests_trees_{s}", str(TREES / f"{s}.json"), str(TREES / s)] for s in ("train", "val")],
+    "DATASETS.TRAIN",
+    ("tests_trees_train",),
+    "DATASETS.TEST",
+    ("tests_trees_val",),
+    "INPUT.MIN_SIZE_TRAIN",
+    (192,),
+    "INPUT.MAX_SIZE_TRAIN",
+    192,
+    "INPUT.MIN_SIZE_TEST",
+    192,
+    "INPUT.MAX_SIZE_TEST",
+    192,
+    "SOLVER.IMS_PER_BATCH",
+    2,
+    "SOLVER.MAX_ITER",
+    3,
+    "SOLVER.STEPS",
+    (),
+    "SOLVER.WARMUP_ITERS",
+    0,
+    "SEED",
+    7,
+]
+
+CONFIGS = {
+    "faster_rcnn": "configs/Quick-Start/student_scratch.yaml",
+    "retinanet": "configs/Quick-Start/student_retinanet.yaml",
+    "mokd": "configs/Quick-Start/student_mokd.yaml",
+    "teacher": "configs/Quick-Start/teacher.yaml",
+}
+
+
+@pytest.fixture(scope="session")
+def teacher_weights(tmp_path_factory):
+    """The quick start's teacher with random weights, as a checkpoint file."""
+    folder = tmp_path_factory.mktemp("teacher")
+    cfg = load_config(str(ROOT / CONFIGS["teacher"]), ["MODEL.TORCHVISION.WEIGHTS", ""])
+    seed_all_rng(3)
+    path = folder / "teacher.pth"
+    torch.save({"model": build_model(cfg).state_dict()}, path)
+    return str(path)
+
+
+@pytest.fixture
+def make_cfg(tmp_path, teacher_weights):
+    """From (name in CONFIGS, overrides, folder name) to a config on the tiles of tests/data."""
+
+    def make(name, opts=(), folder="run"):
+        output = tmp_path / folder
+        output.mkdir(exist_ok=True)
+        cfg = load_config(CONFIGS[name], [*TREE_OPTS, "OUTPUT_DIR", str(output)])
+        cfg.MOKD.TEACHER.CONFIG_FILE = CONFIGS["teacher"]
+        cfg.MOKD.TEACHER.WEIGHTS = teacher_weights
+        cfg.merge_from_list(list(opts))
+        return cfg
+
+    return make

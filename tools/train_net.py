@@ -28,12 +28,13 @@ import torch
 from detectron2.engine import default_argument_parser, default_setup
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
+from fvcore.common.checkpoint import Checkpointer
 
 from mokd_det.config import load_config, stock_config
+from mokd_det.data import check_datasets, register_datasets
 from mokd_det.engine import Trainer, build_trainer, launch
-from mokd_det.engine.trainer import prepare_datasets
 from mokd_det.evaluation import write_results
-from mokd_det.modeling import StrictCheckpointer
+from mokd_det.modeling import load_trained_model
 
 
 def setup(args):
@@ -48,22 +49,20 @@ def setup(args):
     if weights and "://" not in weights and not PathManager.isfile(weights):
         raise FileNotFoundError(f"MODEL.WEIGHTS '{weights}' does not exist.")
     cfg.freeze()
-    prepare_datasets(cfg)
+    register_datasets(cfg)
     default_setup(cfg, args)
     return cfg
 
 
 def evaluate(cfg, resume):
-    """Evaluate the plain student of ``cfg`` on DATASETS.TEST."""
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.TORCHVISION.WEIGHTS = ""  # MODEL.WEIGHTS holds the backbone as well
-    model = Trainer.build_model(cfg)
-    checkpointer = StrictCheckpointer(model, cfg.OUTPUT_DIR)
-    if not cfg.MODEL.WEIGHTS and not (resume and checkpointer.has_checkpoint()):
-        raise ValueError("--eval-only needs MODEL.WEIGHTS: add MODEL.WEIGHTS /path/to/model.pth")
-    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
-    return Trainer.test(cfg, model)
+    """Evaluate the plain detector of ``cfg`` on DATASETS.TEST (with --resume: its last weights)."""
+    last = Checkpointer(torch.nn.Module(), cfg.OUTPUT_DIR)
+    if resume and last.has_checkpoint():
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.MODEL.WEIGHTS = last.get_checkpoint_file()
+    check_datasets(cfg.DATASETS.TEST, "DATASETS.TEST")
+    return Trainer.test(cfg, load_trained_model(cfg))
 
 
 def main(args):

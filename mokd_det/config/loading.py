@@ -46,7 +46,7 @@ def load_config(config_file, opts=(), option="--config-file"):
                 f"{option} '{config_file}' (or its _BASE_) holds YAML that runs Python code, "
                 f"which is never loaded: {error.problem}. Spell the values out; for Detectron2's "
                 "RetinaNet base that is MODEL.ANCHOR_GENERATOR.SIZES, as in "
-                "configs/Quick-Start/Base-RetinaNet.yaml."
+                "configs/Quick-Start/student_retinanet.yaml."
             ) from error
         except yaml.YAMLError as error:
             raise ValueError(f"{option} '{config_file}' is not valid YAML: {error}") from error

@@ -2,7 +2,8 @@
 """Detectron2 side: the distillation model, its teacher, and torchvision models as backbones."""
 
 from .distillation_model import DistillationModel, build_level_map
-from .teacher import StrictCheckpointer, Teacher, build_teacher
+from .loading import StrictCheckpointer, load_trained_model
+from .teacher import Teacher, build_teacher
 from .torchvision_backbone import TorchvisionBackbone
 
 __all__ = [
@@ -12,4 +13,5 @@ __all__ = [
     "TorchvisionBackbone",
     "build_level_map",
     "build_teacher",
+    "load_trained_model",
 ]

@@ -4,59 +4,13 @@
 import os
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 
 from ..config import load_config
+from .loading import StrictCheckpointer
 
-__all__ = ["StrictCheckpointer", "Teacher", "build_teacher", "teacher_config"]
-
-
-class StrictCheckpointer(DetectionCheckpointer):
-    """
-    Detectron2's checkpointer, for which a missing, unexpected or mis-shaped key is an error that
-    lists them. Detectron2 only warns, and a half-random model then ruins a run silently.
-    """
-
-    def __init__(self, model, *args, option="MODEL.WEIGHTS", **kwargs):
-        """
-        Args:
-            option (str): the config key of the weights, for the message. Others: Detectron2's.
-        """
-        super().__init__(model, *args, **kwargs)
-        self.option = option
-
-    def load(self, path, *args, **kwargs):
-        self._path = path
-        return super().load(path, *args, **kwargs)
-
-    def _load_model(self, checkpoint):
-        incompatible = super()._load_model(checkpoint)
-        shapes = [
-            f"{key} (file {tuple(found)}, model {tuple(expected)})"
-            for key, found, expected in incompatible.incorrect_shapes
-        ]
-        misshaped = {key for key, _, _ in incompatible.incorrect_shapes}
-        problems = {
-            "missing": [key for key in incompatible.missing_keys if key not in misshaped],
-            "unexpected": list(incompatible.unexpected_keys),
-            "of another shape": shapes,
-        }
-        if any(problems.values()):
-            lines = [f"  {what}: {_shortened(keys)}" for what, keys in problems.items() if keys]
-            raise ValueError(
-                f"{self.option} '{self._path}' does not fit the model of its config:\n"
-                + "\n".join(lines)
-                + "\nGive the weights that were trained with this config, or the config that "
-                "these weights were trained with."
-            )
-        return incompatible
-
-
-def _shortened(keys, most=8):
-    rest = f", ... ({len(keys)} in all)" if len(keys) > most else ""
-    return ", ".join(keys[:most]) + rest
+__all__ = ["Teacher", "build_teacher", "teacher_config"]
 
 
 class Teacher:

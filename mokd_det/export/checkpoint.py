@@ -1,0 +1,38 @@
+# Copyright (c) The mokd_det authors.
+"""The student as a checkpoint and a config that stock Detectron2 loads."""
+
+import os
+
+import torch
+
+from ..config import stock_config
+from ..modeling import load_trained_model
+
+__all__ = ["export_checkpoint"]
+
+
+def export_checkpoint(cfg, output_dir):
+    """
+    Write ``model.pth`` (weights only: no optimizer, no projector) and ``config.yaml`` (Detectron2's
+    keys only, ``MODEL.WEIGHTS`` pointing to the file beside it).
+
+    Args:
+        cfg (CfgNode): the student's config with its trained ``MODEL.WEIGHTS``.
+        output_dir (str): folder.
+
+    Returns:
+        dict[str, str]: paths of ``weights`` and ``config``.
+
+    Raises:
+        ValueError: the weights do not fit the config.
+    """
+    model = load_trained_model(cfg)
+    os.makedirs(output_dir, exist_ok=True)
+    weights = os.path.join(output_dir, "model.pth")
+    config = os.path.join(output_dir, "config.yaml")
+    torch.save({"model": model.state_dict(), "__author__": "mokd_det"}, weights)
+    stock = stock_config(cfg)
+    stock.MODEL.WEIGHTS = weights
+    with open(config, "w") as f:
+        f.write(stock.dump())
+    return {"weights": weights, "config": config}

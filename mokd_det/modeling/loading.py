@@ -1,0 +1,75 @@
+# Copyright (c) The mokd_det authors.
+"""Loading weights so that all of them fit, or none are used."""
+
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.modeling import build_model
+
+__all__ = ["StrictCheckpointer", "load_trained_model"]
+
+
+class StrictCheckpointer(DetectionCheckpointer):
+    """
+    Detectron2's checkpointer, for which a missing, unexpected or mis-shaped key is an error that
+    lists them. Detectron2 only warns, and a half-random model then ruins a run silently.
+    """
+
+    def __init__(self, model, *args, option="MODEL.WEIGHTS", **kwargs):
+        """
+        Args:
+            option (str): the config key of the weights, for the message. Others: Detectron2's.
+        """
+        super().__init__(model, *args, **kwargs)
+        self.option = option
+
+    def load(self, path, *args, **kwargs):
+        self._path = path
+        return super().load(path, *args, **kwargs)
+
+    def _load_model(self, checkpoint):
+        incompatible = super()._load_model(checkpoint)
+        misshaped = [key for key, _, _ in incompatible.incorrect_shapes]
+        problems = {
+            "missing": [key for key in incompatible.missing_keys if key not in misshaped],
+            "unexpected": list(incompatible.unexpected_keys),
+            "of another shape": [
+                f"{key} (file {tuple(found)}, model {tuple(expected)})"
+                for key, found, expected in incompatible.incorrect_shapes
+            ],
+        }
+        if any(problems.values()):
+            lines = [f"  {what}: {_shortened(keys)}" for what, keys in problems.items() if keys]
+            raise ValueError(
+                f"{self.option} '{self._path}' does not fit the model of its config:\n"
+                + "\n".join(lines)
+                + "\nGive the weights that were trained with this config, or the config that "
+                "these weights were trained with."
+            )
+        return incompatible
+
+
+def _shortened(keys, most=8):
+    rest = f", ... ({len(keys)} in all)" if len(keys) > most else ""
+    return ", ".join(keys[:most]) + rest
+
+
+def load_trained_model(cfg):
+    """
+    Build the plain detector of a config (the student, if it distils) with its trained weights.
+
+    Args:
+        cfg (CfgNode): with ``MODEL.WEIGHTS``.
+
+    Returns:
+        nn.Module: in eval mode.
+
+    Raises:
+        ValueError: no weights given, or they do not fit.
+    """
+    if not cfg.MODEL.WEIGHTS:
+        raise ValueError("MODEL.WEIGHTS is empty: add MODEL.WEIGHTS /path/to/model.pth")
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.TORCHVISION.WEIGHTS = ""  # MODEL.WEIGHTS holds the backbone as well
+    model = build_model(cfg)
+    StrictCheckpointer(model).load(cfg.MODEL.WEIGHTS, checkpointables=[])
+    return model.eval()

@@ -1,0 +1,301 @@
+# Copyright (c) The mokd_det authors.
+"""The training step and the trainer, by equality with what they must equal."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from detectron2.engine import DefaultTrainer
+from detectron2.utils.env import seed_all_rng
+from detectron2.utils.events import EventStorage
+
+from mokd_det.config import stock_config
+from mokd_det.engine import BalancedTrainer, DistillationTrainer, Trainer, build_trainer
+from mokd_det.evaluation import build_evaluator
+
+
+def train(cfg, cls=None, resume=False):
+    seed_all_rng(cfg.SEED)
+    trainer = cls(cfg) if cls else build_trainer(cfg)
+    trainer.resume_or_load(resume)
+    # RetinaNet's focal loss is TorchScript, which is compiled anew, to other bits, during its
+    # first calls in a process.
+    with torch.jit.optimized_execution(False):
+        trainer.train()
+    return trainer
+
+
+def losses_of(cfg):
+    with open(f"{cfg.OUTPUT_DIR}/metrics.json") as f:
+        lines = [json.loads(line) for line in f]
+    return [{k: v for k, v in line.items() if "loss" in k} for line in lines]
+
+
+def assert_equal_states(first, second):
+    assert first.keys() == second.keys()
+    for key in first:
+        assert torch.equal(first[key], second[key]), key
+
+
+class StockTrainer(DefaultTrainer):
+    """Detectron2's own, with the evaluator that it leaves to its users."""
+
+    @classmethod
+    def build_evaluator(cls, cfg, dataset_name):
+        return build_evaluator(cfg, dataset_name)
+
+
+@pytest.mark.parametrize("name", ["faster_rcnn", "retinanet"])
+def test_disabled_is_stock_detectron2_bit_for_bit(make_cfg, name):
+    ours = make_cfg(name, ["MOKD.ENABLED", False], "ours")
+    ours_trainer = train(ours)
+    assert type(ours_trainer) is Trainer
+    stock = make_cfg(name, [], "stock")
+    stock_trainer = train(stock, StockTrainer)
+    assert_equal_states(stock_trainer.model.state_dict(), ours_trainer.model.state_dict())
+    assert losses_of(stock) == losses_of(ours) != []
+    assert repr(stock_trainer._last_eval_results) == repr(ours_trainer._last_eval_results)
+
+
+class PlainSum:
+    """In the boundary's place: no boundary at all, and the sum of the losses."""
+
+    place = "none"
+
+    def __init__(self, balance):
+        self.balance = balance
+
+    def split(self, features, objectives):
+        return [features] * objectives
+
+    def backward(self, losses):
+        sum(losses).backward()
+        return self.balance
+
+
+@pytest.mark.parametrize("name", ["faster_rcnn", "retinanet"])
+def test_weights_one_equal_the_plain_sum_bit_for_bit(make_cfg, name):
+    opts = ["MOKD.ENABLED", True, "MOKD.BALANCING.RULE", "fixed", "TEST.EVAL_PERIOD", 100]
+    balanced = train(make_cfg(name, [*opts, "MOKD.BALANCING.WEIGHTS", [1.0, 1.0]], "balanced"))
+
+    cfg = make_cfg(name, opts, "plain")
+    seed_all_rng(cfg.SEED)
+    plain = build_trainer(cfg)
+    boundary = PlainSum(balanced._trainer.boundary.last)
+    plain.model.boundary = plain._trainer.boundary = boundary
+    plain.resume_or_load(False)
+    with torch.jit.optimized_execution(False):
+        plain.train()
+    assert_equal_states(plain.model.state_dict(), balanced.model.state_dict())
+
+
+def test_distillation_changes_the_student(make_cfg):
+    """Else the equalities above would prove nothing."""
+    scratch = train(make_cfg("faster_rcnn", [], "scratch"))
+    mokd = train(make_cfg("mokd", [], "mokd"))
+    name = "backbone.bottom_up.res4.0.conv1.weight"
+    assert not torch.equal(scratch.model.state_dict()[name], mokd.model.student.state_dict()[name])
+
+
+def test_same_initial_student_as_without_distillation(make_cfg):
+    cfg, mokd_cfg = make_cfg("faster_rcnn"), make_cfg("mokd")
+    seed_all_rng(7)
+    plain = Trainer.build_model(cfg)
+    seed_all_rng(7)
+    student = DistillationTrainer.build_model(mokd_cfg).student
+    assert_equal_states(plain.state_dict(), student.state_dict())
+
+
+def test_checkpoint_is_a_stock_student_without_a_teacher(make_cfg):
+    cfg = make_cfg("mokd", [], "mokd")
+    trainer = train(cfg)
+    model = trainer.model
+    teacher_parameters = {id(p) for p in model.teacher.model.parameters()}
+    teacher_shapes = {tuple(p.shape) for p in model.teacher.model.parameters() if p.dim() > 1}
+    student_and_projectors = {id(p) for p in model.parameters()}
+    assert teacher_parameters and not teacher_parameters & student_and_projectors
+    assert {n.split(".")[0] for n, _ in model.named_parameters()} == {"student", "projectors"}
+    assert {n.split(".")[0] for n in model.state_dict()} == {"student", "projectors"}
+    in_optimizer = {id(p) for group in trainer._trainer.optimizer.param_groups for p in group["params"]}
+    assert in_optimizer == student_and_projectors
+    assert not any(p.requires_grad for p in model.teacher.model.parameters())
+
+    # weights_only: numbers and tensors, nothing that runs code.
+    checkpoint = torch.load(f"{cfg.OUTPUT_DIR}/model_final.pth", weights_only=True)
+    assert set(checkpoint) == {"model", "projectors", "trainer", "iteration"}
+    assert set(checkpoint["model"]) == set(Trainer.build_model(make_cfg("faster_rcnn")).state_dict())
+    assert set(checkpoint["projectors"]) == set(model.projectors.state_dict())
+    only_teachers = teacher_shapes - {tuple(p.shape) for p in model.parameters()}
+    assert only_teachers
+
+    def tensors(value):
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (dict, list, tuple)):
+            for part in value.values() if isinstance(value, dict) else value:
+                yield from tensors(part)
+
+    assert not only_teachers & {tuple(t.shape) for t in tensors(checkpoint)}
+
+
+STOCK_PROCESS = """
+import sys, torch
+import mokd_det  # Detectron2 0.6 needs its mends to import; nothing else of it may be loaded
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import get_cfg
+from detectron2.modeling import META_ARCH_REGISTRY, build_model
+
+cfg = get_cfg()
+cfg.merge_from_file(sys.argv[1])
+model = build_model(cfg).eval()
+state = torch.load(sys.argv[2], weights_only=True)["model"]
+model.load_state_dict(state, strict=True)
+assert "DistillationModel" not in META_ARCH_REGISTRY
+loaded = [name for name in sys.modules if name.startswith("mokd_det.")]
+assert loaded == ["mokd_det.compat"], loaded
+torch.manual_seed(0)
+image = (255 * torch.rand(3, 192, 160)).to(torch.uint8)
+torch.set_num_threads(int(sys.argv[4]))
+with torch.no_grad():
+    features = model.backbone(model.preprocess_image([{"image": image}]).tensor)
+    instances = model([{"image": image}])[0]["instances"]
+torch.save([features, instances.pred_boxes.tensor, instances.scores], sys.argv[3])
+"""
+
+
+@pytest.mark.parametrize("name", ["faster_rcnn", "retinanet"])
+def test_checkpoint_loads_in_stock_detectron2_with_equal_outputs(make_cfg, tmp_path, name):
+    opts = ["MOKD.ENABLED", True, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0]
+    opts += ["MODEL.RETINANET.SCORE_THRESH_TEST", 0.0]
+    cfg = make_cfg(name, opts, "mokd")
+    trainer = train(cfg)
+    student = trainer.model.student.eval()
+    (tmp_path / "stock.yaml").write_text(stock_config(cfg).dump())
+    output = tmp_path / "outputs.pt"
+    subprocess.run(
+        [sys.executable, "-c", STOCK_PROCESS, str(tmp_path / "stock.yaml")]
+        + [f"{cfg.OUTPUT_DIR}/model_final.pth", str(output), str(torch.get_num_threads())],
+        check=True,
+    )
+    features, boxes, scores = torch.load(output, weights_only=True)
+    torch.manual_seed(0)
+    image = (255 * torch.rand(3, 192, 160)).to(torch.uint8)
+    with torch.no_grad():
+        ours = student.backbone(student.preprocess_image([{"image": image}]).tensor)
+        instances = student([{"image": image}])[0]["instances"]
+    assert_equal_states(features, ours)
+    assert len(boxes) > 0
+    assert torch.equal(boxes, instances.pred_boxes.tensor)
+    assert torch.equal(scores, instances.scores)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resumed_equals_uninterrupted(make_cfg, workers):
+    # Evaluation in between, colours and flips: everything that draws random numbers.
+    opts = ["SOLVER.MAX_ITER", 4, "INPUT.COLOR_JITTER", 0.3, "SOLVER.CHECKPOINT_PERIOD", 2]
+    opts += ["TEST.EVAL_PERIOD", 2]
+    whole = train(make_cfg("mokd", opts, "whole"))
+
+    class Stopped(Exception):
+        pass
+
+    cfg = make_cfg("mokd", [*opts, "DATALOADER.NUM_WORKERS", workers], "stopped")
+    seed_all_rng(cfg.SEED)
+    first = build_trainer(cfg)
+    step = first._trainer.run_step
+
+    def stop_after_two():
+        if first.iter == 2:
+            raise Stopped
+        step()
+
+    first._trainer.run_step = stop_after_two
+    with pytest.raises(Stopped):
+        first.train()
+    cfg.SEED = 12345  # the checkpoint's seed counts
+    second = train(cfg, resume=True)
+    assert second.start_iter == 2
+    assert_equal_states(whole.model.state_dict(), second.model.state_dict())
+    momentum = [t._trainer.optimizer.state_dict()["state"] for t in (whole, second)]
+    for key in momentum[0]:
+        assert torch.equal(momentum[0][key]["momentum_buffer"], momentum[1][key]["momentum_buffer"])
+
+
+def test_evaluation_in_between_changes_nothing(make_cfg):
+    never = train(make_cfg("mokd", ["TEST.EVAL_PERIOD", 100], "never"))
+    often = train(make_cfg("mokd", ["TEST.EVAL_PERIOD", 1], "often"))
+    assert_equal_states(never.model.state_dict(), often.model.state_dict())
+
+
+@pytest.fixture
+def one_step(make_cfg):
+    """A distillation trainer with an open event storage, and what one step wrote."""
+
+    def run(opts=()):
+        cfg = make_cfg("mokd", opts)
+        seed_all_rng(cfg.SEED)
+        trainer = build_trainer(cfg)
+        with EventStorage(0) as storage:
+            trainer.run_step()
+            return trainer, {k: float(v[0]) for k, v in storage.latest().items()}
+
+    return run
+
+
+def test_diagnostics_are_logged_with_their_place_and_never_in_the_loss(one_step):
+    trainer, scalars = one_step()
+    names = {n for n in scalars if n.startswith("balance/")}
+    assert names == {
+        f"balance/features/{n}"
+        for n in (
+            "weight_task",
+            "weight_distill",
+            "cosine_distill",
+            "dominance_distill",
+            "fallbacks",
+        )
+    }
+    parts = [v for n, v in scalars.items() if n.startswith("loss_")]
+    assert "loss_features" in scalars and len(parts) == 5
+    assert scalars["total_loss"] == pytest.approx(sum(parts), rel=1e-6)
+    balance = trainer._trainer.boundary.last
+    assert scalars["balance/features/weight_distill"] == float(balance.weights[1])
+
+
+def test_every_step_is_in_balance_json(make_cfg):
+    cfg = make_cfg("mokd")
+    train(cfg)
+    with open(f"{cfg.OUTPUT_DIR}/balance.json") as f:
+        lines = [json.loads(line) for line in f]
+    assert [line["iteration"] for line in lines] == [0, 1, 2]
+    assert all("balance/features/cosine_distill" in line for line in lines)
+
+
+def test_non_finite_loss_stops_before_the_weights_change(make_cfg):
+    cfg = make_cfg("mokd")
+    seed_all_rng(cfg.SEED)
+    trainer = build_trainer(cfg)
+    model = trainer.model
+    before = {k: v.clone() for k, v in model.named_parameters()}
+    model.feature_loss = lambda student, teacher: (student * float("nan")).sum()
+    with EventStorage(0), pytest.raises(FloatingPointError, match="infinite or NaN"):
+        trainer.run_step()
+    for key, value in model.named_parameters():
+        assert torch.equal(before[key], value), key
+    assert trainer._trainer.boundary.last.fallback == "non_finite"
+
+
+def test_unsupported_options_are_refused(make_cfg):
+    with pytest.raises(ValueError, match="SOLVER.AMP.ENABLED True"):
+        build_trainer(make_cfg("mokd", ["SOLVER.AMP.ENABLED", True]))
+    with pytest.raises(ValueError, match="TEST.PRECISE_BN.ENABLED True"):
+        build_trainer(make_cfg("mokd", ["TEST.PRECISE_BN.ENABLED", True]))
+
+
+def test_the_step_is_a_simple_trainer(make_cfg):
+    from detectron2.engine import SimpleTrainer
+
+    assert issubclass(BalancedTrainer, SimpleTrainer)
+    assert isinstance(build_trainer(make_cfg("mokd"))._trainer, BalancedTrainer)

@@ -1,0 +1,143 @@
+#!/usr/bin/env python
+# Copyright (c) The mokd_det authors.
+"""
+Draw ground truth and the predictions of one or several detectors side by side, as one PNG.
+
+Example:
+  python tools/visualize_predictions.py --dataset neon_trees_val --count 3 --output grid.png \\
+      --model teacher configs/Quick-Start/teacher.yaml output/quick_start/teacher/model_final.pth \\
+      --model MoKD configs/Quick-Start/student_mokd.yaml \\
+              output/quick_start/student_mokd/model_final.pth
+"""
+
+import argparse
+
+import cv2
+import numpy as np
+import torch
+
+import mokd_det  # noqa: F401  (first: mends Detectron2 where it needs it)
+from detectron2.data import DatasetCatalog, DatasetMapper
+from detectron2.data.detection_utils import read_image
+from detectron2.structures import BoxMode
+
+from mokd_det.config import load_config
+from mokd_det.data import check_datasets, register_datasets
+from mokd_det.modeling import load_trained_model
+
+GROUND_TRUTH_COLOUR = (80, 220, 80)
+PREDICTION_COLOUR = (60, 140, 255)  # BGR
+
+
+def predict(config_file, weights, elements, score):
+    """
+    Args:
+        config_file, weights (str): of a trained detector.
+        elements (list[dict]): data set dicts.
+        score (float): smallest score shown.
+
+    Returns:
+        list[ndarray]: for each element (N, 4) boxes x0, y0, x1, y1 in its pixels.
+    """
+    cfg = load_config(config_file, ["MODEL.WEIGHTS", weights])
+    model = load_trained_model(cfg)
+    mapper = DatasetMapper(cfg, is_train=False)
+    boxes = []
+    with torch.no_grad():
+        for element in elements:
+            instances = model([mapper(element)])[0]["instances"].to("cpu")
+            boxes.append(instances.pred_boxes.tensor[instances.scores >= score].numpy())
+    return boxes
+
+
+def ground_truth(element):
+    """Return (N, 4) boxes x0, y0, x1, y1 of a data set dict."""
+    boxes = [
+        BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS)
+        for a in element.get("annotations", [])
+    ]
+    return np.array(boxes, dtype=np.float32).reshape(-1, 4)
+
+
+def draw(image, boxes, colour, scale):
+    """Return an enlarged copy of a BGR image with boxes drawn on it."""
+    canvas = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)
+    for x0, y0, x1, y1 in np.round(boxes * scale).astype(int).tolist():
+        cv2.rectangle(canvas, (x0, y0), (x1, y1), colour, 2)
+    return canvas
+
+
+def grid(elements, columns, scale=1.5):
+    """
+    Args:
+        elements (list[dict]): data set dicts, one for each row.
+        columns (list[tuple]): (title, boxes of each element, colour).
+        scale (float): enlargement of the images.
+
+    Returns:
+        ndarray: (H, W, 3) BGR uint8.
+    """
+    images = [np.ascontiguousarray(read_image(e["file_name"], "BGR")) for e in elements]
+    height = round(max(i.shape[0] for i in images) * scale)
+    width = round(max(i.shape[1] for i in images) * scale)
+    margin, header = 6, 30
+    rows = []
+    titles = np.full((header, (width + margin) * len(columns), 3), 255, np.uint8)
+    for c, (title, _, _) in enumerate(columns):
+        x = c * (width + margin) + 4
+        cv2.putText(titles, title, (x, 21), cv2.FONT_HERSHEY_SIMPLEX, 0.6, (0, 0, 0), 1, cv2.LINE_AA)
+    rows.append(titles)
+    for r, image in enumerate(images):
+        row = np.full((height + margin, (width + margin) * len(columns), 3), 255, np.uint8)
+        for c, (_, boxes, colour) in enumerate(columns):
+            cell = draw(image, boxes[r], colour, scale)
+            x = c * (width + margin)
+            row[: cell.shape[0], x : x + cell.shape[1]] = cell
+        rows.append(row)
+    return np.concatenate(rows)
+
+
+def visualize(dataset, models, output, count=3, score=0.5):
+    """
+    Args:
+        dataset (str): name, registered by the first model's config if it is not yet.
+        models (list[tuple]): (label, config file, weights file).
+        output (str): PNG to write.
+        count (int): images: those with the most boxes.
+        score (float): smallest score shown.
+    """
+    register_datasets(load_config(models[0][1]))
+    check_datasets([dataset], "--dataset")
+    elements = DatasetCatalog.get(dataset)
+    elements = sorted(elements, key=lambda e: -len(e.get("annotations", [])))[:count]
+    columns = [("ground truth", [ground_truth(e) for e in elements], GROUND_TRUTH_COLOUR)]
+    for label, config_file, weights in models:
+        boxes = predict(config_file, weights, elements, score)
+        columns.append((label, boxes, PREDICTION_COLOUR))
+    if not cv2.imwrite(output, grid(elements, columns)):
+        raise OSError(f"Could not write {output}.")
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--dataset", required=True, help="name of a data set")
+    parser.add_argument(
+        "--model",
+        required=True,
+        action="append",
+        nargs=3,
+        metavar=("LABEL", "CONFIG", "WEIGHTS"),
+        help="a column of the grid; may be given several times",
+    )
+    parser.add_argument("--output", required=True, help="PNG to write")
+    parser.add_argument("--count", type=int, default=3, help="number of images (%(default)s)")
+    parser.add_argument("--score", type=float, default=0.5, help="smallest score (%(default)s)")
+    args = parser.parse_args()
+    visualize(args.dataset, args.model, args.output, args.count, args.score)
+    print(args.output)
+
+
+if __name__ == "__main__":
+    main()
