@@ -106,7 +106,8 @@ def visualize(dataset, models, output, count=3, score=0.5):
         count (int): images: those with the most boxes.
         score (float): smallest score shown.
     """
-    register_datasets(load_config(models[0][1]))
+    if dataset not in DatasetCatalog.list():
+        register_datasets(load_config(models[0][1]))
     check_datasets([dataset], "--dataset")
     elements = DatasetCatalog.get(dataset)
     elements = sorted(elements, key=lambda e: -len(e.get("annotations", [])))[:count]

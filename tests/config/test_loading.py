@@ -1,0 +1,91 @@
+# Copyright (c) The mokd_det authors.
+import pytest
+import yaml
+from detectron2.config import get_cfg as get_detectron2_cfg
+
+from mokd_det.config import get_cfg, load_config, stock_config
+
+from ..conftest import CONFIGS
+
+
+def write(tmp_path, text, name="config.yaml"):
+    (tmp_path / name).write_text(text)
+    return str(tmp_path / name)
+
+
+def test_five_lines_are_enough(tmp_path):
+    path = write(
+        tmp_path,
+        "MODEL:\n  META_ARCHITECTURE: RetinaNet\n"
+        "MOKD:\n  ENABLED: True\n  TEACHER:\n    CONFIG_FILE: t.yaml\n    WEIGHTS: t.pth\n",
+    )
+    cfg = load_config(path)
+    assert cfg.MOKD.ENABLED and cfg.MOKD.TEACHER.WEIGHTS == "t.pth"
+    assert cfg.MODEL.META_ARCHITECTURE == "RetinaNet"
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("MOKD:\n  ENABELD: True\n", "no option MOKD.ENABELD. Did you mean MOKD.ENABLED"),
+        (
+            "MOKD:\n  TEACHER:\n    WEIGTHS: x\n",
+            "no option MOKD.TEACHER.WEIGTHS. Did you mean MOKD.TEACHER.WEIGHTS",
+        ),
+        ("MOKDD:\n  ENABLED: True\n", "no option MOKDD"),
+        ("MODEL:\n  WEIGTHS: x\n", "no option MODEL.WEIGTHS. Did you mean MODEL.WEIGHTS"),
+        ("MODEL: [\n", "is not valid YAML"),
+        ("just text\n", "holds no options"),
+    ],
+)
+def test_bad_files_are_explained(tmp_path, text, message):
+    path = write(tmp_path, text)
+    with pytest.raises(ValueError, match=message) as error:
+        load_config(path)
+    assert path in str(error.value)
+
+
+def test_misspelt_key_in_a_base_is_found(tmp_path):
+    write(tmp_path, "MOKD:\n  BALANCE:\n    RULE: fixed\n", "base.yaml")
+    path = write(tmp_path, "_BASE_: base.yaml\nMOKD:\n  ENABLED: True\n")
+    with pytest.raises(ValueError, match="no option MOKD.BALANCE. Did you mean MOKD.BALANCING"):
+        load_config(path)
+
+
+def test_bad_overrides_are_explained():
+    with pytest.raises(ValueError, match="no option MOKD.ENABLE. Did you mean MOKD.ENABLED"):
+        load_config("", ["MOKD.ENABLE", True])
+    with pytest.raises(ValueError, match="pairs KEY VALUE"):
+        load_config("", ["MOKD.ENABLED"])
+
+
+def test_missing_file_names_its_option():
+    with pytest.raises(FileNotFoundError, match="--config-file 'no.yaml' does not exist"):
+        load_config("no.yaml")
+
+
+def test_yaml_that_runs_code_is_never_loaded(tmp_path):
+    marker = tmp_path / "ran"
+    path = write(
+        tmp_path,
+        f'MODEL:\n  WEIGHTS: !!python/object/apply:os.mkdir ["{marker}"]\n',
+    )
+    with pytest.raises(ValueError, match="runs Python code, which is never loaded"):
+        load_config(path)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_stock_config_is_read_by_detectron2_alone(name, tmp_path):
+    cfg = load_config(CONFIGS[name])
+    stock = stock_config(cfg)
+    dumped = get_detectron2_cfg()
+    if name == "teacher":  # a torchvision backbone needs our builder, and its options
+        dumped.MODEL.TORCHVISION = cfg.MODEL.TORCHVISION.clone()
+    dumped.merge_from_file(write(tmp_path, stock.dump()))
+    assert yaml.safe_load(dumped.dump()) == yaml.safe_load(stock.dump())
+    assert cfg.MOKD.META_ARCHITECTURE == "DistillationModel"  # the original is untouched
+
+
+def test_defaults_are_detectron2s_where_detectron2_has_them():
+    assert stock_config(get_cfg()) == get_detectron2_cfg()

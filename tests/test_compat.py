@@ -1,0 +1,139 @@
+# Copyright (c) The mokd_det authors.
+"""Each mend of Detectron2 0.6: where it is needed, and that it leaves everything else alone."""
+
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+from detectron2.layers import batched_nms_rotated
+from detectron2.structures import RotatedBoxes, pairwise_iou_rotated
+from PIL import Image
+
+from mokd_det import compat
+
+
+@pytest.fixture
+def old_source(tmp_path):
+    """The places of Detectron2 0.6's source that give it away."""
+    for file, text in {
+        "data/transforms/transform.py": "def f(interp=Image.LINEAR): ...",
+        "evaluation/sem_seg_evaluation.py": "np.full(3, np.nan, dtype=np.float)",
+        "export/__init__.py": "from .api import *",
+    }.items():
+        path = tmp_path / "old" / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return tmp_path / "old"
+
+
+@pytest.fixture
+def new_source(tmp_path):
+    """The same places of upstream's main."""
+    for file, text in {
+        "data/transforms/transform.py": "def f(interp=Image.BILINEAR): ...",
+        "evaluation/sem_seg_evaluation.py": "np.full(3, np.nan, dtype=float)",
+        "export/__init__.py": "try: ...\nexcept ImportError: ...",
+        "_C.cpython-311-x86_64-linux-gnu.so": "",
+    }.items():
+        path = tmp_path / "new" / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return tmp_path / "new"
+
+
+def test_pillow(monkeypatch, old_source, new_source):
+    monkeypatch.delattr(Image, "LINEAR", raising=False)
+    assert not compat._mend_pillow(new_source) and not hasattr(Image, "LINEAR")
+    assert compat._mend_pillow(old_source) and Image.LINEAR == Image.BILINEAR
+    assert not compat._mend_pillow(old_source)  # done already
+
+
+def test_numpy(monkeypatch, old_source, new_source):
+    for name in ("float", "int", "object", "str"):
+        if name in vars(np):
+            monkeypatch.delattr(np, name)
+    assert not compat._mend_numpy(new_source) and "float" not in vars(np)
+    had_bool = np.bool if "bool" in vars(np) else None
+    assert compat._mend_numpy(old_source)
+    assert (np.float, np.int, np.object, np.str) == (float, int, object, str)
+    assert had_bool is None or np.bool is had_bool  # NumPy 2's own stays
+    assert not compat._mend_numpy(old_source)
+
+
+def test_compiled_operators(monkeypatch, old_source, new_source):
+    monkeypatch.setattr(compat, "_define_missing_torch_ops", lambda operator: None)
+    for name in ("detectron2._C", "detectron2.evaluation.fast_eval_api"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    assert not compat._mend_compiled(new_source) and "detectron2._C" not in sys.modules
+    assert compat._mend_compiled(old_source)
+    stand_in = sys.modules["detectron2._C"]
+    assert stand_in.get_compiler_version() == "not built" and not stand_in.has_cuda()
+    assert not hasattr(stand_in, "__path__")
+    with pytest.raises(RuntimeError, match="'deform_conv_forward' is missing.*pip install"):
+        stand_in.deform_conv_forward(1, 2)
+    from pycocotools.cocoeval import COCOeval
+
+    assert sys.modules["detectron2.evaluation.fast_eval_api"].COCOeval_opt is COCOeval
+    assert not compat._mend_compiled(old_source)
+
+
+def test_caffe2(monkeypatch, old_source, new_source):
+    monkeypatch.delitem(sys.modules, "detectron2.export.api", raising=False)
+    assert not compat._mend_caffe2(new_source)
+    assert compat._mend_caffe2(old_source)
+    assert sys.modules["detectron2.export.api"].__all__ == []
+    assert not compat._mend_caffe2(old_source)
+
+
+def test_pkg_resources(monkeypatch, old_source):
+    monkeypatch.delitem(sys.modules, "pkg_resources", raising=False)
+    find_spec = compat.importlib.util.find_spec
+    monkeypatch.setattr(
+        compat.importlib.util, "find_spec", lambda n: None if n == "pkg_resources" else find_spec(n)
+    )
+    assert compat._mend_pkg_resources(old_source)
+    file = sys.modules["pkg_resources"].resource_filename("mokd_det", "compat.py")
+    assert file == compat.__file__
+    monkeypatch.setitem(sys.modules, "pkg_resources", types.ModuleType("pkg_resources"))
+    assert not compat._mend_pkg_resources(old_source)  # the real one stays
+
+
+def test_a_second_call_changes_nothing():
+    assert compat.apply() == []
+
+
+def test_without_detectron2_nothing_happens(monkeypatch):
+    monkeypatch.setattr(compat.importlib.util, "find_spec", lambda name: None)
+    assert compat.apply() == []
+
+
+def test_detectron2_imports_after_mokd_det():
+    """What 0.6 could not import before its mends."""
+    import detectron2.evaluation
+    import detectron2.export
+    import detectron2.model_zoo
+
+    assert detectron2.export.TracingAdapter and detectron2.evaluation.COCOEvaluator
+    assert detectron2.model_zoo.get_config_file
+
+
+@pytest.mark.parametrize("name", ["box_iou", "nms"])
+def test_rotated_boxes_work_or_say_how_to_get_them(name):
+    boxes = torch.tensor([[5.0, 5.0, 4.0, 2.0, 0.0], [5.0, 5.0, 4.0, 2.0, 0.0]])
+
+    def use():
+        if name == "box_iou":
+            return pairwise_iou_rotated(RotatedBoxes(boxes), RotatedBoxes(boxes))
+        return batched_nms_rotated(boxes, torch.tensor([0.9, 0.8]), torch.zeros(2), 0.5)
+
+    stand_in = sys.modules["detectron2._C"].__file__ if hasattr(
+        sys.modules["detectron2._C"], "__file__"
+    ) else None
+    if stand_in is None:
+        with pytest.raises(RuntimeError, match="is missing.*INSTALL.md"):
+            use()
+    else:
+        expected = torch.ones(2, 2) if name == "box_iou" else torch.tensor([0])
+        assert torch.allclose(use(), expected)

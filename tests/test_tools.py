@@ -1,0 +1,205 @@
+# Copyright (c) The mokd_det authors.
+"""The command line, as a user calls it."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import cv2
+import pytest
+import torch
+from detectron2.config import get_cfg as get_detectron2_cfg
+from detectron2.modeling import build_model
+
+from mokd_det.config import load_config
+from mokd_det.data import register_datasets
+
+from .conftest import CONFIGS, ROOT, TREE_OPTS
+
+
+def load_script(path):
+    """Import a script of tools/ or datasets/ by its path."""
+    spec = importlib.util.spec_from_file_location(path.split("/")[-1][:-3], ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(script, *args, check=True):
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    done = subprocess.run(
+        [sys.executable, script, *map(str, args)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    if check:
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, teacher_weights):
+    """tools/train_net.py with distillation, on the command line: (output folder, overrides)."""
+    output = tmp_path_factory.mktemp("cli")
+    opts = [*TREE_OPTS, "MOKD.TEACHER.WEIGHTS", teacher_weights, "OUTPUT_DIR", str(output)]
+    done = run("tools/train_net.py", "--config-file", CONFIGS["mokd"], *opts)
+    return output, opts, done.stdout
+
+
+def test_train_net_trains_evaluates_and_leaves_what_it_says(trained):
+    output, _, stdout = trained
+    files = set(os.listdir(output))
+    assert {"model_final.pth", "metrics.json", "balance.json", "results.json", "log.txt"} <= files
+    assert any(name.startswith("events.out.tfevents") for name in files)
+    assert "Average Precision" in stdout and "results.json" in stdout
+    with open(output / "results.json") as f:
+        assert set(json.load(f)["bbox"]) >= {"AP", "AP50"}
+    # The written config is what stock Detectron2 reads.
+    cfg = get_detectron2_cfg()
+    cfg.merge_from_file(str(output / "student.yaml"))
+    state = torch.load(output / "model_final.pth", weights_only=True)["model"]
+    build_model(cfg).load_state_dict(state, strict=True)
+
+
+def test_eval_only_gives_the_same_numbers_without_a_teacher(trained, tmp_path):
+    output, opts, _ = trained
+    weights = ["MODEL.WEIGHTS", output / "model_final.pth", "OUTPUT_DIR", tmp_path]
+    weights += ["MOKD.TEACHER.WEIGHTS", "gone.pth"]
+    done = run(
+        "tools/train_net.py", "--config-file", CONFIGS["mokd"], "--eval-only", *opts, *weights
+    )
+    assert "Average Precision" in done.stdout
+    first, second = (json.loads((d / "results.json").read_text()) for d in (output, tmp_path))
+    assert first == second
+
+
+def test_resume_continues(trained):
+    output, opts, _ = trained
+    more = ["SOLVER.MAX_ITER", 4, "TEST.EVAL_PERIOD", 100]
+    done = run("tools/train_net.py", "--config-file", CONFIGS["mokd"], "--resume", *opts, *more)
+    assert "Starting training from iteration 3" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--config-file", "no.yaml"], "--config-file 'no.yaml' does not exist"),
+        (["--config-file", CONFIGS["mokd"], "MOKD.RULE", "x"], "no option MOKD.RULE"),
+        (
+            ["--config-file", CONFIGS["mokd"], "--eval-only", "DATASETS.TEST", "('x',)"]
+            + ["MODEL.WEIGHTS", "setup.cfg"],
+            "DATASETS.TEST names 'x', which is not registered",
+        ),
+        (["--config-file", CONFIGS["faster_rcnn"], "MODEL.WEIGHTS", "no.pth"], "'no.pth' does not"),
+        (["--config-file", CONFIGS["mokd"], "--eval-only"], "MODEL.WEIGHTS is empty"),
+    ],
+)
+def test_bad_command_lines_fail_with_a_reason(tmp_path, args, message):
+    done = run("tools/train_net.py", *args, "OUTPUT_DIR", tmp_path, check=False)
+    assert done.returncode != 0
+    assert message in done.stderr.splitlines()[-1]
+
+
+def test_export_gives_a_stock_checkpoint(trained, tmp_path):
+    output, _, _ = trained
+    args = ["--config-file", CONFIGS["mokd"], "--format", "checkpoint", "--output", tmp_path]
+    done = run("tools/export_model.py", *args, "MODEL.WEIGHTS", output / "model_final.pth")
+    written = json.loads(done.stdout.splitlines()[-1])
+    cfg = get_detectron2_cfg()
+    cfg.merge_from_file(written["config"])
+    assert cfg.MODEL.WEIGHTS == written["weights"]
+    checkpoint = torch.load(cfg.MODEL.WEIGHTS, weights_only=True)
+    assert set(checkpoint) == {"model", "__author__"}
+    build_model(cfg).load_state_dict(checkpoint["model"], strict=True)
+
+
+def test_pictures(trained, tmp_path):
+    output, _, _ = trained
+    plot = tmp_path / "balance.png"
+    load_script("tools/plot_balance.py").plot_balance([str(output)], str(plot))
+    assert cv2.imread(str(plot)).shape[1] > 300
+
+    register_datasets(load_config(CONFIGS["mokd"], TREE_OPTS))
+    tool = load_script("tools/visualize_predictions.py")
+    grid = tmp_path / "grid.png"
+    model = ("mokd", CONFIGS["mokd"], str(output / "model_final.pth"))
+    tool.visualize("tests_trees_val", [model], str(grid), count=2, score=0.0)
+    picture = cv2.imread(str(grid))
+    assert picture.shape[0] > 2 * 192 and picture.shape[1] > 2 * 192
+    assert (picture == tool.GROUND_TRUTH_COLOUR).all(axis=-1).sum() > 500
+
+
+def test_plot_of_a_run_without_distillation_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="not the OUTPUT_DIR of a run with MOKD.ENABLED"):
+        load_script("tools/plot_balance.py").plot_balance([str(tmp_path)], "x.png")
+
+
+def test_plot_takes_the_later_of_two_lines_for_a_step(tmp_path):
+    lines = [{"iteration": i, "balance/features/cosine_distill": v} for i, v in ((1, 5), (0, 1), (1, 2))]
+    (tmp_path / "balance.json").write_text("\n".join(json.dumps(line) for line in lines))
+    series = load_script("tools/plot_balance.py").read_balance(str(tmp_path))
+    iterations, values = series["balance/features/cosine_distill"]
+    assert iterations.tolist() == [0, 1] and values.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "script",
+    ["train_net", "export_model", "visualize_predictions", "plot_balance", "quick_start"],
+)
+def test_every_tool_has_help_with_an_example(script):
+    done = run(f"tools/{script}.py", "--help")
+    assert f"python tools/{script}.py" in done.stdout
+
+
+def test_prepare_voc(tmp_path):
+    from .data.test_data import write_voc
+
+    tool = load_script("datasets/prepare_voc.py")
+    root = tmp_path / "voc"
+    for folder in ("Annotations", "JPEGImages", "ImageSets/Main"):
+        (root / folder).mkdir(parents=True)
+    for name, label in (("a", "dog"), ("b", "cat")):
+        xml, image = write_voc(tmp_path, [(label, (1, 1, 9, 9), 0)], name=name)
+        xml.rename(root / "Annotations" / xml.name)
+        image.rename(root / "JPEGImages" / image.name)
+    (root / "ImageSets/Main/train.txt").write_text("a\n")
+    (root / "ImageSets/Main/val.txt").write_text("b\n")
+    (root / "ImageSets/Main/cat_val.txt").write_text("b 1\n")
+
+    result = tool.prepare(root, tmp_path / "out")
+    assert result["classes"] == ["cat", "dog"]
+    assert result["splits"] == {s: {"images": 1, "boxes": 1} for s in ("train", "val")}
+    coco = json.loads((tmp_path / "out/train.json").read_text())
+    assert coco["images"][0]["file_name"] == "a.png"
+    assert coco["annotations"][0]["category_id"] == 2
+    assert '["s_train", ' in tool.config_lines("s", tmp_path / "out", result)
+
+    (root / "ImageSets/Main/val.txt").write_text("b\nc\n")
+    with pytest.raises(FileNotFoundError, match="c.xml does not exist, but split 'val' lists it"):
+        tool.prepare(root, tmp_path / "out")
+    with pytest.raises(FileNotFoundError, match="test.txt does not exist; there are"):
+        tool.prepare(root, tmp_path / "out", splits=["test"])
+    with pytest.raises(ValueError, match="class 'dog' is not among"):
+        tool.prepare(root, tmp_path / "out", splits=["train"], classes=["cat"])
+    assert json.loads((tmp_path / "out/train.json").read_text()) == coco  # errors leave it alone
+
+
+def test_neon_splits_share_no_scene():
+    tool = load_script("datasets/prepare_neon_trees.py")
+    scenes = [scene for split in tool.SPLITS.values() for scene in split]
+    assert len(set(scenes)) == len(scenes) == 4
+    photos = {f"deepforest/data/{scene}.{suffix}" for scene in scenes for suffix in ("png", "xml")}
+    assert photos < set(tool.FILES)
+
+
+def test_quick_start_table():
+    tool = load_script("tools/quick_start.py")
+    row = {"AP": {"val": 0.1, "test": 0.2}, "AP50": {"val": 0.3, "test": 0.4}, "params": 1234}
+    text = tool.table({name: row for name in tool.CONFIGS})
+    assert "| mokd | 1,234 | 0.100 | 0.200 | 0.300 | 0.400 |" in text
+    for stage in tool.stages([]):
+        assert (ROOT / stage.command[0]).is_file() and stage.share > 0
