@@ -68,7 +68,9 @@ def prepare(
             record = read_voc_xml(xml, files[name])
             split_images[split].append({"file_name": files[name].name, **record})
     if classes is None:
-        found = {o["name"] for records in split_images.values() for r in records for o in r["objects"]}
+        found = {
+            o["name"] for records in split_images.values() for r in records for o in r["objects"]
+        }
         classes = sorted(found)
 
     # Everything is converted before anything is written: an error leaves the old files alone.

@@ -1,5 +1,5 @@
 # Copyright (c) The mokd_det authors.
-"""A registry whose error helps. `balancing` and `subspace` use it, so it needs nothing but Python."""
+"""A registry whose error helps. It needs nothing but Python, as `balancing` and `subspace` do."""
 
 __all__ = ["Registry"]
 

@@ -128,9 +128,11 @@ def test_rotated_boxes_work_or_say_how_to_get_them(name):
             return pairwise_iou_rotated(RotatedBoxes(boxes), RotatedBoxes(boxes))
         return batched_nms_rotated(boxes, torch.tensor([0.9, 0.8]), torch.zeros(2), 0.5)
 
-    stand_in = sys.modules["detectron2._C"].__file__ if hasattr(
-        sys.modules["detectron2._C"], "__file__"
-    ) else None
+    stand_in = (
+        sys.modules["detectron2._C"].__file__
+        if hasattr(sys.modules["detectron2._C"], "__file__")
+        else None
+    )
     if stand_in is None:
         with pytest.raises(RuntimeError, match="is missing.*INSTALL.md"):
             use()

@@ -139,7 +139,9 @@ def test_plot_of_a_run_without_distillation_is_an_error(tmp_path):
 
 
 def test_plot_takes_the_later_of_two_lines_for_a_step(tmp_path):
-    lines = [{"iteration": i, "balance/features/cosine_distill": v} for i, v in ((1, 5), (0, 1), (1, 2))]
+    lines = [
+        {"iteration": i, "balance/features/cosine_distill": v} for i, v in ((1, 5), (0, 1), (1, 2))
+    ]
     (tmp_path / "balance.json").write_text("\n".join(json.dumps(line) for line in lines))
     series = load_script("tools/plot_balance.py").read_balance(str(tmp_path))
     iterations, values = series["balance/features/cosine_distill"]
@@ -199,7 +201,7 @@ def test_neon_splits_share_no_scene():
 def test_quick_start_table():
     tool = load_script("tools/quick_start.py")
     row = {"AP": {"val": 0.1, "test": 0.2}, "AP50": {"val": 0.3, "test": 0.4}, "params": 1234}
-    text = tool.table({name: row for name in tool.CONFIGS})
+    text = tool.table(dict.fromkeys(tool.CONFIGS, row))
     assert "| mokd | 1,234 | 0.100 | 0.200 | 0.300 | 0.400 |" in text
     for stage in tool.stages([]):
         assert (ROOT / stage.command[0]).is_file() and stage.share > 0

@@ -95,10 +95,8 @@ def run_stages(todo):
         elapsed = time.time() - start
         left = elapsed * (total - finished) / max(finished, 1e-9)
         estimate = f", about {left / 60:.1f} min left" if finished > 0.04 * total else ""
-        print(
-            f"[quick start] {100 * finished / total:.0f} %, {elapsed / 60:.1f} min so far{estimate}",
-            flush=True,
-        )
+        spent = f"{elapsed / 60:.1f} min so far"
+        print(f"[quick start] {100 * finished / total:.0f} %, {spent}{estimate}", flush=True)
 
     for number, stage in enumerate(todo, start=1):
         print(f"\n=== {number}/{len(todo)}: {stage.label}")

@@ -85,7 +85,9 @@ def grid(elements, columns, scale=1.5):
     titles = np.full((header, (width + margin) * len(columns), 3), 255, np.uint8)
     for c, (title, _, _) in enumerate(columns):
         x = c * (width + margin) + 4
-        cv2.putText(titles, title, (x, 21), cv2.FONT_HERSHEY_SIMPLEX, 0.6, (0, 0, 0), 1, cv2.LINE_AA)
+        cv2.putText(
+            titles, title, (x, 21), cv2.FONT_HERSHEY_SIMPLEX, 0.6, (0, 0, 0), 1, cv2.LINE_AA
+        )
     rows.append(titles)
     for r, image in enumerate(images):
         row = np.full((height + margin, (width + margin) * len(columns), 3), 255, np.uint8)

@@ -42,6 +42,9 @@ def build_train_mapper(cfg):
         raise ValueError(f"INPUT.COLOR_JITTER is {jitter}: expected 0 (off) or more, below 1.")
     mapper = DatasetMapper(cfg, is_train=True)
     if jitter > 0:
-        colour = [T.RandomContrast(1 - jitter, 1 + jitter), RandomChannelGain(1 - jitter, 1 + jitter)]
+        colour = [
+            T.RandomContrast(1 - jitter, 1 + jitter),
+            RandomChannelGain(1 - jitter, 1 + jitter),
+        ]
         mapper.augmentations = T.AugmentationList([*colour, *mapper.augmentations.augs])
     return mapper

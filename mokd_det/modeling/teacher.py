@@ -73,9 +73,7 @@ def teacher_config(cfg):
             "MOKD.TEACHER.CONFIG_FILE is empty: name the config file that the teacher was "
             "trained with, and its weights in MOKD.TEACHER.WEIGHTS."
         )
-    teacher_cfg = load_config(
-        options.CONFIG_FILE, options.OPTS, option="MOKD.TEACHER.CONFIG_FILE"
-    )
+    teacher_cfg = load_config(options.CONFIG_FILE, options.OPTS, option="MOKD.TEACHER.CONFIG_FILE")
     teacher_cfg.MODEL.DEVICE = cfg.MODEL.DEVICE
     # All weights come from the file below, so none are downloaded for the backbone alone.
     teacher_cfg.MODEL.TORCHVISION.WEIGHTS = ""

@@ -311,7 +311,7 @@ def build_torchvision_fpn_backbone(cfg, input_shape: ShapeSpec):
 
 @BACKBONE_REGISTRY.register()
 def build_retinanet_torchvision_fpn_backbone(cfg, input_shape: ShapeSpec):
-    """FPN over ``cfg.MODEL.FPN.IN_FEATURES`` of a torchvision model, as RetinaNet uses it (p3-p7)."""
+    """FPN over ``cfg.MODEL.FPN.IN_FEATURES`` of a torchvision model, for RetinaNet (p3-p7)."""
 
     def top_block(bottom_up):
         channels = bottom_up.output_shape()["res5"].channels

@@ -1,5 +1,5 @@
 # Copyright (c) The mokd_det authors.
-"""The boundary: one backward pass equals the hand-made weighted one, and the plain sum at (1, 1)."""
+"""The boundary: one backward pass equals the hand-made weighted one; (1, 1) the plain sum."""
 
 import pytest
 import torch

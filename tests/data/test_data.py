@@ -70,8 +70,14 @@ def test_voc_boxes_are_clipped_and_bad_ones_dropped_with_a_warning(tmp_path, cap
     [
         ("<annotation><object>", "is not well-formed XML"),
         ("<annotation><object><name>a</name></object></annotation>", "needs numbers in"),
-        ("<annotation>" + OBJECT.format(1, 2, "x", 4, name="a", difficult=0) + "</annotation>", "needs"),
-        ("<annotation>" + OBJECT.format(1, 2, 3, 4, name="", difficult=0) + "</annotation>", "no name"),
+        (
+            "<annotation>" + OBJECT.format(1, 2, "x", 4, name="a", difficult=0) + "</annotation>",
+            "needs",
+        ),
+        (
+            "<annotation>" + OBJECT.format(1, 2, 3, 4, name="", difficult=0) + "</annotation>",
+            "no name",
+        ),
     ],
 )
 def test_broken_voc_names_the_file(tmp_path, xml, message):

@@ -118,14 +118,18 @@ def test_checkpoint_is_a_stock_student_without_a_teacher(make_cfg):
     assert teacher_parameters and not teacher_parameters & student_and_projectors
     assert {n.split(".")[0] for n, _ in model.named_parameters()} == {"student", "projectors"}
     assert {n.split(".")[0] for n in model.state_dict()} == {"student", "projectors"}
-    in_optimizer = {id(p) for group in trainer._trainer.optimizer.param_groups for p in group["params"]}
+    in_optimizer = {
+        id(p) for group in trainer._trainer.optimizer.param_groups for p in group["params"]
+    }
     assert in_optimizer == student_and_projectors
     assert not any(p.requires_grad for p in model.teacher.model.parameters())
 
     # weights_only: numbers and tensors, nothing that runs code.
     checkpoint = torch.load(f"{cfg.OUTPUT_DIR}/model_final.pth", weights_only=True)
     assert set(checkpoint) == {"model", "projectors", "trainer", "iteration"}
-    assert set(checkpoint["model"]) == set(Trainer.build_model(make_cfg("faster_rcnn")).state_dict())
+    assert set(checkpoint["model"]) == set(
+        Trainer.build_model(make_cfg("faster_rcnn")).state_dict()
+    )
     assert set(checkpoint["projectors"]) == set(model.projectors.state_dict())
     only_teachers = teacher_shapes - {tuple(p.shape) for p in model.parameters()}
     assert only_teachers
