@@ -1,6 +1,9 @@
 # Copyright (c) The mokd_det authors.
 """The boundary: one backward pass equals the hand-made weighted one; (1, 1) the plain sum."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -121,3 +124,17 @@ def test_changing_a_copy_in_place_is_an_error(setting):
     task, _ = boundary.split(net.features(x), 2)
     with pytest.raises(RuntimeError, match="in-?place"):
         task[0].relu_()
+
+
+WITHOUT_DETECTRON2 = """
+import sys
+for name in ("detectron2", "fvcore", "torchvision"):
+    sys.modules[name] = None  # importing it fails
+import mokd_det.balancing, mokd_det.subspace
+loaded = {name.split(".")[0] for name in sys.modules if sys.modules[name] is not None}
+assert "torch" in loaded and not loaded & {"PIL", "cv2", "yacs", "pycocotools"}, loaded
+"""
+
+
+def test_balancing_and_subspace_need_torch_only():
+    subprocess.run([sys.executable, "-c", WITHOUT_DETECTRON2], check=True)
