@@ -26,8 +26,6 @@ class FeatureBoundary:
 
     Attributes:
         place (str): name of the place of measurement, for logs.
-        distillation_scale (float): multiplies the rule's weights of all objectives but the task;
-            a trainer lowers it over time to give the task the last word.
         last (Balance or None): what the latest backward pass decided.
     """
 
@@ -41,7 +39,6 @@ class FeatureBoundary:
         """
         self.rule = rule
         self.rescale = rescale
-        self.distillation_scale = 1.0
         self.last = None
         self._losses = None
 
@@ -95,7 +92,6 @@ class FeatureBoundary:
             dist.all_reduce(packed)
             gram, losses = packed[: gram.numel()].view_as(gram), packed[gram.numel() :]
         self.last = balance(self.rule, gram, losses, self.rescale)
-        self.last.weights[1:] *= self.distillation_scale
         return self.last.weights.tolist()
 
 

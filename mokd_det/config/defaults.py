@@ -97,9 +97,5 @@ def add_mokd_config(cfg):
     # Rules "protected_min_norm" and "anchored": largest norm of the weighted distillation
     # gradient, in units of the task gradient's. Below 1 the task descends in every step.
     cfg.MOKD.BALANCING.CAP = 0.5
-    # How the distillation's weights shrink over the training: "none" (what the rule gives, to the
-    # end), "linear" or "cosine" (from the rule's to zero at SOLVER.MAX_ITER). Ours: features are
-    # learned from the teacher first, and the task has the last word.
-    cfg.MOKD.BALANCING.ANNEAL = "none"
     # Rule "min_norm": False is the literal formula, with weights outside [0, 1].
     cfg.MOKD.BALANCING.CLIP = True

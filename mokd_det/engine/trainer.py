@@ -2,7 +2,6 @@
 """The balanced training step, and Detectron2's default trainer around it."""
 
 import logging
-import math
 import os
 import time
 import weakref
@@ -42,20 +41,17 @@ class BalancedTrainer(SimpleTrainer):
     nor a stop between two steps changes what follows: a resumed run is the uninterrupted one.
     """
 
-    def __init__(self, model, data_loader, optimizer, seed, anneal=None):
+    def __init__(self, model, data_loader, optimizer, seed):
         """
         Args:
             model (nn.Module): a :class:`DistillationModel`, maybe in DistributedDataParallel.
             data_loader (ResumableLoader): gets this trainer's seed.
             optimizer (Optimizer): of the model's parameters.
             seed (int): equal on all ranks.
-            anneal (callable or None): from the iteration to the factor of the distillation's
-                weights; None is one throughout.
         """
         super().__init__(model, data_loader, optimizer)
         self.boundary = getattr(model, "module", model).boundary
         self.seed = seed
-        self.anneal = anneal
         self.fallbacks = 0
 
     def run_step(self):
@@ -68,8 +64,6 @@ class BalancedTrainer(SimpleTrainer):
         objectives = self.model(data)
         losses = [sum(parts.values()) for parts in objectives.values()]
         self.optimizer.zero_grad()
-        if self.anneal is not None:
-            self.boundary.distillation_scale = self.anneal(self.iter)
         balance = self.boundary.backward(losses)
 
         # Raises if the plain sum of the losses is not finite, before anything is updated.
@@ -157,9 +151,7 @@ class DistillationTrainer(Trainer):
             broadcast_buffers=False,
             device_ids=None if model.device.type == "cpu" else [comm.get_local_rank()],
         )
-        self._trainer = BalancedTrainer(
-            ddp_model, data_loader, optimizer, data_loader.seed, build_anneal(cfg)
-        )
+        self._trainer = BalancedTrainer(ddp_model, data_loader, optimizer, data_loader.seed)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = DetectionCheckpointer(
             model.student,
@@ -208,25 +200,6 @@ def build_trainer(cfg):
     return (DistillationTrainer if cfg.MOKD.ENABLED else Trainer)(cfg)
 
 
-ANNEALS = {
-    "none": None,
-    "linear": lambda progress: 1 - progress,
-    "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
-}
-
-
-def build_anneal(cfg):
-    """Return the function of the iteration that MOKD.BALANCING.ANNEAL asks for, or None."""
-    name, max_iter = cfg.MOKD.BALANCING.ANNEAL, cfg.SOLVER.MAX_ITER
-    if name not in ANNEALS:
-        raise ValueError(
-            f"MOKD.BALANCING.ANNEAL is '{name}': expected one of "
-            f"{', '.join(map(repr, ANNEALS))}."
-        )
-    shape = ANNEALS[name]
-    return shape and (lambda iteration: shape(min(iteration / max_iter, 1.0)))
-
-
 def prepare_datasets(cfg: CfgNode):
     """Register the data sets of the config and check those of training and evaluation."""
     register_datasets(cfg)
@@ -237,7 +210,6 @@ def prepare_datasets(cfg: CfgNode):
 
 def check_supported(cfg):
     """Raise ValueError for options that distillation does not work with (yet)."""
-    build_anneal(cfg)
     if cfg.SOLVER.AMP.ENABLED:
         raise ValueError(
             "SOLVER.AMP.ENABLED True is not supported with MOKD.ENABLED True yet: set it to False."

@@ -2,7 +2,6 @@
 """The training step and the trainer, by equality with what they must equal."""
 
 import json
-import math
 import subprocess
 import sys
 
@@ -304,24 +303,3 @@ def test_the_step_is_a_simple_trainer(make_cfg):
 
     assert issubclass(BalancedTrainer, SimpleTrainer)
     assert isinstance(build_trainer(make_cfg("mokd"))._trainer, BalancedTrainer)
-
-
-@pytest.mark.parametrize(
-    "name, factors", [("none", [1, 1, 1, 1]), ("linear", [1, 0.75, 0.5, 0.25]), ("cosine", None)]
-)
-def test_annealing_scales_the_distillations_weight_only(make_cfg, name, factors):
-    opts = ["SOLVER.MAX_ITER", 4, "TEST.EVAL_PERIOD", 100, "MOKD.BALANCING.ANNEAL", name]
-    opts += ["MOKD.BALANCING.RULE", "fixed", "MOKD.BALANCING.WEIGHTS", [1.0, 2.0]]
-    cfg = make_cfg("mokd", opts)
-    train(cfg)
-    with open(f"{cfg.OUTPUT_DIR}/balance.json") as f:
-        lines = [json.loads(line) for line in f]
-    assert [line["balance/features/weight_task"] for line in lines] == [1.0] * 4
-    weights = [line["balance/features/weight_distill"] for line in lines]
-    expected = factors or [0.5 * (1 + math.cos(math.pi * i / 4)) for i in range(4)]
-    assert weights == pytest.approx([2 * factor for factor in expected])
-
-
-def test_unknown_annealing_is_an_error(make_cfg):
-    with pytest.raises(ValueError, match="MOKD.BALANCING.ANNEAL is 'x': expected one of 'none'"):
-        build_trainer(make_cfg("mokd", ["MOKD.BALANCING.ANNEAL", "x"]))
