@@ -41,6 +41,8 @@ TREE_OPTS = [
     192,
     "INPUT.MAX_SIZE_TEST",
     192,
+    "INPUT.COLOR_JITTER",
+    0.0,
     "SOLVER.IMS_PER_BATCH",
     2,
     "SOLVER.MAX_ITER",

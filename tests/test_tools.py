@@ -203,5 +203,6 @@ def test_quick_start_table():
     row = {"AP": {"val": 0.1, "test": 0.2}, "AP50": {"val": 0.3, "test": 0.4}, "params": 1234}
     text = tool.table(dict.fromkeys(tool.CONFIGS, row))
     assert "| mokd | 1,234 | 0.100 | 0.200 | 0.300 | 0.400 |" in text
-    for stage in tool.stages([]):
-        assert (ROOT / stage.command[0]).is_file() and stage.share > 0
+    for phase in tool.phases([]):
+        for stage in (stage for lane in phase for stage in lane):
+            assert (ROOT / stage.command[0]).is_file() and stage.share > 0

@@ -13,12 +13,14 @@ each run and the exported student. AP and AP50 are fractions, as in COCO's own t
 """
 
 import argparse
+import concurrent.futures
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -41,7 +43,7 @@ class Stage(NamedTuple):
     Attributes:
         label (str): what is done.
         command (list[str]): arguments of the Python interpreter.
-        share (float): the usual part of the whole time, in any unit.
+        share (float): the usual part of its lane's time, in any unit.
     """
 
     label: str
@@ -49,24 +51,26 @@ class Stage(NamedTuple):
     share: float
 
 
-def stages(opts):
-    train = [
-        Stage(
-            f"train and evaluate {label}",
-            ["tools/train_net.py", "--config-file", CONFIGS[name], *opts],
-            share,
-        )
-        for name, label, share in (
-            ("teacher", "the teacher", 300),
-            ("scratch", "the student from scratch", 200),
-            ("mokd", "the student with MoKD", 300),
-        )
-    ]
+def phases(opts):
+    """
+    Return what to do as a list of phases; a phase is a list of lanes that run side by side, one
+    core each; a lane is a list of stages, one after the other.
+    """
+
+    def train(name, label, share):
+        command = ["tools/train_net.py", "--config-file", CONFIGS[name], *opts]
+        return Stage(f"train and evaluate {label}", command, share)
+
     models = [part for name in CONFIGS for part in ("--model", name, CONFIGS[name], WEIGHTS[name])]
-    return [
+    prepare = [
         Stage("get and tile the aerial photos", ["datasets/prepare_neon_trees.py"], 12),
         Stage("get ImageNet weights for the teacher", ["datasets/prepare_pretrained.py"], 8),
-        *train,
+    ]
+    teacher_and_student = [
+        train("teacher", "the teacher", 330),
+        train("mokd", "the student with MoKD", 600),
+    ]
+    show = [
         Stage(
             "draw predictions",
             ["tools/visualize_predictions.py", "--dataset", SPLITS["val"], *models]
@@ -85,25 +89,46 @@ def stages(opts):
             8,
         ),
     ]
+    scratch = [train("scratch", "the student from scratch", 400)]
+    return [[prepare], [teacher_and_student, scratch], [show]]
 
 
-def run_stages(todo):
-    """Run the stages one after the other and say all along how much is left."""
-    start, total, done = time.time(), sum(stage.share for stage in todo), 0.0
+class Progress:
+    """Says how much of the longest lanes of all phases is done and about how long the rest takes."""
 
-    def say(finished):
-        elapsed = time.time() - start
-        left = elapsed * (total - finished) / max(finished, 1e-9)
-        estimate = f", about {left / 60:.1f} min left" if finished > 0.04 * total else ""
-        spent = f"{elapsed / 60:.1f} min so far"
-        print(f"[quick start] {100 * finished / total:.0f} %, {spent}{estimate}", flush=True)
+    def __init__(self, todo):
+        self.start = time.time()
+        self.lock = threading.Lock()
+        self.total = sum(max(map(lane_share, phase)) for phase in todo)
+        self.done = 0.0
 
-    for number, stage in enumerate(todo, start=1):
-        print(f"\n=== {number}/{len(todo)}: {stage.label}")
-        print("$ python " + " ".join(stage.command), flush=True)
+    def say(self, done):
+        with self.lock:
+            self.done = max(self.done, done)
+            elapsed = time.time() - self.start
+            left = elapsed * (self.total - self.done) / max(self.done, 1e-9)
+            part = self.done / self.total
+            estimate = f", about {left / 60:.1f} min left" if part > 0.04 else ""
+            spent = f"{elapsed / 60:.1f} min so far"
+            print(f"[quick start] {100 * part:.0f} %, {spent}{estimate}", flush=True)
+
+
+def lane_share(lane):
+    return sum(stage.share for stage in lane)
+
+
+def run_lane(lane, before, progress):
+    """Run the stages of a lane; ``before`` is the share of all that came before the lane."""
+    # One thread a lane: the lanes share the cores, and sums come out the same on any number.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = 0.0
+    longest = progress is not None
+    for stage in lane:
+        print(f"\n=== {stage.label}\n$ python " + " ".join(stage.command), flush=True)
         process = subprocess.Popen(
             [sys.executable, *stage.command],
             cwd=ROOT,
+            env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -111,15 +136,35 @@ def run_stages(todo):
         for line in process.stdout:
             print(line, end="", flush=True)
             # Detectron2's trainer prints: eta: 0:04:35  iter: 39 ... time: 1.0843 ...
-            if match := re.search(r"eta: (\d+):(\d+):(\d+) .*iter: (\d+) .*\btime: ([\d.]+)", line):
+            match = re.search(r"eta: (\d+):(\d+):(\d+) .*iter: (\d+) .*\btime: ([\d.]+)", line)
+            if longest and match:
                 hours, minutes, seconds, iteration = map(int, match.groups()[:4])
                 spent = (iteration + 1) * float(match[5])
                 left = 3600 * hours + 60 * minutes + seconds
-                say(done + stage.share * spent / (spent + left))
+                progress.say(before + done + stage.share * spent / (spent + left))
         if process.wait() != 0:
-            raise SystemExit(f"quick start: '{stage.label}' failed, see above.")
+            raise RuntimeError(f"'{stage.label}' failed, see above.")
         done += stage.share
-        say(done)
+        if longest:
+            progress.say(before + done)
+
+
+def run_phases(todo):
+    progress = Progress(todo)
+    before = 0.0
+    for phase in todo:
+        longest = max(phase, key=lane_share)
+        with concurrent.futures.ThreadPoolExecutor(len(phase)) as pool:
+            lanes = [
+                pool.submit(run_lane, lane, before, progress if lane is longest else None)
+                for lane in phase
+            ]
+        for lane in lanes:
+            try:
+                lane.result()
+            except RuntimeError as error:
+                raise SystemExit(f"quick start: {error}") from error
+        before += lane_share(longest)
 
 
 def collect(seconds):
@@ -171,7 +216,7 @@ def main():
     start = time.time()
     # Metrics are appended, so what an earlier start left would mix with this one's.
     shutil.rmtree(OUTPUT, ignore_errors=True)
-    run_stages(stages(args.opts))
+    run_phases(phases(args.opts))
     results = collect(time.time() - start)
     Path(OUTPUT, "results.json").write_text(json.dumps(results, indent=2))
     print(f"\n{table(results)}\n")
