@@ -94,7 +94,7 @@ def phases(opts):
 
 
 class Progress:
-    """Says how much of the longest lanes of all phases is done and about how long the rest takes."""
+    """Says how much of the longest lane of every phase is done, and what the rest takes."""
 
     def __init__(self, todo):
         self.start = time.time()
