@@ -8,7 +8,7 @@ UV_VERSION := 0.13.9
 .PHONY: help env demo test lint pins clean
 
 help:
-	@echo "make demo   from nothing to a distilled tree detector (about 15 minutes on 2 CPU cores)"
+	@echo "make demo   from nothing to a distilled tree detector (about 17 minutes on 2 CPU cores)"
 	@echo "make test   the test suite"
 	@echo "make env    only the set-up, in $(VENV)"
 	@echo "make lint   ruff over the code"
