@@ -8,7 +8,6 @@ import weakref
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import CfgNode
 from detectron2.data import build_detection_train_loader
 from detectron2.engine import DefaultTrainer, SimpleTrainer, create_ddp_model
 from detectron2.modeling import META_ARCH_REGISTRY
@@ -166,11 +165,10 @@ class DistillationTrainer(Trainer):
 
     @classmethod
     def build_model(cls, cfg):
-        distillation_cfg = cfg.clone()
         name = cfg.MOKD.META_ARCHITECTURE
         if name not in META_ARCH_REGISTRY:
             raise ValueError(f"MOKD.META_ARCHITECTURE '{name}' is not in META_ARCH_REGISTRY.")
-        model = META_ARCH_REGISTRY.get(name)(distillation_cfg)
+        model = META_ARCH_REGISTRY.get(name)(cfg)
         model.to(torch.device(cfg.MODEL.DEVICE))
         logger.info(f"Student:\n{model.student}")
         logger.info(f"Level map (student -> teacher): {model.level_map}")
@@ -200,7 +198,7 @@ def build_trainer(cfg):
     return (DistillationTrainer if cfg.MOKD.ENABLED else Trainer)(cfg)
 
 
-def prepare_datasets(cfg: CfgNode):
+def prepare_datasets(cfg):
     """Register the data sets of the config and check those of training and evaluation."""
     register_datasets(cfg)
     check_datasets(cfg.DATASETS.TRAIN, "DATASETS.TRAIN")
