@@ -95,7 +95,10 @@ def test_resume_continues(trained):
             "DATASETS.TEST names 'x', which is not registered",
         ),
         (["--config-file", CONFIGS["faster_rcnn"], "MODEL.WEIGHTS", "no.pth"], "'no.pth' does not"),
-        (["--config-file", CONFIGS["mokd"], "--eval-only"], "MODEL.WEIGHTS is empty"),
+        (
+            ["--config-file", CONFIGS["mokd"], "--eval-only", *TREE_OPTS],
+            "MODEL.WEIGHTS is empty",
+        ),
     ],
 )
 def test_bad_command_lines_fail_with_a_reason(tmp_path, args, message):
