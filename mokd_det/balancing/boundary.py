@@ -10,92 +10,177 @@ FPN) gets the balanced one. There is one graph and one backward pass, hence noth
 DistributedDataParallel, GradScaler or gradient accumulation would have to know about.
 """
 
+import dataclasses
+
 import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from .gram import gram_matrix
-from .rules import balance
+from .gram import gram_by_part
 
-__all__ = ["FeatureBoundary"]
+__all__ = ["Boundary", "FeatureBoundary", "combine", "ranks"]
 
 
-class FeatureBoundary:
+class Boundary:
     """
-    Splits shared features between objectives and balances their gradients there.
+    Where the objectives' gradients meet. A step is ``start``, then for each micro-batch ``split``
+    (inside the model's forward) and ``accumulate``, then ``finish``; :meth:`backward` is all of
+    it for a single batch.
 
     Attributes:
         place (str): name of the place of measurement, for logs.
-        last (Balance or None): what the latest backward pass decided.
+        balancer (Balancer): decides the weights, and holds all state.
+        names (list[str]): of the features split last, in their order.
+        last (Balance or None): what the latest step decided.
     """
 
-    place = "features"
+    place = None
+    # Whether DistributedDataParallel averages the gradients over the ranks, or the boundary.
+    reduces_gradients = False
 
-    def __init__(self, rule, rescale="none"):
-        """
-        Args:
-            rule: of ``BALANCERS``.
-            rescale (str): a key of ``RESCALES``.
-        """
-        self.rule = rule
-        self.rescale = rescale
+    def __init__(self, balancer):
+        self.balancer = balancer
+        self.names = []
         self.last = None
-        self._losses = None
+        self.start()
 
-    def split(self, features, objectives):
+    def start(self, micro_batches=1, scale=None):
+        """
+        Begin a step.
+
+        Args:
+            micro_batches (int): M; each contributes 1 / M of the gradient.
+            scale (Tensor or None): the factor of ``torch.amp.GradScaler``, which the gradients
+                keep and the Gram matrix does not.
+        """
+        self.last = None
+        self._micro_batches = micro_batches
+        # None, not one: at weights (1, 1) not a single operation is added to the plain sum.
+        self._factor = scale
+        if micro_batches > 1:
+            self._factor = (1.0 if scale is None else scale) / micro_batches
+
+    def split(self, features, objectives, names=None):
         """
         Args:
-            features (list[Tensor]): the shared features, of any shapes.
+            features (list[Tensor]): the shared features, of any shapes. They may depend on each
+                other (several layers): each counts with the gradient that reaches it directly.
             objectives (int): their number K, the task first.
+            names (list[str]): of the features, for logs.
 
         Returns:
-            list[list[Tensor]]: K copies of ``features`` (views: no memory is copied, and changing
-            one in place is an error of autograd's). Those of objective i must lead to loss i
-            only.
+            list[list[Tensor]]: K copies of ``features`` that share their memory; changing one in
+            place is an error of autograd's. Those of objective i must lead to loss i only.
         """
-        copies = _Boundary.apply(self, objectives, *features)
-        count = len(features)
-        return [list(copies[i * count : (i + 1) * count]) for i in range(objectives)]
+        raise NotImplementedError
 
-    def backward(self, losses):
+    def accumulate(self, losses):
         """
-        Run the backward pass of all objectives, balanced at the boundary.
+        Run the backward pass of one micro-batch.
 
         Args:
             losses (list[Tensor]): K scalars, the task first, computed from the copies of the
                 latest :meth:`split`.
 
-        Returns:
-            Balance: also kept as ``last``.
-
         Raises:
             RuntimeError: the losses do not depend on the split features.
         """
-        self.last = None
-        self._losses = torch.stack([loss.detach().float() for loss in losses])
-        sum(losses).backward()
-        if self.last is None:
-            raise RuntimeError(
-                "No gradient passed the boundary: the losses given to FeatureBoundary.backward() "
-                "do not depend on the features of FeatureBoundary.split()."
+        raise NotImplementedError
+
+    def finish(self, parameters=()):
+        """
+        End a step: afterwards every ``.grad`` is that of the balanced step.
+
+        Args:
+            parameters (iterable[Parameter]): all of the model; used where the boundary averages
+                the gradients over the ranks itself.
+
+        Returns:
+            Balance: also kept as ``last``.
+        """
+        raise NotImplementedError
+
+    def backward(self, losses, parameters=()):
+        """A whole step of one batch: see :meth:`accumulate` and :meth:`finish`."""
+        self.start()
+        self.accumulate(losses)
+        return self.finish(parameters)
+
+    def _backward(self, losses):
+        total = sum(losses)
+        (total if self._factor is None else total * self._factor).backward()
+
+    def _unscaled(self, gram):
+        return gram if self._factor is None else gram / self._factor**2
+
+
+class FeatureBoundary(Boundary):
+    """
+    Measures at the features themselves: the cost of a few inner products.
+
+    With several micro-batches each is balanced for itself: features of different samples have no
+    common gradient that could be added up first. Under DistributedDataParallel one all-reduce of
+    4 (P K^2 + K) bytes (P features, K objectives; float32) in each backward pass makes the Gram
+    matrix that of the joined batch, equal on all ranks; the gradients are averaged as always.
+    """
+
+    place = "features"
+
+    def __init__(self, balancer):
+        if balancer.needs_gradients:
+            raise ValueError(
+                f"MOKD.BALANCING.RULE '{type(balancer.rule).__name__}' compares gradients of "
+                "different batches, which share no features: set MOKD.BALANCING.PLACE to "
+                "'parameters'."
             )
+        super().__init__(balancer)
+
+    def start(self, micro_batches=1, scale=None):
+        super().start(micro_batches, scale)
+        self._balances = []
+
+    def split(self, features, objectives, names=None):
+        self.names = list(names or map(str, range(len(features))))
+        copies = _Split.apply(self, objectives, *features)
+        count = len(features)
+        return [list(copies[i * count : (i + 1) * count]) for i in range(objectives)]
+
+    def accumulate(self, losses):
+        self._losses = torch.stack([loss.detach().float() for loss in losses])
+        before = len(self._balances)
+        self._backward(losses)
+        if len(self._balances) == before:
+            raise RuntimeError(MISSED)
+
+    def finish(self, parameters=()):
+        self.last = _mean_balance(self._balances)
+        self.balancer.end_step()
         return self.last
 
-    def _balance(self, gradients):
-        gram = gram_matrix(gradients)
-        losses = self._losses
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            # The gradient of the ranks' mean loss at one rank's features is 1 / ranks times the
-            # local one, and ranks hold different samples: so the squares of the parts add up.
-            ranks = dist.get_world_size()
-            packed = torch.cat([gram.flatten() / ranks**2, losses.to(gram) / ranks])
-            dist.all_reduce(packed)
-            gram, losses = packed[: gram.numel()].view_as(gram), packed[gram.numel() :]
-        self.last = balance(self.rule, gram, losses, self.rescale)
-        return self.last.weights.tolist()
+    def _weigh(self, gradients):
+        """Called in the backward pass, once for each micro-batch."""
+        if self.balancer.due:
+            parts, losses = self._unscaled(gram_by_part(gradients)), self._losses
+            if ranks() > 1:
+                # The gradient of the ranks' mean loss at one rank's features is 1 / ranks times
+                # the local one, and ranks hold different samples: the squares of parts add up.
+                packed = torch.cat([parts.flatten() / ranks() ** 2, losses.to(parts) / ranks()])
+                dist.all_reduce(packed)
+                parts, losses = packed[: parts.numel()].view_as(parts), packed[parts.numel() :]
+            balance = self.balancer.balance(parts, losses)
+        else:
+            balance = self.balancer.reuse(self._losses)
+        self._balances.append(balance)
+        return balance.weights.tolist()
 
 
-class _Boundary(torch.autograd.Function):
+MISSED = (
+    "No gradient passed the boundary: the losses given to its backward() do not depend on the "
+    "features of its split()."
+)
+
+
+class _Split(torch.autograd.Function):
     @staticmethod
     def forward(ctx, boundary, objectives, *features):
         ctx.boundary = boundary
@@ -108,17 +193,47 @@ class _Boundary(torch.autograd.Function):
     def backward(ctx, *gradients):
         count = len(gradients) // ctx.objectives
         by_objective = [gradients[i * count : (i + 1) * count] for i in range(ctx.objectives)]
-        weights = ctx.boundary._balance(by_objective)
-        combined = []
-        for place in zip(*by_objective):
-            total = None
-            for weight, gradient in zip(weights, place):
-                # The task comes first, as in a plain sum of losses: equal bits at weight one.
-                if gradient is None or weight == 0:
-                    continue  # also keeps a non-finite gradient of weight zero out
-                if total is None:
-                    total = gradient * weight
-                else:
-                    total.add_(gradient, alpha=weight)
-            combined.append(total)
-        return (None, None, *combined)
+        return (None, None, *combine(ctx.boundary._weigh(by_objective), by_objective))
+
+
+def combine(weights, gradients):
+    """
+    Args:
+        weights (list[float]): K.
+        gradients (list[list[Tensor or None]]): K lists of the same length.
+
+    Returns:
+        list[Tensor or None]: the weighted sums.
+    """
+    combined = []
+    for part in zip(*gradients):
+        total = None
+        for weight, gradient in zip(weights, part):
+            # The task comes first, as in a plain sum of losses: equal bits at weight one.
+            if gradient is None or weight == 0:
+                continue  # also keeps a non-finite gradient of weight zero out
+            if total is None:
+                total = gradient * weight
+            else:
+                total.add_(gradient, alpha=weight)
+        combined.append(total)
+    return combined
+
+
+def ranks():
+    """Number of processes that train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _mean_balance(balances):
+    """One record of several micro-batches."""
+    if len(balances) == 1:
+        return balances[0]
+
+    def mean(name):
+        values = [getattr(balance, name) for balance in balances]
+        return None if any(value is None for value in values) else torch.stack(values).mean(0)
+
+    fallback = next((b.fallback for b in balances if b.fallback), "")
+    names = [f.name for f in dataclasses.fields(balances[0]) if f.name != "fallback"]
+    return type(balances[0])(**{name: mean(name) for name in names}, fallback=fallback)

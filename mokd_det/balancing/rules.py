@@ -5,10 +5,12 @@ Rules: from the Gram matrix of the objectives' gradients and the objectives' val
 Every rule obeys one contract, ``weights(gram, losses) -> weights``: pure functions of a (K, K)
 float64 CPU tensor and a (K,) one, where index 0 is the task. The update of the shared part is
 ``sum_i weights[i] * gradient_i``. :func:`balance` handles what is degenerate for every rule, so a
-rule sees finite, non-vanishing gradients and positive finite losses.
+rule sees finite, non-vanishing gradients and positive finite losses. Rules with a state (``famo``,
+``look_ahead``) live in modules of their own and say how it changes.
 
 Sources: MoKD (arXiv 2505.08170, withdrawn by its authors), DTO-KD (ICLR 2026), MGDA (Sener &
-Koltun 2018), CAGrad (Liu et al. 2021).
+Koltun 2018), CAGrad (Liu et al. 2021), IMTL (Liu et al., ICLR 2021), gradient cosine (Du et al.
+2018, arXiv 1812.02224).
 """
 
 import dataclasses
@@ -19,10 +21,12 @@ import torch
 from ..registry import Registry
 from .min_norm import min_norm_simplex, min_norm_two
 
-__all__ = ["BALANCERS", "RESCALES", "Balance", "balance", "build_rule"]
+__all__ = ["BALANCERS", "LOSS_FLOOR", "RESCALES", "Balance", "balance", "build_rule"]
 
 BALANCERS = Registry("BALANCERS", "MOKD.BALANCING.RULE")
 """Classes of rules, built as ``cls(**options)`` with the options of MOKD.BALANCING they take."""
+
+TORCHJD_PREFIX = "torchjd."
 
 # The log of a loss needs a floor: a student that matches its teacher has a loss of zero.
 LOSS_FLOOR = 1e-12
@@ -67,14 +71,19 @@ class MinNorm:
     nearly all the weight and starve the task.
     """
 
-    def __init__(self, clip=True):
+    def __init__(self, clip=True, log_losses=True):
         """
         Args:
             clip (bool): False for the literal formula without the bounds of the simplex (K = 2).
+            log_losses (bool): False for the gradients of the losses themselves, which is MGDA:
+                the scale of a loss then matters.
         """
         self.clip = clip
+        self.log_losses = log_losses
 
     def weights(self, gram, losses):
+        if not self.log_losses:
+            losses = torch.ones_like(losses)
         logs = log_gram(gram, losses)
         if self.clip:
             return min_norm_simplex(logs) / losses
@@ -141,6 +150,38 @@ class Anchored:
         return _scaled_to(weights, gram, self.cap)
 
 
+@BALANCERS.register("cosine_gate")
+class CosineGate(FixedWeights):
+    """
+    Fixed weights, but a distillation objective whose gradient conflicts with the task's (negative
+    cosine) gets none in that step (Du et al. 2018).
+    """
+
+    reads_gradients = True
+
+    def weights(self, gram, losses):
+        weights = super().weights(gram, losses)
+        weights[1:] *= (gram[0, 1:] >= 0).to(weights)
+        return weights
+
+
+@BALANCERS.register("imtl_g")
+class ImtlG:
+    """
+    The update has the same projection onto every objective's gradient direction (IMTL-G, Liu et
+    al., ICLR 2021, Eq. 6). Its weights sum to one and may be negative: an objective then gets
+    worse, which the equal projections demand. For two gradients they are those that make both
+    equally long.
+    """
+
+    def weights(self, gram, losses):
+        norms = gram.diagonal().sqrt()
+        # <update, g_i> = c |g_i| for all i, in units in which the gradients have length one.
+        cosines = gram / torch.outer(norms, norms)
+        weights = torch.linalg.pinv(cosines, hermitian=True, rtol=1e-10).sum(1) / norms
+        return weights / weights.sum()
+
+
 def log_gram(gram, losses):
     """Return the Gram matrix of ``grad log L_i = g_i / L_i`` from that of ``g_i``."""
     return gram / torch.outer(losses, losses)
@@ -196,15 +237,21 @@ class Balance:
 
     Attributes:
         weights (Tensor): (K,) float64 on the CPU, the task first.
-        gram (Tensor): (K, K) float64 on the CPU, of the unweighted gradients.
+        gram (Tensor or None): (K, K) float64 on the CPU, of this batch's unweighted gradients;
+            None where nothing was measured because the weights were reused.
         losses (Tensor): (K,) float64 on the CPU.
         fallback (str): "" or why the rule was not asked: "non_finite", "vanished", "undefined".
+        seen (Tensor or None): the Gram matrix that the rule saw, where it is not ``gram``:
+            smoothed, or the signal's.
+        parts (Tensor or None): (P, K, K), ``gram`` before it was summed over levels.
     """
 
     weights: torch.Tensor
-    gram: torch.Tensor
+    gram: torch.Tensor | None
     losses: torch.Tensor
     fallback: str = ""
+    seen: torch.Tensor | None = None
+    parts: torch.Tensor | None = None
 
 
 def balance(rule, gram, losses, rescale="none"):
@@ -244,24 +291,25 @@ def balance(rule, gram, losses, rescale="none"):
     return Balance(weights, gram, losses)
 
 
-def build_rule(name, rescale, **options):
+def build_rule(name, **options):
     """
     Args:
-        name (str): of a rule in ``BALANCERS``.
-        rescale (str): a key of ``RESCALES``, checked here so that errors come early.
+        name (str): of a rule in ``BALANCERS``, or ``torchjd.X`` for TorchJD's ``XWeighting``.
         options: every option of MOKD.BALANCING by lower-case name; the rule takes what it knows.
+            An option with the name of a rule holds a dict of further options for it alone.
 
     Returns:
         the rule.
 
     Raises:
-        ValueError: unknown name or rescaling, or a bad option.
+        ValueError: unknown name, or a bad option.
+        ImportError: TorchJD is not installed.
     """
+    if name.startswith(TORCHJD_PREFIX):
+        from .torchjd_rule import TorchjdRule  # its module needs TorchJD only when asked for
+
+        return TorchjdRule(name[len(TORCHJD_PREFIX) :], **options.get("torchjd", {}))
     cls = BALANCERS.get(name)
-    if rescale not in RESCALES:
-        raise ValueError(
-            f"MOKD.BALANCING.RESCALE is '{rescale}': expected one of "
-            f"{', '.join(map(repr, RESCALES))}."
-        )
+    options = {**options, **{k.lower(): v for k, v in options.get(name, {}).items()}}
     parameters = inspect.signature(cls).parameters
     return cls(**{key: value for key, value in options.items() if key in parameters})

@@ -46,6 +46,24 @@ def add_mokd_config(cfg):
     cfg.MODEL.TORCHVISION.NODES = []
 
     # ---------------------------------------------------------------------------------------- #
+    # How a step is computed, with and without a teacher. Anything but the defaults uses our step
+    # instead of Detectron2's also if MOKD.ENABLED is False: for a twin trained in the same way.
+    # ---------------------------------------------------------------------------------------- #
+    # Gradient accumulation: the batch of SOLVER.IMS_PER_BATCH images is processed in this many
+    # parts, one after the other. Learning rate and schedule stay those of the whole batch.
+    cfg.SOLVER.MICRO_BATCHES = 1
+    # For SOLVER.AMP.ENABLED: "float16" (with loss scaling, as Detectron2's) or "bfloat16".
+    cfg.SOLVER.AMP.PRECISION = "float16"
+    # Running mean of the student's weights: mean = d * mean + (1 - d) * weights in every step,
+    # d = min(EMA_DECAY, (1 + step) / (10 + step)). The mean is what is evaluated and saved as the
+    # model. 0: off.
+    cfg.SOLVER.EMA_DECAY = 0.0
+    # Compute the inside of a ResNet's stages again in the backward pass instead of keeping it.
+    cfg.MODEL.BACKBONE.CHECKPOINTING = False
+    # A backend of torch.compile for the backbone, "inductor" being the usual one. "": off.
+    cfg.MODEL.BACKBONE.COMPILE = ""
+
+    # ---------------------------------------------------------------------------------------- #
     # Distillation. MODEL stays the student's ordinary config.
     # ---------------------------------------------------------------------------------------- #
     cfg.MOKD = CN()
@@ -84,18 +102,53 @@ def add_mokd_config(cfg):
     # Registered in mokd_det.balancing.BALANCERS:
     #   "protected_min_norm"  min-norm on log-losses with at least half of it for the task
     #   "min_norm"            the published rule, literally; it can starve the task
+    #   "famo"                the published amortised rule: one more student forward a step
     #   "anchored"            the distillation gradient at CAP times the task gradient's norm
+    #   "look_ahead"          did the last distillation gradient help the task? (PLACE parameters)
+    #   "imtl_g"              equal projections of the update on every gradient
+    #   "cosine_gate"         WEIGHTS, without distillation while it conflicts with the task
     #   "fixed"               WEIGHTS at every step
+    #   "torchjd.X"           TorchJD's XWeighting, e.g. "torchjd.UPGrad"
     cfg.MOKD.BALANCING.RULE = "protected_min_norm"
     # How the rule's weights are scaled: "none" (as the rule gives them), "convex" (they sum to
     # one), "sum" (to the number of objectives), "task_norm" (the update has the task gradient's
     # norm). The protected rules give the task weight one, so that the learning rate keeps its
     # meaning, and want "none".
     cfg.MOKD.BALANCING.RESCALE = "none"
-    # Rule "fixed": the weights of task and distillation.
+    # Where gradients are measured: "features" (those of the student that are matched; nearly
+    # free) or "parameters" (of the student's backbone, as in the papers; a backward pass of the
+    # backbone for each objective).
+    cfg.MOKD.BALANCING.PLACE = "features"
+    # For PLACE "parameters": measure on these submodules of the backbone only, e.g.
+    # ["fpn_output3", "bottom_up.res5"]. The nearer to its output, the cheaper. Empty: all.
+    cfg.MOKD.BALANCING.LAYERS = []
+    # What the rule sees: "batch", the gradients of the batch with their noise; or "signal",
+    # unbiased products across SOLVER.MICRO_BATCHES and processes (PLACE "parameters", at least
+    # two of them), which wants SMOOTHING.
+    cfg.MOKD.BALANCING.GRAM = "batch"
+    # Share of the past in the running mean of the inner products that the rule sees, in [0, 1).
+    cfg.MOKD.BALANCING.SMOOTHING = 0.0
+    # Compute weights at every k-th step only, and reuse them in between.
+    cfg.MOKD.BALANCING.INTERVAL = 1
+    # Rules "fixed" and "cosine_gate": the weights of task and distillation.
     cfg.MOKD.BALANCING.WEIGHTS = [1.0, 1.0]
     # Rules "protected_min_norm" and "anchored": largest norm of the weighted distillation
     # gradient, in units of the task gradient's. Below 1 the task descends in every step.
     cfg.MOKD.BALANCING.CAP = 0.5
     # Rule "min_norm": False is the literal formula, with weights outside [0, 1].
     cfg.MOKD.BALANCING.CLIP = True
+    # Rule "min_norm": False takes the losses themselves instead of their logarithms (MGDA).
+    cfg.MOKD.BALANCING.LOG_LOSSES = True
+    # Rule "famo": learning rate and weight decay of its shares (the paper's).
+    cfg.MOKD.BALANCING.FAMO = CN()
+    cfg.MOKD.BALANCING.FAMO.LR = 0.025
+    cfg.MOKD.BALANCING.FAMO.WEIGHT_DECAY = 0.01
+    # Rule "look_ahead": step of the weight's logarithm; largest weight in its unit; subtract the
+    # task's own merit; the unit: "one", "loss" (L_task / L_distill of the first step) or "norm".
+    cfg.MOKD.BALANCING.LOOK_AHEAD = CN()
+    cfg.MOKD.BALANCING.LOOK_AHEAD.LR = 0.02
+    cfg.MOKD.BALANCING.LOOK_AHEAD.CAP = 10.0
+    cfg.MOKD.BALANCING.LOOK_AHEAD.RELATIVE = True
+    cfg.MOKD.BALANCING.LOOK_AHEAD.START = "loss"
+    # Rules "torchjd.X": options of the weighting, e.g. {c: 0.5} for CAGrad.
+    cfg.MOKD.BALANCING.TORCHJD = CN(new_allowed=True)

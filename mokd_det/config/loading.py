@@ -80,6 +80,11 @@ def stock_config(cfg):
     del stock["MOKD"]
     del stock.DATASETS["COCO"]
     del stock.INPUT["COLOR_JITTER"]
+    for key in ("MICRO_BATCHES", "EMA_DECAY"):
+        del stock.SOLVER[key]
+    del stock.SOLVER.AMP["PRECISION"]
+    for key in ("CHECKPOINTING", "COMPILE"):
+        del stock.MODEL.BACKBONE[key]
     if "torchvision" not in stock.MODEL.BACKBONE.NAME:
         del stock.MODEL["TORCHVISION"]
     return stock

@@ -1,22 +1,18 @@
 # Copyright (c) The mokd_det authors.
-"""The balanced training step, and Detectron2's default trainer around it."""
+"""Detectron2's default trainer around the balanced step."""
 
 import logging
 import os
-import time
 import weakref
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data import build_detection_train_loader
-from detectron2.engine import DefaultTrainer, SimpleTrainer, create_ddp_model
+from detectron2.engine import DefaultTrainer, create_ddp_model
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils import comm
-from detectron2.utils.events import get_event_storage
 from detectron2.utils.logger import setup_logger
 
-from .. import modeling  # noqa: F401  (registers the distillation model and the backbones)
-from ..balancing import cosine, dominance
 from ..data import (
     build_resumable_train_loader,
     build_train_mapper,
@@ -24,76 +20,14 @@ from ..data import (
     register_datasets,
 )
 from ..evaluation import build_evaluator
+from ..modeling import SupervisedModel, accelerate_student, check_acceleration
+from .average import WeightAverage
+from .step import PRECISIONS, BalancedTrainer
 from .writers import BalanceWriter
 
-__all__ = ["BalancedTrainer", "DistillationTrainer", "Trainer", "build_trainer"]
+__all__ = ["DistillationTrainer", "Trainer", "build_trainer"]
 
 logger = logging.getLogger(__name__)
-
-
-class BalancedTrainer(SimpleTrainer):
-    """
-    Detectron2's training step for a model that returns its objectives apart and has a
-    ``boundary``, at which their gradients are weighed. Otherwise as :class:`SimpleTrainer`.
-
-    The random state of a step is a function of seed, rank and iteration. So neither evaluation
-    nor a stop between two steps changes what follows: a resumed run is the uninterrupted one.
-    """
-
-    def __init__(self, model, data_loader, optimizer, seed):
-        """
-        Args:
-            model (nn.Module): a :class:`DistillationModel`, maybe in DistributedDataParallel.
-            data_loader (ResumableLoader): gets this trainer's seed.
-            optimizer (Optimizer): of the model's parameters.
-            seed (int): equal on all ranks.
-        """
-        super().__init__(model, data_loader, optimizer)
-        self.boundary = getattr(model, "module", model).boundary
-        self.seed = seed
-        self.fallbacks = 0
-
-    def run_step(self):
-        assert self.model.training, "[BalancedTrainer] model was changed to eval mode!"
-        start = time.perf_counter()
-        data = next(self._data_loader_iter)
-        data_time = time.perf_counter() - start
-
-        torch.manual_seed(hash((self.seed, comm.get_rank(), self.iter)) % 2**63)
-        objectives = self.model(data)
-        losses = [sum(parts.values()) for parts in objectives.values()]
-        self.optimizer.zero_grad()
-        balance = self.boundary.backward(losses)
-
-        # Raises if the plain sum of the losses is not finite, before anything is updated.
-        self._write_metrics(
-            {name: loss for parts in objectives.values() for name, loss in parts.items()},
-            data_time,
-        )
-        self._write_balance(list(objectives), balance)
-        self.optimizer.step()
-
-    def _write_balance(self, names, balance):
-        """Diagnostics go to the event storage: Detectron2 adds up all that is in the losses."""
-        self.fallbacks += bool(balance.fallback)
-        if not comm.is_main_process():
-            return
-        prefix = f"balance/{self.boundary.place}"
-        scalars = {f"{prefix}/fallbacks": self.fallbacks}
-        for i, name in enumerate(names):
-            scalars[f"{prefix}/weight_{name}"] = float(balance.weights[i])
-            if i > 0:
-                scalars[f"{prefix}/cosine_{name}"] = cosine(balance.gram, i, 0)
-                scalars[f"{prefix}/dominance_{name}"] = dominance(balance.gram, i, 0)
-        get_event_storage().put_scalars(**scalars)
-
-    def state_dict(self):
-        return {**super().state_dict(), "seed": self.seed, "fallbacks": self.fallbacks}
-
-    def load_state_dict(self, state):
-        super().load_state_dict(state)
-        self.seed = self.data_loader.seed = state["seed"]
-        self.fallbacks = state["fallbacks"]
 
 
 class Trainer(DefaultTrainer):
@@ -127,10 +61,12 @@ class Trainer(DefaultTrainer):
 class DistillationTrainer(Trainer):
     """
     The default trainer for ``cfg.MOKD.ENABLED``: hooks, schedule, evaluation and logs are
-    Detectron2's, the model, the loader and the step are ours.
+    Detectron2's, the model, the loader and the step are ours. Also for a student alone, if its
+    config asks for a step that Detectron2 does not have.
 
-    The checkpoint's ``model`` is the plain student under stock keys; projectors have an entry of
-    their own, the teacher has none.
+    The checkpoint's ``model`` is the plain student under stock keys, its running mean if there is
+    one (the weights that training goes on with are then in ``student``); projectors have an entry
+    of their own, the teacher has none.
     """
 
     def __init__(self, cfg):
@@ -150,13 +86,29 @@ class DistillationTrainer(Trainer):
             broadcast_buffers=False,
             device_ids=None if model.device.type == "cpu" else [comm.get_local_rank()],
         )
-        self._trainer = BalancedTrainer(ddp_model, data_loader, optimizer, data_loader.seed)
+        self.average = None
+        if cfg.SOLVER.EMA_DECAY:
+            self.average = WeightAverage(model.student, cfg.SOLVER.EMA_DECAY)
+            # Bound, because a module as attribute would become a part of the model.
+            model.inference = self.average.model.__call__
+        accelerate_student(cfg, model.student)
+        self._trainer = BalancedTrainer(
+            ddp_model,
+            data_loader,
+            optimizer,
+            data_loader.seed,
+            micro_batches=cfg.SOLVER.MICRO_BATCHES,
+            precision=cfg.SOLVER.AMP.PRECISION if cfg.SOLVER.AMP.ENABLED else None,
+            average=self.average,
+        )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        checkpointables = {"trainer": weakref.proxy(self), "projectors": model.projectors}
+        if self.average is not None:
+            checkpointables["student"] = model.student
         self.checkpointer = DetectionCheckpointer(
-            model.student,
+            self.average.model if self.average is not None else model.student,
             cfg.OUTPUT_DIR,
-            trainer=weakref.proxy(self),
-            projectors=model.projectors,
+            **checkpointables,
         )
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
@@ -165,6 +117,10 @@ class DistillationTrainer(Trainer):
 
     @classmethod
     def build_model(cls, cfg):
+        if not cfg.MOKD.ENABLED:
+            model = SupervisedModel.from_config(cfg)
+            logger.info(f"Model:\n{model.student}")
+            return model
         name = cfg.MOKD.META_ARCHITECTURE
         if name not in META_ARCH_REGISTRY:
             raise ValueError(f"MOKD.META_ARCHITECTURE '{name}' is not in META_ARCH_REGISTRY.")
@@ -185,6 +141,9 @@ class DistillationTrainer(Trainer):
     def resume_or_load(self, resume=True):
         super().resume_or_load(resume)
         self._trainer.data_loader.start = self.start_iter
+        if self.average is not None and self.start_iter == 0:
+            # MODEL.WEIGHTS were loaded into the model that is evaluated.
+            self._trainer.inner.student.load_state_dict(self.average.model.state_dict())
 
 
 def build_trainer(cfg):
@@ -193,9 +152,22 @@ def build_trainer(cfg):
         cfg (CfgNode): of :func:`mokd_det.config.load_config`.
 
     Returns:
-        Trainer: a :class:`DistillationTrainer` if ``cfg.MOKD.ENABLED``, else Detectron2's own.
+        Trainer: a :class:`DistillationTrainer` if ``cfg.MOKD.ENABLED`` or if the config asks for
+        a step that Detectron2 does not have, else Detectron2's own.
     """
-    return (DistillationTrainer if cfg.MOKD.ENABLED else Trainer)(cfg)
+    return (DistillationTrainer if cfg.MOKD.ENABLED or needs_own_step(cfg) else Trainer)(cfg)
+
+
+def needs_own_step(cfg):
+    """Whether options of the step are set that Detectron2's trainers do not know."""
+    amp = cfg.SOLVER.AMP
+    return bool(
+        cfg.SOLVER.MICRO_BATCHES != 1
+        or cfg.SOLVER.EMA_DECAY
+        or (amp.ENABLED and amp.PRECISION != "float16")
+        or cfg.MODEL.BACKBONE.CHECKPOINTING
+        or cfg.MODEL.BACKBONE.COMPILE
+    )
 
 
 def prepare_datasets(cfg):
@@ -207,11 +179,27 @@ def prepare_datasets(cfg):
 
 
 def check_supported(cfg):
-    """Raise ValueError for options that distillation does not work with (yet)."""
-    if cfg.SOLVER.AMP.ENABLED:
+    """Raise ValueError for options of the step that are out of range or do not work together."""
+    solver, balancing = cfg.SOLVER, cfg.MOKD.BALANCING
+    if solver.AMP.PRECISION not in PRECISIONS:
         raise ValueError(
-            "SOLVER.AMP.ENABLED True is not supported with MOKD.ENABLED True yet: set it to False."
+            f"SOLVER.AMP.PRECISION is '{solver.AMP.PRECISION}': expected one of "
+            f"{', '.join(map(repr, PRECISIONS))}."
         )
+    size = solver.IMS_PER_BATCH // comm.get_world_size()
+    if solver.MICRO_BATCHES < 1 or size % solver.MICRO_BATCHES:
+        raise ValueError(
+            f"SOLVER.MICRO_BATCHES is {solver.MICRO_BATCHES}: expected a divisor of the {size} "
+            f"images that each process gets (SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH})."
+        )
+    if cfg.MOKD.ENABLED and balancing.GRAM == "signal":
+        groups = solver.MICRO_BATCHES * comm.get_world_size()
+        if groups < 2:
+            raise ValueError(
+                "MOKD.BALANCING.GRAM 'signal' multiplies gradients of different micro-batches or "
+                "processes, but there is one: set SOLVER.MICRO_BATCHES to 2 or more."
+            )
+    check_acceleration(cfg)
     if cfg.TEST.PRECISE_BN.ENABLED:
         raise ValueError(
             "TEST.PRECISE_BN.ENABLED True is not supported with MOKD.ENABLED True: it would run "

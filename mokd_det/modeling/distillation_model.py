@@ -6,7 +6,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling import build_model as build_detector
 from torch import nn
 
-from ..balancing import FeatureBoundary, build_rule
+from ..balancing import build_boundary
 from ..subspace import FEATURE_LOSSES, PROJECTORS, align_resolution
 from .feature_tap import replace_features
 from .teacher import build_teacher
@@ -22,6 +22,11 @@ class DistillationModel(nn.Module):
     The student is the stock model of its config, not a subclass or a copy, and stays usable as
     such: ``model.student``. In training, ``forward`` returns the objectives apart from each other;
     in evaluation it is the student's forward.
+
+    Attributes:
+        inference (callable): what evaluation runs; the student, unless the trainer exchanges it.
+        teacher_features (dict[str, Tensor] or None): of the latest forward pass, for a second one
+            on the same batch; only kept if the rule asks for that.
     """
 
     @configurable
@@ -36,7 +41,7 @@ class DistillationModel(nn.Module):
             level_map (dict[str, str]): student's feature name -> teacher's.
             projectors (dict[str, nn.Module]): by the student's feature name, see ``PROJECTORS``.
             feature_loss (callable): of two (N, n, H, W), see ``FEATURE_LOSSES``.
-            boundary (FeatureBoundary): balances the gradients at the student's features.
+            boundary (Boundary): balances the gradients at the student's features.
             input_format (str): channel order of the images the model gets, "RGB" or "BGR".
         """
         super().__init__()
@@ -47,6 +52,8 @@ class DistillationModel(nn.Module):
         self.feature_loss = feature_loss
         self.boundary = boundary
         self.input_format = input_format
+        self.inference = student.__call__
+        self.teacher_features = None
         shapes, teacher_shapes = student.backbone.output_shape(), teacher.feature_shapes()
         self._strides = {
             name: (shapes[name].stride, teacher_shapes[other].stride)
@@ -57,18 +64,15 @@ class DistillationModel(nn.Module):
     def from_config(cls, cfg):
         options = cfg.MOKD
         # Options first: a misspelt name must not cost the loading of two models.
-        rule = build_rule(
-            options.BALANCING.RULE,
-            options.BALANCING.RESCALE,
-            weights=options.BALANCING.WEIGHTS,
-            clip=options.BALANCING.CLIP,
-            cap=options.BALANCING.CAP,
-        )
         projector = PROJECTORS.get(options.FEATURES.PROJECTOR)
         feature_loss = FEATURE_LOSSES.get(options.FEATURES.LOSS)
         # The student comes before the teacher, so that a seed gives it the same initial weights
         # as without distillation.
         student = build_detector(cfg)
+        boundary = build_boundary(
+            shared=getattr(student, "backbone", None),
+            **{key.lower(): value for key, value in options.BALANCING.items()},
+        )
         if not hasattr(student, "backbone"):
             raise ValueError(
                 f"MODEL.META_ARCHITECTURE '{cfg.MODEL.META_ARCHITECTURE}' has no 'backbone', "
@@ -94,7 +98,7 @@ class DistillationModel(nn.Module):
             "level_map": level_map,
             "projectors": projectors,
             "feature_loss": feature_loss,
-            "boundary": FeatureBoundary(rule, options.BALANCING.RESCALE),
+            "boundary": boundary,
             "input_format": cfg.INPUT.FORMAT,
         }
 
@@ -102,10 +106,11 @@ class DistillationModel(nn.Module):
     def device(self):
         return self.student.device
 
-    def forward(self, batched_inputs):
+    def forward(self, batched_inputs, teacher_features=None):
         """
         Args:
             batched_inputs (list[dict]): Detectron2's format, as the student takes it.
+            teacher_features (dict[str, Tensor]): the teacher's for this batch, if known already.
 
         Returns:
             In training dict[str, dict[str, Tensor]]: ``{"task": losses of the student,
@@ -113,14 +118,17 @@ class DistillationModel(nn.Module):
             In evaluation what the student returns.
         """
         if not self.training:
-            return self.student(batched_inputs)
+            return self.inference(batched_inputs)
 
-        teacher_features = self.teacher.features(batched_inputs, self.input_format)
+        if teacher_features is None:
+            teacher_features = self.teacher.features(batched_inputs, self.input_format)
+        needed_again = self.boundary.balancer.needs_second_forward
+        self.teacher_features = teacher_features if needed_again else None
         distill = {}
 
         def on_features(features):
             names, maps = list(features), list(features.values())
-            task, shared = self.boundary.split(maps, 2)
+            task, shared = self.boundary.split(maps, 2, names)
             # Before the heads run: autograd then adds the distillation's gradient after theirs,
             # in the order of a plain sum.
             distill["loss_features"] = self._feature_loss(

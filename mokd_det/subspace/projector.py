@@ -10,6 +10,7 @@ and standardisation).
 """
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
@@ -128,9 +129,29 @@ def standardise(features, eps=1e-5):
         eps (float): added to the variance.
 
     Returns:
-        Tensor: same shape; each channel has mean 0 and variance 1 over N, H, W. Zero, without
-        gradient, where a channel has a single value (a 1 x 1 map of one image).
+        Tensor: same shape; each channel has mean 0 and variance 1 over N, H, W of the batch of
+        all processes. Zero, without gradient, where a channel has a single value (a 1 x 1 map of
+        one image).
     """
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        return _standardise_together(features, eps)
     if features.numel() == features.shape[1]:
         return features * 0
     return F.batch_norm(features, None, None, training=True, momentum=0.0, eps=eps)
+
+
+def _standardise_together(features, eps):
+    """With the joined batch's means: one all-reduce of 8 (2 C + 1) bytes, and one backward."""
+    from torch.distributed.nn.functional import all_reduce  # absent where torch has no c10d
+
+    features = features.float()
+    count = features.numel() // features.shape[1]
+    variance, mean = torch.var_mean(features, dim=(0, 2, 3), correction=0)
+    # The difference of two big numbers: in double precision.
+    mean, variance = mean.double(), variance.double()
+    sums = all_reduce(torch.cat([mean, variance + mean**2, mean.new_ones(1)]) * count)
+    mean, square = (sums[:-1] / sums[-1].detach()).chunk(2)
+    scale = (square - mean**2 + eps).rsqrt()
+    shift = -mean * scale
+    scale, shift = (x.float().view(1, -1, 1, 1) for x in (scale, shift))
+    return torch.addcmul(shift, features, scale)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from mokd_det.balancing import FeatureBoundary, balance, build_rule, gram_matrix
+from mokd_det.balancing import balance, build_boundary, gram_matrix
 
 
 class Net(nn.Module):
@@ -60,7 +60,7 @@ def setting():
 
 
 def test_weights_one_equal_the_plain_sum_bit_for_bit(setting):
-    boundary = FeatureBoundary(build_rule("fixed", "none", weights=[1.0, 1.0]))
+    boundary = build_boundary("fixed", weights=[1.0, 1.0])
     _, plain = run(*setting, None)
     _, balanced = run(*setting, boundary)
     for name in plain:
@@ -70,8 +70,8 @@ def test_weights_one_equal_the_plain_sum_bit_for_bit(setting):
 @pytest.mark.parametrize("name", ["fixed", "min_norm", "protected_min_norm", "anchored"])
 def test_shared_part_gets_the_weighted_sum_and_heads_stay_unmixed(setting, name):
     net, x, target = setting
-    rule = build_rule(name, "none", weights=[0.7, 2.0])
-    boundary = FeatureBoundary(rule)
+    boundary = build_boundary(name, weights=[0.7, 2.0])
+    rule = boundary.balancer.rule
     losses, gradients = run(net, x, target, boundary)
 
     # The second map is made from the first, but the Gram matrix is that of what leaves the shared
@@ -102,7 +102,7 @@ def test_shared_part_gets_the_weighted_sum_and_heads_stay_unmixed(setting, name)
 
 def test_weight_zero_keeps_a_non_finite_gradient_out(setting):
     net, x, target = setting
-    boundary = FeatureBoundary(build_rule("fixed", "none", weights=[1.0, 0.0]))
+    boundary = build_boundary("fixed", weights=[1.0, 0.0])
     features = net.features(x)
     task, shared = boundary.split(features, 2)
     boundary.backward([net.task(task), (shared[0] * float("inf")).sum()])
@@ -111,7 +111,7 @@ def test_weight_zero_keeps_a_non_finite_gradient_out(setting):
 
 def test_losses_that_miss_the_boundary_are_an_error(setting):
     net, x, target = setting
-    boundary = FeatureBoundary(build_rule("min_norm", "none"))
+    boundary = build_boundary("min_norm")
     features = net.features(x)
     boundary.split(features, 2)
     with pytest.raises(RuntimeError, match="do not depend on the features"):
@@ -120,7 +120,7 @@ def test_losses_that_miss_the_boundary_are_an_error(setting):
 
 def test_changing_a_copy_in_place_is_an_error(setting):
     net, x, _ = setting
-    boundary = FeatureBoundary(build_rule("min_norm", "none"))
+    boundary = build_boundary("min_norm")
     task, _ = boundary.split(net.features(x), 2)
     with pytest.raises(RuntimeError, match="in-?place"):
         task[0].relu_()

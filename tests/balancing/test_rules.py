@@ -29,7 +29,7 @@ def random_gradients(seed, count=2, size=6):
 
 
 def weights_of(name, gradients, losses, rescale="none", **options):
-    rule = build_rule(name, rescale, **options)
+    rule = build_rule(name, **options)
     return balance(rule, gradients @ gradients.T, losses, rescale).weights
 
 
@@ -178,7 +178,7 @@ ALL_RULES = sorted(BALANCERS)
 def test_vanishing_gradient_leaves_the_other_alone(name, vanished):
     gradients = torch.tensor([[3.0, 1.0], [1.0, 2.0]], dtype=torch.float64)
     gradients[vanished] = 0
-    result = balance(build_rule(name, "none"), gradients @ gradients.T, torch.ones(2))
+    result = balance(build_rule(name), gradients @ gradients.T, torch.ones(2))
     update = result.weights @ gradients
     assert torch.equal(update, gradients[1 - vanished])
     assert result.fallback == ("" if name == "fixed" else "vanished")
@@ -207,7 +207,7 @@ def test_opposite_gradients_have_no_common_descent():
     weights = weights_of("min_norm", gradients, torch.ones(2))
     assert torch.allclose(weights @ gradients, torch.zeros(2, dtype=torch.float64))
     result = balance(
-        build_rule("min_norm", "task_norm"), gradients @ gradients.T, torch.ones(2), "task_norm"
+        build_rule("min_norm"), gradients @ gradients.T, torch.ones(2), "task_norm"
     )
     assert (result.fallback == "undefined") == (result.weights.tolist() == [1.0, 1.0])
 
@@ -216,9 +216,9 @@ def test_opposite_gradients_have_no_common_descent():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_non_finite_gives_the_plain_sum(name, bad):
     gram = torch.tensor([[1.0, bad], [bad, 1.0]])
-    result = balance(build_rule(name, "sum"), gram, torch.ones(2), "sum")
+    result = balance(build_rule(name), gram, torch.ones(2), "sum")
     assert result.weights.tolist() == [1.0, 1.0] and result.fallback == "non_finite"
-    result = balance(build_rule(name, "sum"), torch.eye(2), torch.tensor([1.0, bad]), "sum")
+    result = balance(build_rule(name), torch.eye(2), torch.tensor([1.0, bad]), "sum")
     assert result.weights.tolist() == [1.0, 1.0] and result.fallback == "non_finite"
 
 
@@ -248,15 +248,15 @@ def test_fixed_weights():
 )
 def test_bad_options_name_themselves(name, rescale, options, message):
     with pytest.raises(ValueError, match=message):
-        build_rule(name, rescale, **options)
+        build_rule(name, **options)
 
 
 def test_objectives_without_a_weight_and_unclipped_k3_are_errors():
     gram = torch.eye(3, dtype=torch.float64)
     with pytest.raises(ValueError, match="2 entries for 3 objectives"):
-        balance(build_rule("fixed", "none"), gram, torch.ones(3))
+        balance(build_rule("fixed"), gram, torch.ones(3))
     with pytest.raises(ValueError, match="MOKD.BALANCING.CLIP False"):
-        balance(build_rule("min_norm", "none", clip=False), gram, torch.ones(3))
+        balance(build_rule("min_norm", clip=False), gram, torch.ones(3))
     with pytest.raises(ValueError, match="2 to 4 objectives"):
         min_norm_simplex(torch.eye(5, dtype=torch.float64))
 

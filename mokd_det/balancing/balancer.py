@@ -1,0 +1,138 @@
+# Copyright (c) The mokd_det authors.
+"""From what one step measured to its weights: the rule, and what is the same for every rule."""
+
+import dataclasses
+
+import torch
+
+from .gram import repair_gram
+from .rules import RESCALES, Balance, balance
+
+__all__ = ["Balancer"]
+
+
+class Balancer:
+    """
+    A rule with rescaling, smoothing of the Gram matrix, and weights held for several steps.
+
+    Its state changes by plain assignment only, so that ``load_state_dict(state_dict())`` of an
+    earlier moment undoes a step (one that mixed precision skips).
+
+    Attributes:
+        weights (Tensor or None): (K,), of the latest step that computed them.
+    """
+
+    def __init__(self, rule, rescale="none", smoothing=0.0, interval=1):
+        """
+        Args:
+            rule: of ``BALANCERS``.
+            rescale (str): a key of ``RESCALES``.
+            smoothing (float): in [0, 1): the rule sees the running mean of the Gram matrix, with
+                this share of the past (bias-corrected, as in Adam).
+            interval (int): compute weights at every k-th step and reuse them in between.
+
+        Raises:
+            ValueError: an option out of its range.
+        """
+        if rescale not in RESCALES:
+            raise ValueError(
+                f"MOKD.BALANCING.RESCALE is '{rescale}': expected one of "
+                f"{', '.join(map(repr, RESCALES))}."
+            )
+        if not 0 <= smoothing < 1:
+            raise ValueError(f"MOKD.BALANCING.SMOOTHING is {smoothing}: expected 0 <= s < 1.")
+        if interval < 1:
+            raise ValueError(f"MOKD.BALANCING.INTERVAL is {interval}: expected 1 or more steps.")
+        self.rule = rule
+        self.rescale = rescale
+        self.smoothing = smoothing
+        self.interval = interval
+        self.step = 0
+        self.weights = None
+        self._mean = None  # running means of (batch Gram, signal Gram or the same)
+        self._count = 0
+
+    @property
+    def due(self):
+        """Whether this step computes weights; else it reuses them."""
+        return self.weights is None or self.step % self.interval == 0
+
+    @property
+    def needs_gradients(self):
+        return getattr(self.rule, "needs_gradients", False)
+
+    @property
+    def needs_second_forward(self):
+        """Whether the rule wants the losses of this step's batch again, after the step."""
+        return self.due and getattr(self.rule, "needs_second_forward", False)
+
+    def end_step(self):
+        self.step += 1
+
+    def balance(self, parts, losses, signal=None, gradients=None):
+        """
+        Args:
+            parts (Tensor): (P, K, K) Gram matrices of the gradients, see :func:`gram_by_part`.
+            losses (Tensor): (K,) values of the objectives.
+            signal (Tensor): (K, K) of :func:`signal_gram`, which the rule is to see instead.
+            gradients (list[list[Tensor]]): for rules that ask for them.
+
+        Returns:
+            Balance
+        """
+        # Small and double on the CPU: rules stay readable, and 1e-6 differences of norms survive.
+        parts = parts.detach().to("cpu", torch.float64)
+        losses = losses.detach().to("cpu", torch.float64)
+        gram = seen = parts.sum(0)
+        finite = bool(gram.isfinite().all() and losses.isfinite().all())
+        if finite:
+            if signal is not None:
+                signal = signal.detach().to("cpu", torch.float64)
+            seen = self._smoothed(gram, signal)
+            if gradients is not None:
+                self.rule.observe(gradients)
+        result = balance(self.rule, seen, losses, self.rescale)
+        if finite:  # the weights of a step that is thrown away are not kept for later ones
+            self.weights = result.weights
+        return dataclasses.replace(
+            result, gram=gram, parts=parts, seen=None if seen is gram else seen
+        )
+
+    def reuse(self, losses):
+        """
+        Args:
+            losses (Tensor): (K,), for the record.
+
+        Returns:
+            Balance: the latest weights.
+        """
+        return Balance(self.weights, None, losses.detach().to("cpu", torch.float64))
+
+    def _smoothed(self, gram, signal):
+        if not self.smoothing and signal is None:
+            return gram
+        both = torch.stack([gram, gram if signal is None else signal])
+        if self.smoothing:
+            past = torch.zeros_like(both) if self._mean is None else self._mean
+            self._mean = self.smoothing * past + (1 - self.smoothing) * both
+            self._count += 1
+            both = self._mean / (1 - self.smoothing**self._count)
+        return both[0] if signal is None else repair_gram(both[1], both[0])
+
+    def state_dict(self):
+        rule = self.rule.state_dict() if hasattr(self.rule, "state_dict") else {}
+        return {
+            "step": self.step,
+            "weights": self.weights,
+            "mean": self._mean,
+            "count": self._count,
+            "rule": rule,
+        }
+
+    def load_state_dict(self, state):
+        self.step = state["step"]
+        self.weights = state["weights"]
+        self._mean = state["mean"]
+        self._count = state["count"]
+        if hasattr(self.rule, "load_state_dict"):
+            self.rule.load_state_dict(state["rule"])

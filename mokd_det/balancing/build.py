@@ -1,0 +1,58 @@
+# Copyright (c) The mokd_det authors.
+"""From options to a boundary."""
+
+from .balancer import Balancer
+from .boundary import FeatureBoundary
+from .parameters import ParameterBoundary
+from .rules import build_rule
+
+__all__ = ["PLACES", "GRAMS", "build_boundary"]
+
+PLACES = ("features", "parameters")
+GRAMS = ("batch", "signal")
+
+
+def build_boundary(
+    rule="protected_min_norm",
+    place="features",
+    shared=None,
+    rescale="none",
+    gram="batch",
+    smoothing=0.0,
+    interval=1,
+    layers=(),
+    **options,
+):
+    """
+    Args:
+        rule (str): of ``BALANCERS``, or "torchjd.X".
+        place (str): "features" or "parameters".
+        shared (nn.Module): for "parameters": the part that makes the features.
+        rescale, smoothing, interval: see :class:`Balancer`.
+        gram (str): "batch", or "signal": see :func:`signal_gram`.
+        layers: see :class:`ParameterBoundary`.
+        options: of the rule, see :func:`build_rule`.
+
+    Returns:
+        FeatureBoundary or ParameterBoundary
+
+    Raises:
+        ValueError: an option out of its range, or options that exclude each other.
+    """
+    for option, value, choices in (("PLACE", place, PLACES), ("GRAM", gram, GRAMS)):
+        if value not in choices:
+            raise ValueError(f"MOKD.BALANCING.{option} is '{value}': expected one of {choices}.")
+    balancer = Balancer(build_rule(rule, **options), rescale, smoothing, interval)
+    if place == "parameters":
+        return ParameterBoundary(balancer, shared, layers, gram == "signal")
+    if layers:
+        raise ValueError(
+            f"MOKD.BALANCING.LAYERS is {list(layers)}, but features have no layers: leave it "
+            "empty, or set MOKD.BALANCING.PLACE to 'parameters'."
+        )
+    if gram == "signal":
+        raise ValueError(
+            "MOKD.BALANCING.GRAM 'signal' multiplies gradients of different samples, which share "
+            "no features: set MOKD.BALANCING.PLACE to 'parameters'."
+        )
+    return FeatureBoundary(balancer)

@@ -1,0 +1,219 @@
+# Copyright (c) The mokd_det authors.
+"""
+Balancing at shared parameters: the gradients that MoKD's definitions speak of.
+
+One backward pass of all losses stops at the features, as with the heads and projectors detached
+there; then each objective's gradient is taken on through the shared part for itself.
+"""
+
+import torch
+import torch.distributed as dist
+
+from .boundary import MISSED, Boundary, combine, ranks
+from .gram import gram_matrix, signal_gram
+
+__all__ = ["ParameterBoundary"]
+
+
+class ParameterBoundary(Boundary):
+    """
+    Measures at the shared parameters: K backward passes through the shared part instead of one,
+    or with ``layers`` K short ones to these layers and one through all.
+
+    Micro-batches are added up first and balanced once, so accumulation equals the big batch.
+
+    Several processes: DistributedDataParallel must not average (its ``no_sync``), because it can
+    only average sums. The boundary does, before the Gram matrix is taken, in one all-reduce of
+    4 (K P_shared + 2 P_other + K + K^2) bytes (numbers of parameters, the second as gradient and
+    mask; float32) in a step that computes weights. With ``layers``: 4 (K P_layers + K + K^2), then
+    4 x 2 P; in a step that reuses weights only the latter.
+    """
+
+    place = "parameters"
+    reduces_gradients = True
+
+    def __init__(self, balancer, shared, layers=(), signal=False):
+        """
+        Args:
+            balancer (Balancer):
+            shared (nn.Module): whose parameters all objectives share: it makes the features.
+            layers (sequence[str]): names of submodules (or parameters) of ``shared`` to measure
+                on. Empty: all.
+            signal (bool): the rule sees the unbiased products of micro-batches and ranks, see
+                :func:`signal_gram`; at least two of them are needed.
+
+        Raises:
+            ValueError: a layer that does not exist or does not train.
+        """
+        super().__init__(balancer)
+        self.shared = shared
+        self.layers = tuple(layers)
+        self.signal = signal
+        self._parameters()
+
+    def _parameters(self):
+        """Shared parameters that train, and which of them are measured."""
+        named = [(n, p) for n, p in self.shared.named_parameters() if p.requires_grad]
+        for layer in self.layers:
+            if not any(_within(name, layer) for name, _ in named):
+                children = [n for n, m in self.shared.named_modules() if n and n.count(".") < 2]
+                raise ValueError(
+                    f"MOKD.BALANCING.LAYERS has '{layer}', which is no part of the shared "
+                    f"{type(self.shared).__name__} that trains. It has: {', '.join(children)}."
+                )
+        measured = [
+            index
+            for index, (name, _) in enumerate(named)
+            if not self.layers or any(_within(name, layer) for layer in self.layers)
+        ]
+        return [p for _, p in named], measured
+
+    def start(self, micro_batches=1, scale=None):
+        super().start(micro_batches, scale)
+        self._scale = scale
+        self._sums = None  # of each objective's gradients over micro-batches
+        self._group_gram = None  # sum of the micro-batches' own Gram matrices
+        self._losses = []
+        self._balance = None
+
+    def split(self, features, objectives, names=None):
+        self.names = list(names or map(str, range(len(features))))
+        self._features = features
+        # Leaves: the backward pass of the losses ends here.
+        self._copies = [
+            [f.detach().requires_grad_(f.requires_grad) for f in features]
+            for _ in range(objectives)
+        ]
+        return self._copies
+
+    def accumulate(self, losses):
+        self._backward(losses)
+        self._losses.append(torch.stack([loss.detach().float() for loss in losses]))
+        features, copies = self._features, self._copies
+        self._features = self._copies = None
+        cotangents = [[copy.grad for copy in part] for part in copies]
+        if all(gradient is None for part in cotangents for gradient in part):
+            raise RuntimeError(MISSED)
+        if not self.balancer.due:
+            self._balance = self.balancer.reuse(self._mean_losses())
+            _backward_through(features, combine(self._balance.weights.tolist(), cotangents))
+            return
+        shared, measured = self._parameters()
+        if self.layers and self._micro_batches == 1:
+            layers = [shared[i] for i in measured]
+            gradients = [_gradients(features, part, layers, retain=True) for part in cotangents]
+            self._add_group_gram(gradients)
+            gradients, _, losses = self._averaged(gradients, [])
+            self._balance = self._decide(gradients, losses)
+            _backward_through(features, combine(self._balance.weights.tolist(), cotangents))
+            return
+        last = len(cotangents) - 1
+        gradients = [
+            _gradients(features, part, shared, retain=i < last)
+            for i, part in enumerate(cotangents)
+        ]
+        self._add_group_gram([[part[i] for i in measured] for part in gradients])
+        if self._sums is not None:
+            gradients = [
+                [total + part for total, part in zip(*both)]
+                for both in zip(self._sums, gradients)
+            ]
+        self._sums = gradients
+
+    def finish(self, parameters=()):
+        shared, measured = self._parameters()
+        is_shared = {id(p) for p in shared}
+        others = [p for p in parameters if p.requires_grad and id(p) not in is_shared]
+        if self._sums is None:  # one weighted backward pass has filled all gradients
+            self._set(shared + others, self._averaged([], shared + others)[1])
+        else:
+            gradients, rest, losses = self._averaged(self._sums, others)
+            self._sums = None
+            self._balance = self._decide([[g[i] for i in measured] for g in gradients], losses)
+            self._set(shared, combine(self._balance.weights.tolist(), gradients))
+            self._set(others, rest)
+        self.last = self._balance
+        self.balancer.end_step()
+        return self.last
+
+    def _mean_losses(self):
+        return torch.stack(self._losses).mean(0)
+
+    def _add_group_gram(self, gradients):
+        if self.signal:
+            # In units of the micro-batch's own loss: accumulate() made it 1 / M of that.
+            gram = self._unscaled(gram_matrix(gradients))
+            self._group_gram = gram if self._group_gram is None else self._group_gram + gram
+
+    def _decide(self, gradients, losses):
+        """``gradients``: K lists of the mean loss over micro-batches and ranks, times the scale."""
+        gram = gram_matrix(gradients)
+        if self._scale is not None:
+            gram = gram / self._scale**2
+        signal = None
+        if self.signal:
+            signal = signal_gram(gram, self._group_gram, self._micro_batches * ranks())
+        wanted = gradients if self.balancer.needs_gradients else None
+        # Parts of a list of parameters say nothing to a reader: one Gram matrix.
+        return self.balancer.balance(gram[None], losses, signal, wanted)
+
+    def _averaged(self, gradients, others):
+        """
+        Means over the ranks, in one all-reduce.
+
+        Args:
+            gradients (list[list[Tensor]]): K lists.
+            others (list[Parameter]): whose ``.grad`` is meant.
+
+        Returns:
+            tuple: the gradients; the others' gradients, None where no loss reached the parameter
+            on any rank (an optimizer skips it then, as with a single process); losses (K,).
+        """
+        if ranks() == 1:
+            return gradients, [p.grad for p in others], self._mean_losses()
+        tensors = [g for part in gradients for g in part]
+        tensors += [torch.zeros_like(p) if p.grad is None else p.grad for p in others]
+        losses = self._mean_losses()
+        reached = losses.new_tensor([float(p.grad is not None) for p in others])
+        gram = losses.new_zeros(0) if self._group_gram is None else self._group_gram
+        tensors += [reached, losses, gram]
+        packed = torch.cat([t.detach().reshape(-1).float() for t in tensors])
+        dist.all_reduce(packed)
+        packed /= ranks()
+        pieces = packed.split([t.numel() for t in tensors])
+        pieces = [piece.view_as(t).to(t.dtype) for piece, t in zip(pieces, tensors)]
+        *pieces, reached, losses, gram = pieces
+        if self._group_gram is not None:
+            self._group_gram = gram * ranks()
+        count = len(pieces) - len(others)
+        width = count // max(len(gradients), 1)
+        gradients = [pieces[i * width : (i + 1) * width] for i in range(len(gradients))]
+        rest = [g if r > 0 else None for g, r in zip(pieces[count:], reached.tolist())]
+        return gradients, rest, losses
+
+    @staticmethod
+    def _set(parameters, gradients):
+        for parameter, gradient in zip(parameters, gradients):
+            parameter.grad = gradient
+
+
+def _within(name, layer):
+    return name == layer or name.startswith(f"{layer}.")
+
+
+def _gradients(features, cotangents, parameters, retain):
+    """Gradients of one objective; zero where it does not reach."""
+    pairs = [(f, c) for f, c in zip(features, cotangents) if c is not None and f.requires_grad]
+    if not pairs or not parameters:
+        return [torch.zeros_like(p) for p in parameters]
+    outputs, cotangents = zip(*pairs)
+    gradients = torch.autograd.grad(
+        outputs, parameters, cotangents, retain_graph=retain, allow_unused=True
+    )
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients)]
+
+
+def _backward_through(features, cotangents):
+    pairs = [(f, c) for f, c in zip(features, cotangents) if c is not None and f.requires_grad]
+    if pairs:
+        torch.autograd.backward(*map(list, zip(*pairs)))

@@ -1,0 +1,84 @@
+# Copyright (c) The mokd_det authors.
+"""Any weighting of TorchJD as a rule (optional extra ``balancers``)."""
+
+import inspect
+
+import torch
+
+__all__ = ["TorchjdRule"]
+
+# These look at the gradients themselves, or need several Jacobians a step.
+NEED_MORE_THAN_A_GRAM_MATRIX = ("ExcessMTL", "MoDo", "SDMGrad", "CRMOGM")
+
+
+class TorchjdRule:
+    """
+    A ``*Weighting`` of :mod:`torchjd.aggregation` by its name: it maps a Gram matrix to weights,
+    which is our contract as well.
+
+    Weightings that draw random numbers get a seed that counts up, so that all ranks draw the same
+    ones and nobody else's random stream moves.
+    """
+
+    def __init__(self, name, **options):
+        """
+        Args:
+            name (str): without "Weighting", e.g. "UPGrad", "CAGrad", "AlignedMTL".
+            options: of the weighting, e.g. c=0.5 for CAGrad.
+
+        Raises:
+            ImportError: TorchJD, or what this weighting needs, is not installed.
+            ValueError: no such weighting, or bad options.
+        """
+        try:
+            from torchjd import aggregation
+        except ImportError as error:
+            raise ImportError(
+                f"MOKD.BALANCING.RULE is 'torchjd.{name}', which needs TorchJD: "
+                "pip install 'mokd-det[balancers]'"
+            ) from error
+        known = sorted(
+            n[: -len("Weighting")]
+            for n in dir(aggregation)
+            if n.endswith("Weighting") and n != "Weighting"
+        )
+        usable = [n for n in known if n not in NEED_MORE_THAN_A_GRAM_MATRIX]
+        if name not in usable:
+            reason = "needs more than a Gram matrix" if name in known else "does not exist"
+            raise ValueError(
+                f"MOKD.BALANCING.RULE is 'torchjd.{name}', which {reason}: expected one of "
+                f"{', '.join(f'torchjd.{n}' for n in usable)}."
+            )
+        cls = getattr(aggregation, f"{name}Weighting")
+        options = {
+            key: torch.tensor(value, dtype=torch.float64) if isinstance(value, list) else value
+            for key, value in options.items()
+        }
+        try:
+            self.weighting = cls(**options)
+        except TypeError as error:
+            raise ValueError(
+                f"MOKD.BALANCING.TORCHJD {options} does not fit torchjd.{name}"
+                f"{inspect.signature(cls)}: {error}"
+            ) from error
+        self.calls = 0
+
+    def weights(self, gram, losses):
+        self.calls += 1
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(self.calls)
+            return self.weighting(gram).to(torch.float64)
+
+    def state_dict(self):
+        # TorchJD's stateful weightings keep their state in attributes and buffers.
+        held = {**vars(self.weighting), **dict(self.weighting.named_buffers())}
+        kinds = (torch.Tensor, int, float, tuple)
+        return {
+            "calls": self.calls,
+            "weighting": {key: value for key, value in held.items() if isinstance(value, kinds)},
+        }
+
+    def load_state_dict(self, state):
+        self.calls = state["calls"]
+        for key, value in state["weighting"].items():
+            setattr(self.weighting, key, value)

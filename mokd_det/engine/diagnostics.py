@@ -1,0 +1,94 @@
+# Copyright (c) The mokd_det authors.
+"""What a step's balance says, as scalars for the logs."""
+
+import collections
+import logging
+
+from ..balancing import cosine, dominance, share
+
+__all__ = ["BalanceDiagnostics"]
+
+logger = logging.getLogger(__name__)
+
+WINDOW = 100  # steps
+LEAST_SHARE = 0.1
+
+
+class BalanceDiagnostics:
+    """
+    Counts fallbacks and starved steps, and warns when the task starves: its share of the update
+    (``w_task |g_task|`` over the sum of all ``w_i |g_i|``) was below 0.1 in more than half of the
+    last 100 steps.
+    """
+
+    def __init__(self, place):
+        self.prefix = f"balance/{place}"
+        self.degenerate = 0
+        self.non_finite = 0
+        self.starved = collections.deque(maxlen=WINDOW)
+        self.warned = False
+
+    def scalars(self, names, balance, parts=()):
+        """
+        Args:
+            names (list[str]): of the objectives, the task first.
+            balance (Balance): of one step.
+            parts (list[str]): names of ``balance.parts``.
+
+        Returns:
+            dict[str, float]: by the scalar's name.
+        """
+        self.non_finite += balance.fallback == "non_finite"
+        self.degenerate += balance.fallback in ("vanished", "undefined")
+        values = {"fallbacks_degenerate": self.degenerate, "fallbacks_non_finite": self.non_finite}
+        for i, name in enumerate(names):
+            values[f"weight_{name}"] = float(balance.weights[i])
+        if balance.gram is not None and balance.gram.isfinite().all():
+            values |= self._measured(names, balance, parts)
+        return {f"{self.prefix}/{name}": value for name, value in values.items()}
+
+    def _measured(self, names, balance, parts):
+        gram = balance.gram
+        values = {"share_task": share(gram, balance.weights, 0)}
+        for i, name in enumerate(names[1:], start=1):
+            values[f"cosine_{name}"] = cosine(gram, i, 0)
+            values[f"dominance_{name}"] = dominance(gram, i, 0)
+            if balance.seen is not None:
+                values[f"seen_cosine_{name}"] = cosine(balance.seen, i, 0)
+                values[f"seen_dominance_{name}"] = dominance(balance.seen, i, 0)
+            if balance.parts is not None and len(balance.parts) == len(parts) > 1 and gram[i, i]:
+                squares = balance.parts[:, i, i] / gram[i, i]
+                values |= {
+                    f"level_{name}_{part}": float(square)
+                    for part, square in zip(parts, squares)
+                    if square > 0
+                }
+        self.starved.append(values["share_task"] < LEAST_SHARE)
+        values["starved"] = sum(self.starved) / len(self.starved)
+        self._warn(values["starved"])
+        return values
+
+    def _warn(self, starved):
+        if len(self.starved) < WINDOW or starved <= 0.5:
+            self.warned = self.warned and starved > 0.5
+            return
+        if not self.warned:
+            logger.warning(
+                f"The task starves: its share of the update at {self.prefix.split('/')[1]} was "
+                f"below {LEAST_SHARE} in {starved:.0%} of the last {WINDOW} steps. Use a rule "
+                "that protects it (MOKD.BALANCING.RULE protected_min_norm or anchored), or less "
+                "weight for distillation."
+            )
+            self.warned = True
+
+    def state_dict(self):
+        return {
+            "degenerate": self.degenerate,
+            "non_finite": self.non_finite,
+            "starved": list(self.starved),
+        }
+
+    def load_state_dict(self, state):
+        self.degenerate = state["degenerate"]
+        self.non_finite = state["non_finite"]
+        self.starved = collections.deque(state["starved"], maxlen=WINDOW)

@@ -1,0 +1,60 @@
+# Copyright (c) The mokd_det authors.
+"""The losses of a step's batch again, under the parameters after the step."""
+
+import torch
+from detectron2.utils.events import EventStorage
+
+from ..data import isolated_rng
+from ..modeling import module_numbers, restored_state, set_module_numbers
+
+__all__ = ["Replay"]
+
+
+class Replay:
+    """
+    Records what the forward passes of a step depend on, and runs them again: the same images,
+    random numbers (dropout, sampled proposals) and teacher's features. Nothing of it stays: no
+    gradient, no BatchNorm statistics, no random state, no log.
+    """
+
+    def __init__(self, model):
+        """
+        Args:
+            model (DistillationModel): not wrapped.
+        """
+        self.model = model
+        self.calls = []
+
+    def before(self, batch):
+        """Call before a forward pass on ``batch``."""
+        cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+        numbers = module_numbers(self.model.student)
+        self.calls.append([batch, torch.get_rng_state(), cuda, numbers, None])
+
+    def after(self):
+        """Call after it."""
+        self.calls[-1][-1] = self.model.teacher_features
+
+    @torch.no_grad()
+    def losses(self, context):
+        """
+        Args:
+            context (callable): makes the context manager that the first pass ran in (autocast).
+
+        Returns:
+            Tensor: (K,) mean over the recorded passes.
+        """
+        results = []
+        with isolated_rng(), restored_state(self.model), EventStorage():
+            for batch, cpu, cuda, numbers, teacher_features in self.calls:
+                torch.set_rng_state(cpu)
+                if cuda is not None:
+                    torch.cuda.set_rng_state(cuda)
+                set_module_numbers(self.model.student, numbers)
+                with context():
+                    objectives = self.model(batch, teacher_features)
+                results.append(
+                    torch.stack([sum(parts.values()).float() for parts in objectives.values()])
+                )
+        self.model.teacher_features = None
+        return torch.stack(results).mean(0)

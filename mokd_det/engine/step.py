@@ -1,0 +1,193 @@
+# Copyright (c) The mokd_det authors.
+"""The balanced training step."""
+
+import contextlib
+import functools
+import time
+
+import torch
+import torch.distributed as dist
+from detectron2.engine import SimpleTrainer
+from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage
+from torch.nn.parallel import DistributedDataParallel
+
+from ..modeling import module_numbers, set_module_numbers
+from .diagnostics import BalanceDiagnostics
+from .replay import Replay
+
+__all__ = ["BalancedTrainer", "PRECISIONS"]
+
+PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class BalancedTrainer(SimpleTrainer):
+    """
+    Detectron2's training step for a model that returns its objectives apart and has a
+    ``boundary``, at which their gradients are weighed. Otherwise as :class:`SimpleTrainer`, with
+    mixed precision, gradient accumulation and a running mean of the weights as options.
+
+    The random state of a step is a function of seed, rank and iteration. So neither evaluation
+    nor a stop between two steps changes what follows: a resumed run is the uninterrupted one.
+    """
+
+    def __init__(
+        self,
+        model,
+        data_loader,
+        optimizer,
+        seed,
+        micro_batches=1,
+        precision=None,
+        grad_scaler=None,
+        average=None,
+    ):
+        """
+        Args:
+            model (nn.Module): a :class:`DistillationModel` or :class:`SupervisedModel`, maybe in
+                DistributedDataParallel.
+            data_loader (ResumableLoader): gets this trainer's seed.
+            optimizer (Optimizer): of the model's parameters.
+            seed (int): equal on all ranks.
+            micro_batches (int): M; a batch of the loader (a list) is processed in M equal parts.
+            precision (str or None): a key of ``PRECISIONS`` for autocast; None: float32.
+            grad_scaler (torch.amp.GradScaler or None): default one for "float16".
+            average (WeightAverage or None): of the student.
+        """
+        super().__init__(model, data_loader, optimizer)
+        self.inner = getattr(model, "module", model)
+        self.boundary = self.inner.boundary
+        self.seed = seed
+        self.micro_batches = micro_batches
+        self.average = average
+        device = self.inner.device.type
+        self.autocast = functools.partial(
+            torch.autocast, device, PRECISIONS.get(precision), enabled=precision is not None
+        )
+        if grad_scaler is None and precision == "float16":
+            grad_scaler = torch.amp.GradScaler(device)
+        self.grad_scaler = grad_scaler
+        self.diagnostics = BalanceDiagnostics(self.boundary.place)
+
+    def run_step(self):
+        assert self.model.training, "[BalancedTrainer] model was changed to eval mode!"
+        start = time.perf_counter()
+        data = next(self._data_loader_iter)
+        data_time = time.perf_counter() - start
+
+        torch.manual_seed(hash((self.seed, comm.get_rank(), self.iter)) % 2**63)
+        balancer = self.boundary.balancer
+        undo = balancer.state_dict() if balancer and self.grad_scaler else None
+        replay = Replay(self.inner) if balancer and balancer.needs_second_forward else None
+
+        self.optimizer.zero_grad()
+        self.boundary.start(self.micro_batches, self._loss_scale())
+        passes = []
+        for batch, synchronised in self._micro_batches_of(data):
+            with synchronised:
+                if replay:
+                    replay.before(batch)
+                with self.autocast():
+                    objectives = self.model(batch)
+                    losses = [sum(parts.values()) for parts in objectives.values()]
+                if replay:
+                    replay.after()
+                self.boundary.accumulate(losses)
+            passes.append(objectives)
+        balance = self.boundary.finish(self.model.parameters())
+
+        # Raises if the plain sum of the losses is not finite, before anything is updated.
+        self._write_metrics(_mean_losses(passes), data_time)
+        if balance is not None:
+            self._write_balance(list(objectives), balance)
+        if not self._optimizer_step():
+            if undo is not None:
+                balancer.load_state_dict(undo)
+        else:
+            if replay:
+                after = _mean_over_ranks(replay.losses(self.autocast))
+                balancer.rule.update(balance.losses, after.to("cpu", torch.float64))
+            if self.average is not None:
+                self.average.update(self.inner.student)
+
+    def _micro_batches_of(self, data):
+        """Yield (part of the batch, context in which its gradients are averaged over ranks)."""
+        size, rest = divmod(len(data), self.micro_batches)
+        if rest:
+            raise ValueError(
+                f"SOLVER.MICRO_BATCHES is {self.micro_batches}, which a batch of {len(data)} "
+                "images cannot be divided by."
+            )
+        for i in range(self.micro_batches):
+            wait = i < self.micro_batches - 1 or self.boundary.reduces_gradients
+            if wait and isinstance(self.model, DistributedDataParallel):
+                context = self.model.no_sync()
+            else:
+                context = contextlib.nullcontext()
+            yield data[i * size : (i + 1) * size], context
+
+    def _loss_scale(self):
+        if self.grad_scaler is None:
+            return None
+        return self.grad_scaler.scale(torch.ones((), device=self.inner.device))
+
+    def _optimizer_step(self):
+        """Return False if the loss scaling skipped the step because a gradient overflowed."""
+        if self.grad_scaler is None:
+            self.optimizer.step()
+            return True
+        self.grad_scaler.step(self.optimizer)
+        before = self.grad_scaler.get_scale()
+        self.grad_scaler.update()
+        return self.grad_scaler.get_scale() >= before
+
+    def _write_balance(self, names, balance):
+        """Diagnostics go to the event storage: Detectron2 adds up all that is in the losses."""
+        scalars = self.diagnostics.scalars(names, balance, self.boundary.names)
+        if comm.is_main_process():
+            get_event_storage().put_scalars(**scalars)
+
+    def state_dict(self):
+        state = {
+            **super().state_dict(),
+            "seed": self.seed,
+            "diagnostics": self.diagnostics.state_dict(),
+            "numbers": module_numbers(self.inner.student),
+        }
+        if self.boundary.balancer is not None:
+            state["balancer"] = self.boundary.balancer.state_dict()
+        if self.grad_scaler is not None:
+            state["grad_scaler"] = self.grad_scaler.state_dict()
+        if self.average is not None:
+            state["average"] = self.average.state_dict()
+        return state
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        self.seed = self.data_loader.seed = state["seed"]
+        self.diagnostics.load_state_dict(state["diagnostics"])
+        set_module_numbers(self.inner.student, state["numbers"])
+        if self.boundary.balancer is not None:
+            self.boundary.balancer.load_state_dict(state["balancer"])
+        if self.grad_scaler is not None and "grad_scaler" in state:
+            self.grad_scaler.load_state_dict(state["grad_scaler"])
+        if self.average is not None and "average" in state:
+            self.average.load_state_dict(state["average"])
+
+
+def _mean_losses(passes):
+    """Dict of all losses by name, each the mean over the micro-batches."""
+    flat = [
+        {name: loss for parts in objectives.values() for name, loss in parts.items()}
+        for objectives in passes
+    ]
+    if len(flat) == 1:
+        return flat[0]
+    return {name: sum(losses[name].detach() for losses in flat) / len(flat) for name in flat[0]}
+
+
+def _mean_over_ranks(values):
+    if comm.get_world_size() > 1:
+        dist.all_reduce(values)
+        values = values / comm.get_world_size()
+    return values
