@@ -203,7 +203,8 @@ def combine(weights, gradients):
         gradients (list[list[Tensor or None]]): K lists of the same length.
 
     Returns:
-        list[Tensor or None]: the weighted sums.
+        list[Tensor or None]: the weighted sums; None only where all are. All weights zero give
+        zeros: DistributedDataParallel waits for every parameter that it has seen in the graph.
     """
     combined = []
     for part in zip(*gradients):
@@ -216,6 +217,8 @@ def combine(weights, gradients):
                 total = gradient * weight
             else:
                 total.add_(gradient, alpha=weight)
+        if total is None and (given := [g for g in part if g is not None]):
+            total = torch.zeros_like(given[0])
         combined.append(total)
     return combined
 

@@ -1,6 +1,8 @@
 # Copyright (c) The mokd_det authors.
 """Amortised balancing: weights learned from how much each loss fell in the last step."""
 
+import copy
+
 import torch
 
 from .rules import BALANCERS, LOSS_FLOOR
@@ -66,7 +68,9 @@ class Famo:
     def state_dict(self):
         if self.xi is None:
             return {}
-        return {"xi": self.xi.detach().clone(), "optimizer": self.optimizer.state_dict()}
+        # Adam works in place, and its state dict holds its own tensors.
+        state = {"xi": self.xi.detach(), "optimizer": self.optimizer.state_dict()}
+        return copy.deepcopy(state)
 
     def load_state_dict(self, state):
         if not state:
@@ -75,4 +79,4 @@ class Famo:
         self._start(len(state["xi"]))
         with torch.no_grad():
             self.xi.copy_(state["xi"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))

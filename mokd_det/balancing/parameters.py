@@ -24,9 +24,9 @@ class ParameterBoundary(Boundary):
 
     Several processes: DistributedDataParallel must not average (its ``no_sync``), because it can
     only average sums. The boundary does, before the Gram matrix is taken, in one all-reduce of
-    4 (K P_shared + 2 P_other + K + K^2) bytes (numbers of parameters, the second as gradient and
-    mask; float32) in a step that computes weights. With ``layers``: 4 (K P_layers + K + K^2), then
-    4 x 2 P; in a step that reuses weights only the latter.
+    4 (K S + O + T + K) bytes for S numbers in shared parameters and O in T other ones (float32;
+    K^2 more numbers for the signal). With ``layers`` it is 4 (K L + K) bytes for L numbers in these,
+    then 4 (S + O + T + K); in a step that reuses weights only the latter, with T counting all.
     """
 
     place = "parameters"

@@ -1,6 +1,7 @@
 # Copyright (c) The mokd_det authors.
 """Any weighting of TorchJD as a rule (optional extra ``balancers``)."""
 
+import copy
 import inspect
 
 import torch
@@ -70,15 +71,14 @@ class TorchjdRule:
             return self.weighting(gram).to(torch.float64)
 
     def state_dict(self):
-        # TorchJD's stateful weightings keep their state in attributes and buffers.
+        # TorchJD's stateful weightings keep their state in attributes and buffers, and change it
+        # in place.
         held = {**vars(self.weighting), **dict(self.weighting.named_buffers())}
         kinds = (torch.Tensor, int, float, tuple)
-        return {
-            "calls": self.calls,
-            "weighting": {key: value for key, value in held.items() if isinstance(value, kinds)},
-        }
+        state = {key: value for key, value in held.items() if isinstance(value, kinds)}
+        return {"calls": self.calls, "weighting": copy.deepcopy(state)}
 
     def load_state_dict(self, state):
         self.calls = state["calls"]
-        for key, value in state["weighting"].items():
+        for key, value in copy.deepcopy(state["weighting"]).items():
             setattr(self.weighting, key, value)

@@ -89,7 +89,8 @@ def add_mokd_config(cfg):
     cfg.MOKD.FEATURES.TEACHER = []
     # Registered in mokd_det.subspace.PROJECTORS.
     cfg.MOKD.FEATURES.PROJECTOR = "SubspaceProjector"
-    # Dimension n of the common subspace. 0: twice the wider side's channels.
+    # Dimension n of the common subspace. 0: the channels of the wider side,
+    # the fewest that lose nothing of either.
     cfg.MOKD.FEATURES.DIM = 0
     # Teacher's side of the projector: "learned", "frozen" (a random semi-orthogonal map), or
     # "identity" (no projection; n is then the teacher's channels).

@@ -36,7 +36,7 @@ class SubspaceProjector(nn.Module):
         """
         Args:
             student_channels, teacher_channels (int): C_s and C_t.
-            dim (int): n, dimension of the subspace. 0: twice the larger of C_s and C_t.
+            dim (int): n, dimension of the subspace. 0: the larger of C_s and C_t.
             teacher_side (str): "learned", "frozen" (random semi-orthogonal) or "identity" (n is
                 then C_t).
 
@@ -57,7 +57,7 @@ class SubspaceProjector(nn.Module):
                     f"is the teacher's own of {teacher_channels} channels: set DIM to 0."
                 )
             dim = teacher_channels
-        self.dim = dim or 2 * max(student_channels, teacher_channels)
+        self.dim = dim or max(student_channels, teacher_channels)
         self.student = _semi_orthogonal(student_channels, self.dim)
         if teacher_side == "learned":
             self.teacher = _semi_orthogonal(teacher_channels, self.dim)

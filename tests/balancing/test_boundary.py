@@ -138,3 +138,35 @@ assert "torch" in loaded and not loaded & {"PIL", "cv2", "yacs", "pycocotools"},
 
 def test_balancing_and_subspace_need_torch_only():
     subprocess.run([sys.executable, "-c", WITHOUT_DETECTRON2], check=True)
+
+
+def test_weight_zero_still_gives_every_parameter_a_gradient(setting):
+    """Min-norm may leave the task nothing; the map that is not distilled then gets zeros."""
+    net, x, target = setting
+    boundary = build_boundary("fixed", weights=[0.0, 1.0])
+    _, gradients = run(net, x, target, boundary)
+    assert torch.equal(gradients["down.weight"], torch.zeros_like(net.down.weight))
+    assert gradients["stem.weight"].any()
+
+
+def test_nested_places_count_with_the_gradient_that_reaches_them_directly(setting):
+    """Several layers of a classifier: the task's features are the last layer's only."""
+    net, x, target = setting
+    boundary = build_boundary("anchored", cap=0.5)
+    first, second = net.features(x)
+    (_, task), (shared, other) = boundary.split([first, second], 2, ["stem", "down"])
+    losses = [task.square().mean(), net.distill([shared], target) + other.abs().mean()]
+    boundary.backward(losses)
+    leaves = [f.detach().requires_grad_() for f in (first, second)]
+    own = [
+        [torch.zeros_like(leaves[0]), *torch.autograd.grad(leaves[1].square().mean(), leaves[1])],
+        torch.autograd.grad(net.distill([leaves[0]], target) + leaves[1].abs().mean(), leaves),
+    ]
+    assert torch.allclose(boundary.last.gram.float(), gram_matrix(own), rtol=1e-5)
+    assert boundary.last.parts.shape == (2, 2, 2) and boundary.names == ["stem", "down"]
+    weights = boundary.last.weights.tolist()
+    first, second = net.features(x)
+    total = weights[0] * second.square().mean()
+    total = total + weights[1] * (net.distill([first], target) + second.abs().mean())
+    wanted = torch.autograd.grad(total, net.stem.weight)[0]
+    assert torch.allclose(net.stem.weight.grad, wanted, rtol=1e-4, atol=1e-7)

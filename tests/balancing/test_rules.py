@@ -9,6 +9,7 @@ import torch
 from mokd_det.balancing import (
     BALANCERS,
     RESCALES,
+    Balancer,
     balance,
     build_rule,
     cosine,
@@ -16,6 +17,9 @@ from mokd_det.balancing import (
     gram_matrix,
     min_norm_simplex,
     min_norm_two,
+    repair_gram,
+    share,
+    signal_gram,
 )
 
 
@@ -146,13 +150,18 @@ def test_update_ignores_the_scale_of_the_distillation_loss(name, scale):
         assert torch.allclose(weights_of(name, scaled, losses * factor) @ scaled, update), seed
 
 
-@pytest.mark.parametrize("name", sorted(set(BALANCERS) - {"fixed"}))
+# Pure functions of Gram matrix and losses that treat all distillation objectives alike.
+PURE = ["anchored", "cosine_gate", "famo", "imtl_g", "min_norm", "protected_min_norm"]
+
+
+@pytest.mark.parametrize("name", PURE)
 def test_distillation_objectives_are_interchangeable(name):
     for seed in range(50):
         gradients, losses = random_gradients(seed, 3)
         order = [0, 2, 1]
-        weights = weights_of(name, gradients, losses)
-        permuted = weights_of(name, gradients[order], losses[order])
+        options = {"weights": [1.0, 0.5, 0.5]}
+        weights = weights_of(name, gradients, losses, **options)
+        permuted = weights_of(name, gradients[order], losses[order], **options)
         assert torch.allclose(permuted, weights[order], rtol=1e-6, atol=1e-9), seed
 
 
@@ -170,7 +179,12 @@ def test_rescaling():
     assert RESCALES["sum"](torch.full((2,), 0.3), gram).tolist() == [1.0, 1.0]
 
 
-ALL_RULES = sorted(BALANCERS)
+def test_every_rule_is_tested_here():
+    assert sorted(BALANCERS) == sorted([*PURE, "fixed", "look_ahead"])
+
+
+ALL_RULES = sorted([*PURE, "fixed"])  # look_ahead needs gradients: see below
+BLIND = ("fixed", "famo")  # they do not read gradients, so a vanishing one is nothing special
 
 
 @pytest.mark.parametrize("name", ALL_RULES)
@@ -180,8 +194,8 @@ def test_vanishing_gradient_leaves_the_other_alone(name, vanished):
     gradients[vanished] = 0
     result = balance(build_rule(name), gradients @ gradients.T, torch.ones(2))
     update = result.weights @ gradients
-    assert torch.equal(update, gradients[1 - vanished])
-    assert result.fallback == ("" if name == "fixed" else "vanished")
+    assert torch.equal(update, gradients[1 - vanished] * (0.5 if name == "famo" else 1))
+    assert result.fallback == ("" if name in BLIND else "vanished")
 
 
 @pytest.mark.parametrize("name", ALL_RULES)
@@ -192,7 +206,7 @@ def test_parallel_and_opposite_gradients_give_finite_weights(name, rescale):
         gradients = torch.stack([task, factor * task])
         weights = weights_of(name, gradients, torch.ones(2), rescale)
         assert weights.isfinite().all(), factor
-        if name != "fixed":  # never a step that raises the task's loss
+        if name not in ("fixed", "famo", "imtl_g"):  # never a step that raises the task's loss
             assert (weights @ gradients) @ task >= -1e-6, factor
 
 
@@ -237,10 +251,15 @@ def test_fixed_weights():
 @pytest.mark.parametrize(
     "name, rescale, options, message",
     [
-        ("min_nrom", "none", {}, "expected one of 'anchored', 'fixed', 'min_norm'"),
+        ("min_nrom", "none", {}, "expected one of 'anchored', 'cosine_gate', 'famo'"),
         ("fixed", "non", {}, "MOKD.BALANCING.RESCALE is 'non'"),
         ("fixed", "none", {"weights": [1.0, -1.0]}, "MOKD.BALANCING.WEIGHTS"),
         ("fixed", "none", {"weights": [0.0, 0.0]}, "MOKD.BALANCING.WEIGHTS"),
+        ("famo", "none", {"famo": {"LR": 0.0}}, "MOKD.BALANCING.FAMO.LR is 0.0"),
+        ("famo", "none", {"famo": {"WEIGHT_DECAY": -1.0}}, "MOKD.BALANCING.FAMO.WEIGHT_DECAY"),
+        ("look_ahead", "none", {"look_ahead": {"START": "two"}}, "LOOK_AHEAD.START is 'two'"),
+        ("look_ahead", "none", {"look_ahead": {"CAP": 0.5}}, "LOOK_AHEAD.CAP is 0.5"),
+        ("look_ahead", "none", {"look_ahead": {"LR": 0}}, "LOOK_AHEAD.LR is 0"),
         ("anchored", "none", {"cap": 0.0}, "MOKD.BALANCING.CAP is 0.0"),
         ("anchored", "none", {"cap": 2.0}, "MOKD.BALANCING.CAP is 2.0"),
         ("protected_min_norm", "none", {"cap": float("nan")}, "MOKD.BALANCING.CAP"),
@@ -248,7 +267,7 @@ def test_fixed_weights():
 )
 def test_bad_options_name_themselves(name, rescale, options, message):
     with pytest.raises(ValueError, match=message):
-        build_rule(name, **options)
+        Balancer(build_rule(name, **options), rescale)
 
 
 def test_objectives_without_a_weight_and_unclipped_k3_are_errors():
@@ -284,3 +303,331 @@ def test_cosine_and_dominance():
     zero = torch.tensor([[4.0, 0.0], [0.0, 0.0]])
     assert cosine(zero, 1, 0) == 0 and dominance(zero, 1, 0) == 0
     assert dominance(zero, 0, 1) == float("inf")
+
+
+def test_min_norm_on_raw_losses_is_mgda():
+    aggregation = pytest.importorskip("torchjd.aggregation")
+    oracle = aggregation.MGDAWeighting(epsilon=1e-9, max_iters=20000)
+    for seed in range(20):
+        gradients, losses = random_gradients(seed)
+        ours = weights_of("min_norm", gradients, losses, log_losses=False)
+        assert torch.allclose(ours, oracle(gradients @ gradients.T), atol=1e-6), seed
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_imtl_g_has_equal_projections_and_agrees_with_torchjd(count):
+    aggregation = pytest.importorskip("torchjd.aggregation")
+    for seed in range(50):
+        gradients, losses = random_gradients(seed, count)
+        weights = weights_of("imtl_g", gradients, losses)
+        projections = gradients @ (weights @ gradients) / gradients.norm(dim=1)
+        assert torch.allclose(projections, projections[:1].expand(count), rtol=1e-6), seed
+        assert torch.isclose(weights.sum(), weights.new_ones(())), seed
+        oracle = aggregation.IMTLGWeighting()(gradients @ gradients.T)
+        assert torch.allclose(weights, oracle, rtol=1e-4, atol=1e-6), seed
+
+
+def test_imtl_g_makes_two_gradients_equally_long():
+    gradients = torch.tensor([[3.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+    weights = weights_of("imtl_g", gradients, torch.ones(2))
+    assert torch.allclose(weights, torch.tensor([0.25, 0.75], dtype=torch.float64))
+
+
+def test_cosine_gate_closes_on_conflict_only():
+    task = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
+    friend = torch.tensor([0.1, 5.0, 0.0], dtype=torch.float64)
+    foe = torch.tensor([-0.1, 0.0, 5.0], dtype=torch.float64)
+    options = {"weights": [1.0, 0.3, 0.7]}
+    gradients = torch.stack([task, friend, foe])
+    assert weights_of("cosine_gate", gradients, torch.ones(3), **options).tolist() == [1, 0.3, 0]
+    gradients = torch.stack([task, foe, friend])
+    assert weights_of("cosine_gate", gradients, torch.ones(3), **options).tolist() == [1, 0, 0.7]
+
+
+def test_famo_frozen_numbers():
+    """By hand: xi = 0; delta = log before - log after; xi falls along p * (delta - p @ delta)."""
+    rule = build_rule("famo")
+    losses = torch.tensor([2.0, 1.0], dtype=torch.float64)
+    first = rule.weights(torch.eye(2), losses)
+    assert torch.allclose(first, torch.tensor([1 / 3, 2 / 3], dtype=torch.float64))
+    # The first fell by 10 %, the second by 5 %: the second gets more. Adam's first step is lr.
+    rule.update(losses, torch.tensor([1.8, 0.95], dtype=torch.float64))
+    assert torch.allclose(rule.xi.detach(), torch.tensor([-0.025, 0.025], dtype=torch.float64))
+    # p = softmax(-0.025, 0.025) = (0.4875026, 0.5124974); weights p / L, divided by their sum.
+    raw = torch.tensor([0.4875026 / 2, 0.5124974], dtype=torch.float64)
+    assert torch.allclose(rule.weights(torch.eye(2), losses), raw / raw.sum(), atol=1e-7)
+    # Second step, by Adam's formulas with weight decay 0.01.
+    shares = raw * losses
+    delta = torch.tensor([2.0 / 1.5, 1.0 / 1.1], dtype=torch.float64).log()
+    gradients = [torch.tensor([0.5, 0.5]) * (d - d.mean()) for d in _deltas()]
+    second = shares * (delta - shares @ delta) + 0.01 * torch.tensor([-0.025, 0.025])
+    mean = (0.9 * 0.1 * gradients[0] + 0.1 * second) / (1 - 0.9**2)
+    square = (0.999 * 0.001 * gradients[0] ** 2 + 0.001 * second**2) / (1 - 0.999**2)
+    wanted = torch.tensor([-0.025, 0.025]) - 0.025 * mean / square.sqrt()
+    rule.update(losses, torch.tensor([1.5, 1.1], dtype=torch.float64))
+    assert torch.allclose(rule.xi.detach(), wanted, atol=1e-6)
+
+
+def _deltas():
+    return [torch.tensor([2.0 / 1.8, 1.0 / 0.95], dtype=torch.float64).log()]
+
+
+def test_famo_ignores_the_scale_of_a_loss_and_its_state_goes_round():
+    losses = torch.tensor([2.0, 1.0], dtype=torch.float64)
+    factor = torch.tensor([1.0, 1e3], dtype=torch.float64)
+    first, second = build_rule("famo"), build_rule("famo")
+    for step in range(5):
+        after = losses * torch.tensor([0.9, 0.99 - 0.1 * step], dtype=torch.float64)
+        update = first.weights(torch.eye(2), losses)
+        scaled = second.weights(torch.eye(2), losses * factor) * factor
+        assert torch.allclose(update / update.sum(), scaled / scaled.sum())
+        first.update(losses, after)
+        second.update(losses * factor, after * factor)
+    third = build_rule("famo")
+    third.load_state_dict(first.state_dict())
+    for rule in (first, third):
+        rule.update(losses, losses * torch.tensor([0.5, 0.9]))
+    assert torch.equal(first.weights(torch.eye(2), losses), third.weights(torch.eye(2), losses))
+
+
+def look_ahead_weights(rule, gradients, losses=(1.0, 1.0)):
+    rule.observe([[g] for g in gradients])
+    return balance(rule, gradients @ gradients.T, torch.tensor(losses)).weights
+
+
+def test_look_ahead_frozen_numbers():
+    first = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    second = torch.tensor([[0.0, 2.0], [1.0, 0.0]])
+    rule = build_rule("look_ahead", look_ahead={"LR": 0.02, "START": "one"})
+    assert look_ahead_weights(rule, first).tolist() == [1.0, 1.0]
+    # The last distillation gradient is the fresh task gradient's direction (cosine 1), the last
+    # task gradient is orthogonal to it (0): merit 1, and mean / rms of one value is its sign.
+    expected = torch.tensor([1.0, 1.0202013400267558], dtype=torch.float64)  # e^0.02
+    assert torch.allclose(look_ahead_weights(rule, second), expected)
+    # Third step: cosines 0 and 1, merit -1. Means: (0.09 - 0.1) / 0.19; squares: 1.
+    expected[1] = torch.tensor(0.02 + 0.02 * (-0.01 / 0.19), dtype=torch.float64).exp()
+    assert torch.allclose(look_ahead_weights(rule, second), expected)
+    # Without the task's own merit the third step's is 0: mean 0.09 / 0.19, square 0.0099 / 0.0199.
+    rule = build_rule("look_ahead", look_ahead={"RELATIVE": False, "START": "one"})
+    for gradients in (first, second, second):
+        weights = look_ahead_weights(rule, gradients)
+    step = 0.02 + 0.02 * (0.09 / 0.19) / (0.0099 / 0.0199) ** 0.5
+    assert weights[1] == pytest.approx(torch.tensor(step).exp().item(), rel=1e-6)
+
+
+def test_look_ahead_keeps_to_its_bounds_and_its_state_goes_round():
+    rule = build_rule("look_ahead", look_ahead={"LR": 1.0, "CAP": 10.0, "START": "one"})
+    first = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    for _ in range(8):
+        weights = look_ahead_weights(rule, first)  # the task's own last direction is the better
+    assert weights[1] == pytest.approx(1e-3)
+    second = torch.tensor([[0.0, 1.0], [0.0, 1.0]])
+    other = build_rule("look_ahead", look_ahead={"LR": 1.0, "CAP": 10.0, "START": "one"})
+    other.load_state_dict(rule.state_dict())
+    assert torch.equal(look_ahead_weights(rule, second), look_ahead_weights(other, second))
+    rule = build_rule("look_ahead", look_ahead={"LR": 1.0, "RELATIVE": False, "START": "one"})
+    for _ in range(8):
+        weights = look_ahead_weights(rule, second)
+    assert weights[1] == pytest.approx(10.0)
+
+
+@pytest.mark.parametrize("start", ["loss", "norm"])
+def test_look_ahead_ignores_the_scale_of_the_distillation_loss(start):
+    rules = [build_rule("look_ahead", look_ahead={"START": start}) for _ in range(2)]
+    for seed in range(20):
+        gradients, losses = random_gradients(seed)
+        scaled = gradients * torch.tensor([[1.0], [1e3]])
+        plain = look_ahead_weights(rules[0], gradients, losses.tolist())
+        other = look_ahead_weights(rules[1], scaled, [losses[0].item(), 1e3 * losses[1].item()])
+        assert torch.allclose(plain[1], 1e3 * other[1], rtol=1e-4), seed
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("UPGrad", {}),
+        ("MGDA", {}),
+        ("AlignedMTL", {}),
+        ("CAGrad", {"c": 0.5}),
+        ("DualProj", {}),
+        ("PCGrad", {}),
+        ("Mean", {}),
+        ("Random", {}),
+        ("Constant", {"weights": [0.2, 0.8]}),
+        ("GradVac", {"beta": 0.5}),
+        ("PCD", {}),
+    ],
+)
+def test_torchjd_weighting_by_name(name, options):
+    aggregation = pytest.importorskip("torchjd.aggregation")
+    gradients, losses = random_gradients(3)
+    gram = gradients @ gradients.T
+    rule = build_rule(f"torchjd.{name}", torchjd=options)
+    random_state = torch.get_rng_state()
+    first = balance(rule, gram, losses).weights
+    assert torch.equal(torch.get_rng_state(), random_state)  # nobody else's stream moves
+
+    if name == "Constant":
+        options = {"weights": torch.tensor(options["weights"], dtype=torch.float64)}
+    oracle = getattr(aggregation, f"{name}Weighting")(**options)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        assert torch.allclose(first, oracle(gram).double(), rtol=1e-6, atol=1e-9)
+
+    # State, where there is one, and the count of calls go round.
+    other = build_rule(f"torchjd.{name}", torchjd=options)
+    other.load_state_dict(rule.state_dict())
+    gram = gram.flip(0, 1)
+    assert torch.equal(balance(rule, gram, losses).weights, balance(other, gram, losses).weights)
+
+
+def test_torchjd_errors(monkeypatch):
+    pytest.importorskip("torchjd")
+    with pytest.raises(ValueError, match="'torchjd.UpGrad', which does not exist.*torchjd.UPGrad"):
+        build_rule("torchjd.UpGrad")
+    with pytest.raises(ValueError, match="'torchjd.MoDo', which needs more than a Gram matrix"):
+        build_rule("torchjd.MoDo")
+    with pytest.raises(ValueError, match="MOKD.BALANCING.TORCHJD {'d': 1} does not fit"):
+        build_rule("torchjd.CAGrad", torchjd={"d": 1})
+    monkeypatch.setitem(__import__("sys").modules, "torchjd", None)
+    with pytest.raises(ImportError, match=r"pip install 'mokd-det\[balancers\]'"):
+        build_rule("torchjd.UPGrad")
+
+
+def test_huge_and_tiny_gradients():
+    """Gram entries of 1e-30 and 1e30: weights are finite and the promises hold."""
+    for scale in (1e-15, 1e15):
+        gradients, losses = random_gradients(5)
+        for name in ALL_RULES:
+            weights = weights_of(name, gradients * scale, losses)
+            assert weights.isfinite().all(), name
+            assert torch.allclose(weights, weights_of(name, gradients, losses), rtol=1e-6), name
+
+
+def test_signal_gram_is_unbiased_where_the_batch_is_not():
+    generator = torch.Generator().manual_seed(0)
+    means = torch.tensor([[1.0, 0.0, 0.5], [-0.2, 0.3, 0.0]], dtype=torch.float64)
+    true = means @ means.T
+    groups, trials = 4, 4000
+    noise = torch.randn(trials, groups, 1, 3, generator=generator, dtype=torch.float64)
+    noise = 2 * noise.expand(-1, -1, 2, -1)  # the objectives share a batch, hence its noise
+    samples = means + noise
+    mean = samples.mean(1)
+    batch = mean @ mean.transpose(1, 2)
+    own = (samples @ samples.transpose(2, 3)).sum(1)
+    signal = torch.stack([signal_gram(b, o, groups) for b, o in zip(batch, own)])
+    error = signal.std(0) / trials**0.5
+    assert ((signal.mean(0) - true).abs() < 4 * error).all()
+    # What it is good for: the batch sees agreement where there is conflict.
+    assert true[0, 1] < 0 < batch.mean(0)[0, 1]
+
+
+def test_signal_gram_is_the_mean_over_pairs_of_groups():
+    samples = torch.randn(3, 2, 5, generator=torch.Generator().manual_seed(0)).double()
+    pairs = [
+        samples[a] @ samples[b].T for a in range(3) for b in range(3) if a != b
+    ]
+    mean = samples.mean(0)
+    own = sum(s @ s.T for s in samples)
+    assert torch.allclose(signal_gram(mean @ mean.T, own, 3), torch.stack(pairs).mean(0))
+    with pytest.raises(ValueError, match="at least 2 groups"):
+        signal_gram(mean @ mean.T, own, 1)
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_repaired_gram_is_a_gram_matrix(count):
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(100):
+        noisy = torch.randn(count, count, generator=generator, dtype=torch.float64)
+        noisy = noisy + noisy.T
+        reference = torch.eye(count, dtype=torch.float64)
+        repaired = repair_gram(noisy, reference)
+        assert torch.linalg.eigvalsh(repaired).min() >= -1e-9
+        assert (repaired.diagonal() >= 1e-3 * (1 - 1e-9)).all()
+        kept = noisy.diagonal() > 1e-3
+        assert torch.allclose(repaired.diagonal()[kept], noisy.diagonal()[kept])
+    gradients, _ = random_gradients(0, count)
+    gram = gradients @ gradients.T
+    assert torch.allclose(repair_gram(gram, gram), gram)
+
+
+def balancer_weights(balancer, gradients, losses):
+    balancer.end_step()
+    return balancer.balance((gradients @ gradients.T)[None], losses).weights
+
+
+def test_smoothing_is_a_bias_corrected_running_mean():
+    balancer = Balancer(build_rule("anchored"), smoothing=0.8)
+    grams = []
+    for seed in range(4):
+        gradients, losses = random_gradients(seed)
+        grams.append(gradients @ gradients.T)
+        result = balancer.balance(grams[-1][None], losses)
+    factors = torch.tensor([0.8**3, 0.8**2, 0.8, 1.0], dtype=torch.float64)
+    mean = sum(f * g for f, g in zip(factors, grams)) / factors.sum()
+    assert torch.allclose(result.seen, mean)
+    assert torch.equal(result.gram, grams[-1])
+    assert torch.equal(result.weights, build_rule("anchored").weights(mean, losses))
+
+
+def test_interval_reuses_weights_in_between():
+    balancer = Balancer(build_rule("anchored"), interval=3)
+    due = []
+    for seed in range(7):
+        due.append(balancer.due)
+        gradients, losses = random_gradients(seed)
+        if balancer.due:
+            last = balancer.balance((gradients @ gradients.T)[None], losses).weights
+        else:
+            result = balancer.reuse(losses)
+            assert result.gram is None and torch.equal(result.weights, last)
+        balancer.end_step()
+    assert due == [True, False, False, True, False, False, True]
+
+
+@pytest.mark.parametrize("name", [*ALL_RULES, "torchjd.GradVac"])
+def test_state_of_a_balancer_undoes_a_step(name):
+    if name.startswith("torchjd"):
+        pytest.importorskip("torchjd")
+    balancer = Balancer(build_rule(name), smoothing=0.5)
+    gradients, losses = random_gradients(0)
+    balancer_weights(balancer, gradients, losses)
+    state = balancer.state_dict()
+    expected = balancer_weights(balancer, *random_gradients(1))
+    balancer.load_state_dict(state)
+    balancer_weights(balancer, *random_gradients(2))
+    balancer.load_state_dict(state)
+    assert torch.equal(balancer_weights(balancer, *random_gradients(1)), expected)
+    assert balancer.step == 2
+
+
+def test_a_non_finite_step_leaves_no_trace():
+    balancer = Balancer(build_rule("protected_min_norm"), smoothing=0.5)
+    gradients, losses = random_gradients(0)
+    balancer.balance((gradients @ gradients.T)[None], losses)
+    before = balancer.state_dict()
+    bad = torch.full((1, 2, 2), float("inf"))
+    assert balancer.balance(bad, losses).fallback == "non_finite"
+    after = balancer.state_dict()
+    assert all(after[key] is before[key] or after[key] == before[key] for key in before)
+
+
+def test_share_does_not_depend_on_units():
+    gradients, _ = random_gradients(0)
+    gram = gradients @ gradients.T
+    weights = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    factor = torch.tensor([1.0, 1e3], dtype=torch.float64)
+    scaled = gram * torch.outer(factor, factor)
+    assert share(gram, weights, 0) == pytest.approx(share(scaled, weights / factor, 0))
+    lengths = weights * gradients.norm(dim=1)
+    assert share(gram, weights, 0) == pytest.approx(float(lengths[0] / lengths.sum()))
+
+
+def test_balancer_options_are_checked():
+    for options, message in (
+        ({"smoothing": 1.0}, "MOKD.BALANCING.SMOOTHING is 1.0"),
+        ({"interval": 0}, "MOKD.BALANCING.INTERVAL is 0"),
+        ({"rescale": "x"}, "MOKD.BALANCING.RESCALE is 'x'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Balancer(build_rule("fixed"), **options)

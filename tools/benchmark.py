@@ -1,0 +1,373 @@
+#!/usr/bin/env python
+# Copyright (c) The mokd_det authors.
+"""
+What balancing costs: time and memory of a training step, as ratios within one run.
+
+Examples:
+  python tools/benchmark.py --config-file \\
+      configs/COCO-Detection/mokd_faster_rcnn_R_50_to_R_18_FPN_1x.yaml --output bench.json
+  python tools/benchmark.py --config-file ... --size 800 1216 --batch 8 MODEL.DEVICE cuda
+
+The variants take turns, round by round, so that a busy machine slows all of them alike; medians
+are over rounds, and ratios are medians of the ratios within each round. No data and no weights
+are needed: images and boxes are random, and all weights stay as they are (learning rate 0).
+
+  student           Detectron2's own step of the student alone
+  teacher_backbone  the teacher's forward pass up to its features
+  fixed             student + teacher, plain sum of losses in Detectron2's own step: no balancing
+  features          MOKD.BALANCING.RULE at the shared features
+  parameters        MOKD.BALANCING.RULE at the backbone's parameters
+  famo              rule "famo": a second forward pass of the student
+  torchjd           TorchJD's mtl_backward with MGDA on the same losses and features
+
+Peak memory is what is allocated at the worst moment of a step, parameters and optimizer included:
+from torch's allocator on CUDA, from the profiler's record of every allocation on the CPU.
+"""
+
+import argparse
+import inspect
+import json
+import platform
+import statistics
+import tempfile
+import time
+
+import mokd_det  # noqa: F401  (first: mends Detectron2 where it needs it)
+import torch
+from detectron2.engine import SimpleTrainer
+from detectron2.modeling import build_model
+from detectron2.solver import build_optimizer
+from detectron2.structures import BitMasks, Boxes, Instances
+from detectron2.utils.env import seed_all_rng
+from detectron2.utils.events import EventStorage
+from torch import nn
+
+from mokd_det.balancing import Boundary, build_boundary
+from mokd_det.config import load_config
+from mokd_det.engine import BalancedTrainer, DistillationTrainer
+
+VARIANTS = ("student", "teacher_backbone", "fixed", "features", "parameters", "famo", "torchjd")
+
+
+class Constant:
+    """A data loader that has one batch."""
+
+    seed = 0
+
+    def __init__(self, batch):
+        self.batch = batch
+
+    def __iter__(self):
+        while True:
+            yield self.batch
+
+
+class FlatLosses(nn.Module):
+    """Student and teacher as one model with one dict of losses: what needs no balancing."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch):
+        return {k: v for parts in self.model(batch).values() for k, v in parts.items()}
+
+
+class NoBoundary(Boundary):
+    """All objectives use the same features."""
+
+    def split(self, features, objectives, names=None):
+        # Views, because a level may be made from another one (p6 from p5), and TorchJD's features
+        # must not depend on each other.
+        self.features = [feature.view_as(feature) for feature in features]
+        return [self.features] * objectives
+
+
+def random_batch(cfg, height, width, count):
+    """Random images with 8 random boxes (and masks) each, in Detectron2's format."""
+    generator = torch.Generator().manual_seed(0)
+    classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    if cfg.MODEL.META_ARCHITECTURE == "RetinaNet":
+        classes = cfg.MODEL.RETINANET.NUM_CLASSES
+    if cfg.MODEL.KEYPOINT_ON:
+        raise ValueError("MODEL.KEYPOINT_ON True: the benchmark has no random keypoints.")
+    batch = []
+    for _ in range(count):
+        corner = torch.rand(8, 2, generator=generator) * 0.6
+        size = 0.05 + torch.rand(8, 2, generator=generator) * 0.3
+        boxes = torch.cat([corner, corner + size], 1)
+        boxes *= torch.tensor([width, height, width, height], dtype=torch.float32)
+        instances = Instances((height, width))
+        instances.gt_boxes = Boxes(boxes)
+        instances.gt_classes = torch.randint(classes, (8,), generator=generator)
+        if cfg.MODEL.MASK_ON:
+            masks = torch.zeros(8, height, width, dtype=torch.bool)
+            for mask, (x0, y0, x1, y1) in zip(masks, boxes.long().tolist()):
+                mask[y0:y1, x0:x1] = True
+            instances.gt_masks = BitMasks(masks)
+        image = torch.randint(256, (3, height, width), generator=generator, dtype=torch.uint8)
+        batch.append({"image": image, "instances": instances, "height": height, "width": width})
+    return batch
+
+
+def build(cfg):
+    """The distillation model of a config with random weights on both sides."""
+    cfg.MODEL.WEIGHTS = cfg.MODEL.TORCHVISION.WEIGHTS = ""
+    teacher_file = cfg.MOKD.TEACHER.CONFIG_FILE
+    teacher = load_config(teacher_file, cfg.MOKD.TEACHER.OPTS, option="MOKD.TEACHER.CONFIG_FILE")
+    teacher.MODEL.DEVICE = cfg.MODEL.DEVICE
+    teacher.MODEL.WEIGHTS = teacher.MODEL.TORCHVISION.WEIGHTS = ""
+    with tempfile.NamedTemporaryFile(suffix=".pth") as weights:
+        torch.save({"model": build_model(teacher).state_dict()}, weights.name)
+        cfg.MOKD.TEACHER.WEIGHTS = weights.name
+        return DistillationTrainer.build_model(cfg).train()
+
+
+def build_steps(cfg, model, batch):
+    """Return {variant: function that runs one step}, or the reason why it cannot."""
+    cfg.SOLVER.BASE_LR = 0.0
+    balancing = {key.lower(): value for key, value in cfg.MOKD.BALANCING.items()}
+    shared = model.student.backbone
+    no_boundary = NoBoundary(balancer=build_boundary().balancer)
+    loader = Constant(batch)
+    optimizer = build_optimizer(cfg, model)
+
+    def with_boundary(boundary, step):
+        def run():
+            model.boundary = boundary
+            step()
+
+        return run
+
+    def balanced(**options):
+        boundary = build_boundary(shared=shared, **{**balancing, **options})
+        model.boundary = boundary
+        return with_boundary(boundary, _stepper(BalancedTrainer(model, loader, optimizer, 0)))
+
+    def teacher_backbone():
+        model.teacher.features(batch, model.input_format)
+
+    student_optimizer = build_optimizer(cfg, model.student)
+    steps = {
+        "student": _stepper(SimpleTrainer(model.student, loader, student_optimizer)),
+        "teacher_backbone": teacher_backbone,
+        "fixed": with_boundary(
+            no_boundary, _stepper(SimpleTrainer(FlatLosses(model), loader, optimizer))
+        ),
+        "features": balanced(place="features", layers=(), gram="batch"),
+        "parameters": balanced(place="parameters", gram="batch"),
+        "famo": balanced(place="features", rule="famo", layers=(), gram="batch"),
+    }
+    try:
+        step = torchjd_step(model, batch, optimizer, no_boundary)
+        steps["torchjd"] = with_boundary(no_boundary, step)
+    except ImportError as error:
+        steps["torchjd"] = f"TorchJD is not installed ({error}): pip install 'mokd-det[balancers]'"
+    return steps
+
+
+def _stepper(trainer):
+    trainer.iter = 0
+
+    def step():
+        trainer.iter += 1
+        trainer.run_step()
+
+    return step
+
+
+def torchjd_step(model, batch, optimizer, no_boundary):
+    """TorchJD's multi-task backward at the student's features, with its min-norm aggregator."""
+    from torchjd.aggregation import MGDA
+    from torchjd.autojac import mtl_backward
+
+    aggregator = MGDA()
+    shared = [p for p in model.student.backbone.parameters() if p.requires_grad]
+    is_shared = {id(p) for p in shared}
+    head = [p for p in model.student.parameters() if p.requires_grad and id(p) not in is_shared]
+    tasks_params = [head, list(model.projectors.parameters())]
+    with_aggregator = "aggregator" in inspect.signature(mtl_backward).parameters
+
+    def step():
+        objectives = model(batch)
+        losses = [sum(parts.values()) for parts in objectives.values()]
+        optimizer.zero_grad()
+        options = {"tasks_params": tasks_params, "shared_params": shared}
+        # One objective after the other: detectors have operators that vmap does not know.
+        options["parallel_chunk_size"] = 1
+        features = [f for f in no_boundary.features if f.requires_grad]
+        if with_aggregator:
+            mtl_backward(losses, features, aggregator, **options)
+        else:
+            from torchjd.autojac import jac_to_grad
+
+            mtl_backward(losses, features, **options)
+            jac_to_grad(shared, aggregator)
+        SimpleTrainer.write_metrics(
+            {k: v for parts in objectives.values() for k, v in parts.items()}, 0.0
+        )
+        optimizer.step()
+
+    return step
+
+
+def resident_bytes(variant, model):
+    """What a variant keeps between two steps: weights, buffers and the optimizer's state."""
+    if variant == "student":
+        modules = [model.student]
+    elif variant == "teacher_backbone":
+        modules = [model.teacher.model]
+    else:
+        modules = [model, model.teacher.model]
+    tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]
+    if variant != "teacher_backbone":
+        momentum = [p for p in modules[0].parameters() if p.requires_grad]
+        tensors += momentum  # one number for each
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def peak_bytes(step, device, resident):
+    """Largest memory during a step that starts with ``resident`` bytes."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        torch.cuda.synchronize()
+        return resident + torch.cuda.max_memory_allocated() - before
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, profile_memory=True) as profiler:
+        step()
+    with tempfile.NamedTemporaryFile(suffix=".json") as trace:
+        profiler.export_chrome_trace(trace.name)
+        with open(trace.name) as f:
+            events = json.load(f)["traceEvents"]
+    changes = sorted(
+        (event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]"
+    )
+    now = peak = resident
+    for _, change in changes:
+        now += change
+        peak = max(peak, now)
+    return peak
+
+
+def measure(model, steps, rounds, device):
+    """Return {variant: {seconds, spread, peak_bytes} or {error}} and the seconds of each round."""
+    seconds = {variant: [] for variant, step in steps.items() if callable(step)}
+    result = {v: {"error": step} for v, step in steps.items() if not callable(step)}
+    synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    for variant in list(seconds):
+        try:
+            steps[variant]()  # first runs allocate, choose kernels, compile
+            steps[variant]()
+        except (RuntimeError, NotImplementedError) as error:
+            result[variant] = {"error": f"{type(error).__name__}: {error}"}
+            del seconds[variant]
+    for _ in range(rounds):
+        for variant in seconds:
+            synchronise()
+            start = time.perf_counter()
+            steps[variant]()
+            synchronise()
+            seconds[variant].append(time.perf_counter() - start)
+    for variant, values in seconds.items():
+        for parameter in (*model.parameters(), *model.student.parameters()):
+            parameter.grad = None
+        peak = peak_bytes(steps[variant], device, resident_bytes(variant, model))
+        low, median, high = statistics.quantiles(values, n=4)
+        result[variant] = {"seconds": median, "quartiles": [low, high], "peak_bytes": peak}
+    return result, seconds
+
+
+def compare(variants, seconds):
+    """Add the ratios to ``fixed``, and return that of ``fixed`` to its two parts."""
+
+    def ratio(of, to):
+        return statistics.median(a / b for a, b in zip(of, to))
+
+    for name, entry in variants.items():
+        if "error" not in entry:
+            entry["vs_fixed"] = ratio(seconds[name], seconds["fixed"])
+            entry["memory_vs_fixed"] = entry["peak_bytes"] / variants["fixed"]["peak_bytes"]
+    parts = [a + b for a, b in zip(seconds["student"], seconds["teacher_backbone"])]
+    ratios = {"fixed / (student + teacher_backbone)": ratio(seconds["fixed"], parts)}
+    if "torchjd" in seconds:
+        ratios["torchjd / features"] = ratio(seconds["torchjd"], seconds["features"])
+    return ratios
+
+
+def machine(device):
+    cpu = platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name() if device.type == "cuda" else cpu
+    return {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def argument_parser():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", required=True, help="a config with MOKD.ENABLED True")
+    parser.add_argument("--size", type=int, nargs=2, default=(256, 320), metavar=("H", "W"))
+    parser.add_argument("--batch", type=int, default=4, help="images a step (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=10, help="(%(default)s)")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
+    parser.add_argument("--output", default="", help="JSON file to write")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides KEY VALUE ...")
+    return parser
+
+
+def main():
+    args = argument_parser().parse_args()
+    if args.rounds < 2:
+        raise ValueError(f"--rounds is {args.rounds}: expected 2 or more.")
+    cfg = load_config(args.config_file, args.opts)
+    if not cfg.MOKD.ENABLED:
+        raise ValueError(f"--config-file '{args.config_file}' has MOKD.ENABLED False.")
+    if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
+        print("No GPU: MODEL.DEVICE is cpu.")
+    seed_all_rng(0)
+    model = build(cfg)
+    batch = random_batch(cfg, *args.size, args.batch)
+    steps = build_steps(cfg, model, batch)
+    wanted = {v: steps[v] for v in VARIANTS if v in {*args.variants, "student", "fixed"}}
+    with EventStorage():
+        variants, seconds = measure(model, wanted, args.rounds, model.device)
+    ratios = compare(variants, seconds)
+    result = {
+        "machine": machine(model.device),
+        "config": args.config_file,
+        "size": list(args.size),
+        "batch": args.batch,
+        "rounds": args.rounds,
+        "variants": variants,
+        "ratios": ratios,
+        "seconds_of_rounds": seconds,
+    }
+    print(f"{result['machine']}; {args.batch} images of {args.size[0]} x {args.size[1]}")
+    print(f"{'variant':<17} {'seconds':>8} {'quartiles':>15} {'x fixed':>8} {'MiB':>7} {'x fixed':>8}")
+    for name, entry in variants.items():
+        if "error" in entry:
+            print(f"{name:<17} {entry['error']}")
+            continue
+        low, high = entry["quartiles"]
+        print(
+            f"{name:<17} {entry['seconds']:8.3f} {low:7.3f}-{high:7.3f} {entry['vs_fixed']:8.3f} "
+            f"{entry['peak_bytes'] / 2**20:7.0f} {entry['memory_vs_fixed']:8.3f}"
+        )
+    for name, value in ratios.items():
+        print(f"{name}: {value:.3f}")
+    if args.output:
+        with open(args.output, "w") as f:
+            json.dump(result, f, indent=1)
+        print(args.output)
+
+
+if __name__ == "__main__":
+    main()
