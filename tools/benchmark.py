@@ -351,7 +351,8 @@ def main():
         "seconds_of_rounds": seconds,
     }
     print(f"{result['machine']}; {args.batch} images of {args.size[0]} x {args.size[1]}")
-    print(f"{'variant':<17} {'seconds':>8} {'quartiles':>15} {'x fixed':>8} {'MiB':>7} {'x fixed':>8}")
+    columns = f"{'seconds':>8} {'quartiles':>15} {'x fixed':>8} {'MiB':>7} {'x fixed':>8}"
+    print(f"{'variant':<17} {columns}")
     for name, entry in variants.items():
         if "error" in entry:
             print(f"{name:<17} {entry['error']}")

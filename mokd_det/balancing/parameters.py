@@ -25,7 +25,7 @@ class ParameterBoundary(Boundary):
     Several processes: DistributedDataParallel must not average (its ``no_sync``), because it can
     only average sums. The boundary does, before the Gram matrix is taken, in one all-reduce of
     4 (K S + O + T + K) bytes for S numbers in shared parameters and O in T other ones (float32;
-    K^2 more numbers for the signal). With ``layers`` it is 4 (K L + K) bytes for L numbers in these,
+    K^2 more numbers for the signal). With ``layers`` it is 4 (K L + K) bytes, L numbers in these,
     then 4 (S + O + T + K); in a step that reuses weights only the latter, with T counting all.
     """
 

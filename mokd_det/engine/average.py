@@ -20,12 +20,7 @@ class WeightAverage:
         Args:
             student (nn.Module): is copied.
             decay (float): in (0, 1).
-
-        Raises:
-            ValueError: decay out of its range.
         """
-        if not 0 < decay < 1:
-            raise ValueError(f"SOLVER.EMA_DECAY is {decay}: expected 0 (off) or 0 < decay < 1.")
 
         @torch.no_grad()
         def update(means, values, steps):

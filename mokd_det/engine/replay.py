@@ -5,7 +5,7 @@ import torch
 from detectron2.utils.events import EventStorage
 
 from ..data import isolated_rng
-from ..modeling import module_numbers, restored_state, set_module_numbers
+from ..modeling import RestoredState, module_numbers, set_module_numbers
 
 __all__ = ["Replay"]
 
@@ -45,7 +45,7 @@ class Replay:
             Tensor: (K,) mean over the recorded passes.
         """
         results = []
-        with isolated_rng(), restored_state(self.model), EventStorage():
+        with isolated_rng(), RestoredState(self.model), EventStorage():
             for batch, cpu, cuda, numbers, teacher_features in self.calls:
                 torch.set_rng_state(cpu)
                 if cuda is not None:

@@ -12,7 +12,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch.nn.parallel import DistributedDataParallel
 
-from ..modeling import module_numbers, set_module_numbers
+from ..modeling import module_numbers
 from .diagnostics import BalanceDiagnostics
 from .replay import Replay
 
@@ -68,6 +68,7 @@ class BalancedTrainer(SimpleTrainer):
             grad_scaler = torch.amp.GradScaler(device)
         self.grad_scaler = grad_scaler
         self.diagnostics = BalanceDiagnostics(self.boundary.place)
+        self._built_numbers = module_numbers(self.inner.student)
 
     def run_step(self):
         assert self.model.training, "[BalancedTrainer] model was changed to eval mode!"
@@ -152,7 +153,7 @@ class BalancedTrainer(SimpleTrainer):
             **super().state_dict(),
             "seed": self.seed,
             "diagnostics": self.diagnostics.state_dict(),
-            "numbers": module_numbers(self.inner.student),
+            "numbers": self._changed_numbers(),
         }
         if self.boundary.balancer is not None:
             state["balancer"] = self.boundary.balancer.state_dict()
@@ -162,11 +163,21 @@ class BalancedTrainer(SimpleTrainer):
             state["average"] = self.average.state_dict()
         return state
 
+    def _changed_numbers(self):
+        """What training has changed; the rest is the config's, which a resumed run may change."""
+        built, changed = self._built_numbers, {}
+        for name, numbers in module_numbers(self.inner.student).items():
+            if new := {k: v for k, v in numbers.items() if built[name].get(k) != v}:
+                changed[name] = new
+        return changed
+
     def load_state_dict(self, state):
         super().load_state_dict(state)
         self.seed = self.data_loader.seed = state["seed"]
         self.diagnostics.load_state_dict(state["diagnostics"])
-        set_module_numbers(self.inner.student, state["numbers"])
+        modules = dict(self.inner.student.named_modules())
+        for name, numbers in state["numbers"].items():
+            vars(modules[name]).update(numbers)
         if self.boundary.balancer is not None:
             self.boundary.balancer.load_state_dict(state["balancer"])
         if self.grad_scaler is not None and "grad_scaler" in state:

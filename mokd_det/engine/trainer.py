@@ -186,6 +186,10 @@ def check_supported(cfg):
             f"SOLVER.AMP.PRECISION is '{solver.AMP.PRECISION}': expected one of "
             f"{', '.join(map(repr, PRECISIONS))}."
         )
+    if not 0 <= solver.EMA_DECAY < 1:
+        raise ValueError(
+            f"SOLVER.EMA_DECAY is {solver.EMA_DECAY}: expected 0 (off) or 0 < decay < 1."
+        )
     size = solver.IMS_PER_BATCH // comm.get_world_size()
     if solver.MICRO_BATCHES < 1 or size % solver.MICRO_BATCHES:
         raise ValueError(

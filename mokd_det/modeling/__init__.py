@@ -4,13 +4,14 @@
 from .acceleration import accelerate_student, check_acceleration
 from .distillation_model import DistillationModel, build_level_map
 from .loading import StrictCheckpointer, load_trained_model
-from .state import module_numbers, restored_state, set_module_numbers
+from .state import RestoredState, module_numbers, set_module_numbers
 from .supervised_model import SupervisedModel
 from .teacher import Teacher, build_teacher
 from .torchvision_backbone import TorchvisionBackbone
 
 __all__ = [
     "DistillationModel",
+    "RestoredState",
     "StrictCheckpointer",
     "SupervisedModel",
     "Teacher",
@@ -21,6 +22,5 @@ __all__ = [
     "check_acceleration",
     "load_trained_model",
     "module_numbers",
-    "restored_state",
     "set_module_numbers",
 ]

@@ -7,7 +7,7 @@ import torch
 from detectron2.modeling.poolers import ROIPooler
 from torch.utils.checkpoint import checkpoint
 
-from .state import restored_state
+from .state import RestoredState
 
 __all__ = ["accelerate_student", "check_acceleration"]
 
@@ -85,7 +85,7 @@ def _checkpointed(stage):
         if not torch.is_grad_enabled():
             return forward(x)
         # The second run must not count for BatchNorm's running statistics again.
-        contexts = lambda: (contextlib.nullcontext(), restored_state(stage))  # noqa: E731
+        contexts = lambda: (contextlib.nullcontext(), RestoredState(stage))  # noqa: E731
         return checkpoint(forward, x, use_reentrant=False, context_fn=contexts)
 
     return run

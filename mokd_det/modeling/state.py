@@ -1,11 +1,9 @@
 # Copyright (c) The mokd_det authors.
 """What a forward pass in training mode changes in a module besides its outputs."""
 
-import contextlib
-
 import torch
 
-__all__ = ["module_numbers", "restored_state", "set_module_numbers"]
+__all__ = ["RestoredState", "module_numbers", "set_module_numbers"]
 
 
 def module_numbers(model):
@@ -16,28 +14,41 @@ def module_numbers(model):
     Returns:
         dict[str, dict[str, int or float]]: by the module's name.
     """
-    return {
-        name: {k: v for k, v in vars(module).items() if isinstance(v, (int, float))}
-        for name, module in model.named_modules()
-    }
+    return {name: _numbers(module) for name, module in model.named_modules()}
 
 
 def set_module_numbers(model, numbers):
-    """Put the values of :func:`module_numbers` back."""
-    modules = dict(model.named_modules())
-    for name, values in numbers.items():
-        vars(modules[name]).update(values)
+    """Put the values of :func:`module_numbers` back; a number that was not there goes."""
+    for name, module in model.named_modules():
+        for key in _numbers(module).keys() - numbers[name].keys():
+            delattr(module, key)
+        vars(module).update(numbers[name])
 
 
-@contextlib.contextmanager
-def restored_state(model):
-    """Restore afterwards all buffers (BatchNorm's statistics) and numbers of a module."""
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    numbers = module_numbers(model)
-    try:
-        yield
-    finally:
+def _numbers(module):
+    return {
+        key: value
+        for key, value in vars(module).items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool)
+    }
+
+
+class RestoredState:
+    """
+    Context that afterwards restores all buffers (BatchNorm's statistics) and numbers of a module.
+    Can be entered again and again, as activation checkpointing does.
+    """
+
+    def __init__(self, model):
+        self.model = model
+
+    def __enter__(self):
+        self._buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        self._numbers = module_numbers(self.model)
+
+    def __exit__(self, *error):
         with torch.no_grad():
-            for buffer, value in buffers:
+            for buffer, value in self._buffers:
                 buffer.copy_(value)
-        set_module_numbers(model, numbers)
+        set_module_numbers(self.model, self._numbers)
+        self._buffers = None

@@ -221,3 +221,22 @@ def test_losses_that_miss_the_boundary_are_an_error(setting):
     boundary.split(features, 2)
     with pytest.raises(RuntimeError, match="do not depend on the features"):
         boundary.backward([net.task(features), net.distill(features, target)])
+
+
+@pytest.mark.parametrize("place", ["features", "parameters"])
+@pytest.mark.parametrize("name", ["anchored", "protected_min_norm", "min_norm", "famo", "imtl_g"])
+def test_bfloat16_is_close_to_float32(setting, place, name):
+    net, shared, x, target = setting
+    results = []
+    for enabled in (False, True):
+        boundary = build_boundary(name, place=place, shared=shared)
+        net.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            losses = losses_of(net, boundary, x, target)
+        decided = boundary.backward(losses, net.parameters())
+        results.append((decided, torch.cat([p.grad.flatten() for p in net.parameters()])))
+    (exact, gradient), (half, half_gradient) = results
+    assert torch.allclose(half.gram, exact.gram, rtol=0.05, atol=0.01 * exact.gram.max().item())
+    assert torch.allclose(half.weights, exact.weights, rtol=0.05)
+    assert half_gradient.dtype == torch.float32
+    assert (half_gradient - gradient).norm() < 0.02 * gradient.norm()

@@ -13,7 +13,7 @@ from detectron2.utils.events import EventStorage
 
 from mokd_det.balancing import Boundary
 from mokd_det.config import stock_config
-from mokd_det.engine import BalancedTrainer, DistillationTrainer, Trainer, build_trainer
+from mokd_det.engine import DistillationTrainer, Trainer, build_trainer
 from mokd_det.evaluation import build_evaluator
 
 
@@ -293,15 +293,3 @@ def test_non_finite_loss_stops_before_the_weights_change(make_cfg):
     for key, value in model.named_parameters():
         assert torch.equal(before[key], value), key
     assert trainer._trainer.boundary.last.fallback == "non_finite"
-
-
-def test_unsupported_options_are_refused(make_cfg):
-    with pytest.raises(ValueError, match="TEST.PRECISE_BN.ENABLED True"):
-        build_trainer(make_cfg("mokd", ["TEST.PRECISE_BN.ENABLED", True]))
-
-
-def test_the_step_is_a_simple_trainer(make_cfg):
-    from detectron2.engine import SimpleTrainer
-
-    assert issubclass(BalancedTrainer, SimpleTrainer)
-    assert isinstance(build_trainer(make_cfg("mokd"))._trainer, BalancedTrainer)

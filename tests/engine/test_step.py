@@ -1,0 +1,403 @@
+# Copyright (c) The mokd_det authors.
+"""The step's options: each is exact, or refused before any data is read."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from detectron2.utils.env import seed_all_rng
+from detectron2.utils.events import EventStorage
+
+from mokd_det.balancing import Balance
+from mokd_det.engine import BalancedTrainer, DistillationTrainer, Trainer, build_trainer
+from mokd_det.engine.diagnostics import BalanceDiagnostics
+from mokd_det.engine.replay import Replay
+from mokd_det.modeling import SupervisedModel
+
+from .test_trainer import assert_equal_states, train
+
+
+def build(cfg):
+    seed_all_rng(cfg.SEED)
+    trainer = build_trainer(cfg)
+    trainer.resume_or_load(False)
+    return trainer
+
+
+def run_steps(trainer, count=1):
+    """Return what the last step logged."""
+    with torch.jit.optimized_execution(False), EventStorage(0) as storage:
+        for trainer.iter in range(count):
+            trainer.run_step()
+            storage.iter += 1
+        return {key: value for key, (value, _) in storage.latest().items()}
+
+
+PARAMETERS = ["MOKD.BALANCING.PLACE", "parameters"]
+FAMO = ["MOKD.BALANCING.RULE", "famo"]
+LOOK_AHEAD = [*PARAMETERS, "MOKD.BALANCING.RULE", "look_ahead"]
+BF16 = ["SOLVER.AMP.ENABLED", True, "SOLVER.AMP.PRECISION", "bfloat16"]
+FP16 = ["SOLVER.AMP.ENABLED", True]
+
+
+@pytest.mark.parametrize("place", ["features", "parameters"])
+@pytest.mark.parametrize("name", ["mokd", "retinanet"])
+def test_bfloat16_is_close_to_float32(make_cfg, name, place):
+    opts = ["MOKD.ENABLED", True, "MOKD.BALANCING.PLACE", place]
+    plain = build(make_cfg(name, opts, "plain"))
+    wanted = run_steps(plain)
+    half = build(make_cfg(name, [*opts, *BF16], "half"))
+    got = run_steps(half)
+    for key, value in wanted.items():
+        if "loss" in key:
+            assert got[key] == pytest.approx(value, rel=0.06, abs=3e-3), key
+    grams = [t._trainer.boundary.last.gram for t in (plain, half)]
+    # An untrained network, whose sampled boxes differ: norms within 25 %. Tighter on fixed samples
+    # in tests/balancing.
+    assert torch.allclose(grams[0].diagonal().sqrt(), grams[1].diagonal().sqrt(), rtol=0.25)
+    cosine = f"balance/{place}/cosine_distill"
+    assert got[cosine] == pytest.approx(wanted[cosine], abs=0.15)
+    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in half.model.parameters())
+
+
+def test_float16_skips_overflowing_steps_without_a_trace(make_cfg):
+    trainer = build(make_cfg("mokd", [*FAMO, *FP16, "SOLVER.EMA_DECAY", 0.9]))
+    step = trainer._trainer
+    step.grad_scaler = torch.amp.GradScaler("cpu", init_scale=2.0**100)
+    before = copy.deepcopy(trainer.model.student.state_dict())
+    run_steps(trainer)
+    assert step.grad_scaler.get_scale() == 2.0**99
+    balancer = step.boundary.balancer
+    assert balancer.step == 0 and balancer.rule.xi is None and balancer.weights is None
+    assert trainer.average.state_dict() == {"steps": 0}
+    for name, parameter in trainer.model.student.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+
+    step.grad_scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    run_steps(trainer)
+    assert balancer.step == 1 and balancer.rule.xi.any()
+    assert trainer.average.state_dict() == {"steps": 1}
+    assert step.boundary.last.fallback == ""
+
+
+@pytest.mark.parametrize("place", ["features", "parameters"])
+def test_float16_is_close_to_float32_in_unscaled_numbers(make_cfg, place):
+    opts = ["MOKD.BALANCING.PLACE", place]
+    plain = build(make_cfg("mokd", opts, "plain"))
+    run_steps(plain)
+    half = build(make_cfg("mokd", [*opts, *FP16], "half"))
+    half._trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    run_steps(half)
+    first, second = (t._trainer.boundary.last for t in (plain, half))
+    assert torch.allclose(first.gram.diagonal(), second.gram.diagonal(), rtol=0.1)
+    assert torch.allclose(first.weights, second.weights, rtol=0.1)
+
+
+def test_micro_batches_at_features_are_the_mean_of_their_gradients(make_cfg):
+    opts = ["MOKD.BALANCING.RULE", "fixed", "SOLVER.MICRO_BATCHES", 2]
+    opts += ["SOLVER.CLIP_GRADIENTS.ENABLED", False]
+    trainer = build(make_cfg("mokd", opts))
+    step, model = trainer._trainer, trainer.model
+    data = next(iter(step.data_loader))
+    before = copy.deepcopy(model.state_dict())
+    logged = run_steps(trainer)
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters()}
+
+    model.load_state_dict(before)
+    model.zero_grad()
+    torch.manual_seed(hash((step.seed, 0, 0)) % 2**63)
+    losses = []
+    with EventStorage(0):
+        for part in (data[:1], data[1:]):
+            objectives = model(part)
+            losses.append(sum(sum(parts.values()) for parts in objectives.values()) / 2)
+            step.boundary.start()
+            losses[-1].backward()
+    assert logged["total_loss"] == pytest.approx(sum(losses).item(), rel=1e-6)
+    for name, parameter in model.named_parameters():
+        assert torch.allclose(parameter.grad, gradients[name], rtol=1e-4, atol=1e-6), name
+
+
+@pytest.mark.parametrize("name", ["mokd", "retinanet"])
+def test_second_forward_is_the_first_one_again(make_cfg, name):
+    """Unchanged parameters give the same losses, and nothing else is left of it."""
+    trainer = build(make_cfg(name, ["MOKD.ENABLED", True, *FAMO]))
+    model, batch = trainer.model, next(iter(trainer._trainer.data_loader))
+    replay = Replay(model)
+    with torch.jit.optimized_execution(False), EventStorage(0) as storage:
+        torch.manual_seed(3)
+        torch.rand(5)
+        replay.before(batch)
+        objectives = model(batch)
+        replay.after()
+        teacher_runs = []
+        model.teacher.features = lambda *args: teacher_runs.append(args)
+        losses = torch.stack([sum(parts.values()) for parts in objectives.values()])
+        state, random_state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+        numbers = {k: v for k, v in vars(model.student).items() if isinstance(v, float)}
+        logged = copy.deepcopy(storage.latest())
+        again = replay.losses(trainer._trainer.autocast)
+        assert torch.equal(again, losses.detach())
+        assert_equal_states(state, model.state_dict())
+        assert torch.equal(random_state, torch.get_rng_state())
+        assert numbers == {k: v for k, v in vars(model.student).items() if isinstance(v, float)}
+        assert storage.latest() == logged
+    assert teacher_runs == [] and model.teacher_features is None
+
+
+def test_famo_learns_from_the_same_batch(make_cfg):
+    trainer = build(make_cfg("mokd", [*FAMO, "MOKD.BALANCING.INTERVAL", 2]))
+    rule = trainer._trainer.boundary.balancer.rule
+    run_steps(trainer)
+    first = rule.xi.detach().clone()
+    assert first.abs().max() == pytest.approx(0.025, rel=1e-3)  # Adam's first step
+    trainer.iter = trainer._trainer.iter = 1
+    with EventStorage(1):
+        trainer.run_step()
+    assert torch.equal(rule.xi.detach(), first)  # not due: no second forward
+
+
+@pytest.mark.parametrize(
+    "opts",
+    [
+        FAMO,
+        LOOK_AHEAD,
+        [*PARAMETERS, "MOKD.BALANCING.GRAM", "signal", "MOKD.BALANCING.SMOOTHING", 0.8]
+        + ["SOLVER.MICRO_BATCHES", 2],
+        ["SOLVER.EMA_DECAY", 0.9, "MOKD.BALANCING.INTERVAL", 3],
+        BF16,
+    ],
+    ids=["famo", "look_ahead", "signal", "average", "bfloat16"],
+)
+def test_resumed_equals_uninterrupted(make_cfg, opts):
+    opts = ["SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 2, "TEST.EVAL_PERIOD", 100, *opts]
+    whole = train(make_cfg("mokd", opts, "whole"))
+    cfg = make_cfg("mokd", opts, "stopped")
+    first = build(cfg)
+    step = first._trainer.run_step
+    first._trainer.run_step = lambda: step() if first.iter < 2 else (_ for _ in ()).throw(Stopped)
+    with pytest.raises(Stopped):
+        first.train()
+    cfg.SEED = 12345
+    second = train(cfg, resume=True)
+    assert second.start_iter == 2
+    assert_equal_states(whole.model.state_dict(), second.model.state_dict())
+    if whole.average is not None:
+        assert_equal_states(whole.average.model.state_dict(), second.average.model.state_dict())
+
+
+class Stopped(Exception):
+    pass
+
+
+def test_retinanet_resumes_with_the_normaliser_of_its_loss(make_cfg):
+    """A plain number of the model that Detectron2's checkpoints forget."""
+    trainer = build(make_cfg("retinanet", ["MOKD.ENABLED", True]))
+    run_steps(trainer)
+    state = trainer._trainer.state_dict()
+    other = build(make_cfg("retinanet", ["MOKD.ENABLED", True], "other"))
+    other._trainer.load_state_dict(state)
+    assert state["numbers"] == {"": {"loss_normalizer": trainer.model.student.loss_normalizer}}
+    assert other.model.student.loss_normalizer == trainer.model.student.loss_normalizer
+
+
+def test_average_is_what_is_evaluated_and_saved(make_cfg):
+    cfg = make_cfg("mokd", ["SOLVER.EMA_DECAY", 0.3])
+    trainer = build(cfg)
+    student = trainer.model.student
+    mean, evaluated = None, []
+    step = trainer._trainer.run_step
+
+    def run_step():
+        nonlocal mean
+        step()
+        n = trainer.iter
+        values = {k: v.clone() for k, v in student.state_dict().items()}
+        decay = min(0.3, (1 + n) / (10 + n))
+        if mean is None:
+            mean = values
+        for key, value in values.items():
+            is_float = value.is_floating_point()
+            mean[key] = decay * mean[key] + (1 - decay) * value if is_float else value
+
+    trainer._trainer.run_step = run_step
+    trainer.average.model.register_forward_hook(lambda *_: evaluated.append(1))
+    with torch.jit.optimized_execution(False):
+        trainer.train()
+    for key, value in trainer.average.model.state_dict().items():
+        assert torch.allclose(value, mean[key], rtol=1e-5, atol=1e-7), key
+    assert evaluated and not torch.equal(
+        mean["backbone.fpn_output3.weight"], student.backbone.fpn_output3.weight
+    )
+    checkpoint = torch.load(f"{cfg.OUTPUT_DIR}/model_final.pth", weights_only=True)
+    assert_equal_states(checkpoint["model"], trainer.average.model.state_dict())
+    assert_equal_states(checkpoint["student"], student.state_dict())
+    assert set(checkpoint) == {"model", "student", "projectors", "trainer", "iteration"}
+
+    # Weights to start from reach both.
+    opts = ["SOLVER.EMA_DECAY", 0.3, "MODEL.WEIGHTS", f"{cfg.OUTPUT_DIR}/model_final.pth"]
+    other = build(make_cfg("mokd", opts, "other"))
+    assert_equal_states(checkpoint["model"], other.model.student.state_dict())
+    assert_equal_states(checkpoint["model"], other.average.model.state_dict())
+
+
+@pytest.mark.parametrize("place", ["features", "parameters"])
+def test_checkpointing_changes_nothing(make_cfg, place):
+    opts = ["MOKD.BALANCING.PLACE", place, "TEST.EVAL_PERIOD", 100]
+    plain = train(make_cfg("mokd", opts, "plain"))
+    cfg = make_cfg("mokd", [*opts, "MODEL.BACKBONE.CHECKPOINTING", True], "checkpointed")
+    runs = []
+    trainer = build(cfg)
+    bottom_up = trainer.model.student.backbone.bottom_up
+    bottom_up.res3[0].register_forward_pre_hook(lambda m, _: runs.append(1) if m.training else None)
+    with torch.jit.optimized_execution(False):
+        trainer.train()
+    assert len(runs) == 3 * (3 if place == "parameters" else 2)  # it is at work
+    assert_equal_states(plain.model.state_dict(), trainer.model.state_dict())
+
+
+def test_compiled_backbone_trains_alike_and_keeps_its_names(make_cfg):
+    opts = ["TEST.EVAL_PERIOD", 100, "SOLVER.MAX_ITER", 2]
+    plain = train(make_cfg("mokd", opts, "plain"))
+    compiled = train(make_cfg("mokd", [*opts, "MODEL.BACKBONE.COMPILE", "aot_eager"], "compiled"))
+    first, second = plain.model.state_dict(), compiled.model.state_dict()
+    assert list(first) == list(second)
+    for key, value in first.items():
+        assert torch.allclose(value, second[key], rtol=1e-3, atol=1e-4), key
+    assert not torch.equal(first["student.backbone.fpn_output3.weight"], torch.zeros(()))
+
+
+@pytest.mark.parametrize("kind", ["value", "norm"])
+@pytest.mark.parametrize("place", ["features", "parameters"])
+def test_clipping_acts_on_the_balanced_gradient(make_cfg, kind, place):
+    opts = ["SOLVER.CLIP_GRADIENTS.ENABLED", True, "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", kind]
+    opts += ["SOLVER.CLIP_GRADIENTS.CLIP_VALUE", 1e-3, "SOLVER.WEIGHT_DECAY", 0.0]
+    trainer = build(make_cfg("mokd", [*opts, "MOKD.BALANCING.PLACE", place]))
+    run_steps(trainer)
+    sizes = [
+        float(p.grad.abs().max() if kind == "value" else p.grad.norm())
+        for p in trainer.model.parameters()
+    ]
+    assert max(sizes) == pytest.approx(1e-3, rel=1e-3)  # bound, and it binds
+
+
+def test_a_twin_without_a_teacher_takes_the_same_options(make_cfg):
+    opts = ["SOLVER.MICRO_BATCHES", 2, "SOLVER.EMA_DECAY", 0.9, *BF16]
+    cfg = make_cfg("faster_rcnn", opts)
+    trainer = train(cfg)
+    assert type(trainer) is DistillationTrainer and isinstance(trainer.model, SupervisedModel)
+    checkpoint = torch.load(f"{cfg.OUTPUT_DIR}/model_final.pth", weights_only=True)
+    assert_equal_states(checkpoint["model"], trainer.average.model.state_dict())
+    assert type(build(make_cfg("faster_rcnn", [], "stock"))) is Trainer
+
+
+def test_twin_with_one_micro_batch_takes_detectron2s_step(make_cfg):
+    """The plain step of our trainer on the same batch and random numbers gives the same bits."""
+    stock = build(make_cfg("faster_rcnn", [], "stock"))
+    twin = build(make_cfg("faster_rcnn", ["SOLVER.EMA_DECAY", 0.5], "twin"))
+    batch = next(iter(twin._trainer.data_loader))
+    stock._trainer._data_loader_iter = iter([batch])
+    torch.manual_seed(hash((twin._trainer.seed, 0, 0)) % 2**63)
+    run_steps(stock)
+    run_steps(twin)
+    assert_equal_states(stock.model.state_dict(), twin.model.student.state_dict())
+
+
+@pytest.mark.parametrize(
+    "opts, message",
+    [
+        (["SOLVER.MICRO_BATCHES", 3], "SOLVER.MICRO_BATCHES is 3: expected a divisor of the 2"),
+        (["SOLVER.MICRO_BATCHES", 0], "SOLVER.MICRO_BATCHES is 0"),
+        (["SOLVER.AMP.PRECISION", "fp8"], "SOLVER.AMP.PRECISION is 'fp8'"),
+        (["SOLVER.EMA_DECAY", 1.5], "SOLVER.EMA_DECAY is 1.5"),
+        (
+            [*PARAMETERS, "MOKD.BALANCING.GRAM", "signal"],
+            "GRAM 'signal' .* set SOLVER.MICRO_BATCHES to 2",
+        ),
+        (["MODEL.BACKBONE.COMPILE", "gcc"], "MODEL.BACKBONE.COMPILE is 'gcc'"),
+        (
+            ["MODEL.BACKBONE.COMPILE", "eager", "MODEL.BACKBONE.CHECKPOINTING", True],
+            "exclude each other: the compiler decides",
+        ),
+        (
+            ["MODEL.BACKBONE.COMPILE", "eager", *PARAMETERS],
+            "exclude each other: a compiled backbone frees its graph",
+        ),
+        (["MOKD.BALANCING.RULE", "look_ahead"], "set MOKD.BALANCING.PLACE to 'parameters'"),
+        ([*PARAMETERS, "MOKD.BALANCING.LAYERS", ["res9"]], "LAYERS has 'res9'.*bottom_up"),
+        (["MOKD.BALANCING.RULE", "torchjd.X"], "'torchjd.X', which does not exist"),
+        (["TEST.PRECISE_BN.ENABLED", True], "TEST.PRECISE_BN.ENABLED True"),
+    ],
+)
+def test_refused_before_any_data_is_read(make_cfg, monkeypatch, opts, message):
+    if "torchjd.X" in opts:
+        pytest.importorskip("torchjd")
+    monkeypatch.setattr(DistillationTrainer, "build_train_loader", None)
+    with pytest.raises(ValueError, match=message):
+        build_trainer(make_cfg("mokd", opts))
+
+
+def test_checkpointing_needs_stages(make_cfg):
+    from mokd_det.modeling.acceleration import checkpoint_stages
+
+    with pytest.raises(ValueError, match="CHECKPOINTING True needs a backbone with 'stages'"):
+        checkpoint_stages(torch.nn.Conv2d(1, 1, 1))
+
+
+def test_torchjd_and_layers_by_config(make_cfg):
+    pytest.importorskip("torchjd")
+    opts = [*PARAMETERS, "MOKD.BALANCING.RULE", "torchjd.CAGrad"]
+    opts += ["MOKD.BALANCING.LAYERS", ["fpn_output3", "bottom_up.res5"]]
+    cfg = make_cfg("mokd", opts)
+    cfg.MOKD.BALANCING.TORCHJD.c = 0.5
+    logged = run_steps(build(cfg))
+    assert logged["balance/parameters/weight_task"] > 0
+    assert "balance/parameters/cosine_distill" in logged
+
+
+def test_what_the_rule_saw_is_logged_beside_the_batch(make_cfg):
+    opts = [*PARAMETERS, "MOKD.BALANCING.GRAM", "signal", "SOLVER.MICRO_BATCHES", 2]
+    logged = run_steps(build(make_cfg("mokd", opts)))
+    names = {name.split("/")[-1] for name in logged if name.startswith("balance/parameters/")}
+    assert {"cosine_distill", "seen_cosine_distill", "seen_dominance_distill"} <= names
+
+
+def record(task_weight, fallback=""):
+    gram = torch.eye(2, dtype=torch.float64)
+    weights = torch.tensor([task_weight, 1.0], dtype=torch.float64)
+    return Balance(weights, gram, torch.ones(2, dtype=torch.float64), fallback)
+
+
+def test_starvation_is_warned_of_once(caplog):
+    diagnostics = BalanceDiagnostics("features")
+    names = ["task", "distill"]
+    with caplog.at_level(logging.WARNING, "mokd_det"):
+        for _ in range(50):
+            diagnostics.scalars(names, record(0.01))
+        for _ in range(50):
+            scalars = diagnostics.scalars(names, record(1.0))
+        assert scalars["balance/features/starved"] == 0.5 and not caplog.records  # not yet more
+        for _ in range(200):
+            scalars = diagnostics.scalars(names, record(0.01))
+    assert scalars["balance/features/starved"] == 1
+    assert scalars["balance/features/share_task"] == pytest.approx(0.01 / 1.01)
+    assert len(caplog.records) == 1 and "task starves" in caplog.records[0].message
+
+
+def test_fallbacks_are_counted_apart_and_survive_a_checkpoint():
+    diagnostics = BalanceDiagnostics("features")
+    for fallback in ("", "vanished", "undefined", "non_finite"):
+        diagnostics.scalars(["task", "distill"], record(1.0, fallback))
+    other = BalanceDiagnostics("features")
+    other.load_state_dict(diagnostics.state_dict())
+    scalars = other.scalars(["task", "distill"], record(1.0))
+    assert scalars["balance/features/fallbacks_degenerate"] == 2
+    assert scalars["balance/features/fallbacks_non_finite"] == 1
+
+
+def test_the_step_is_a_simple_trainer(make_cfg):
+    from detectron2.engine import SimpleTrainer
+
+    assert issubclass(BalancedTrainer, SimpleTrainer)
+    assert isinstance(build_trainer(make_cfg("mokd"))._trainer, BalancedTrainer)
