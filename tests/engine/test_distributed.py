@@ -1,0 +1,101 @@
+# Copyright (c) The mokd_det authors.
+"""Detectors on two processes: the step of one on the joined batch, to float tolerance."""
+
+import mokd_det  # noqa: F401  (first: the other processes have no conftest)
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from detectron2.data import DatasetCatalog
+from detectron2.engine import create_ddp_model
+from detectron2.solver import build_optimizer
+from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
+from detectron2.utils.events import EventStorage
+
+from mokd_det.config import load_config
+from mokd_det.data import build_train_mapper, register_datasets
+from mokd_det.engine import BalancedTrainer, DistillationTrainer
+
+from ..conftest import CONFIGS, TREE_OPTS
+
+PLACES = ["features", "parameters"]
+# Statistics of a batch's part are another matter (SyncBN), and so is the number of boxes that a
+# part divides its loss by: one image each, with all of a fixed number of boxes sampled.
+OPTS = [
+    "MODEL.RESNETS.NORM",
+    "FrozenBN",
+    "MODEL.RPN.BATCH_SIZE_PER_IMAGE",
+    64,
+    "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE",
+    32,
+    "INPUT.RANDOM_FLIP",
+    "none",
+]
+
+
+class Constant:
+    seed = 0
+
+    def __init__(self, batch):
+        self.batch = batch
+
+    def __iter__(self):
+        while True:
+            yield self.batch
+
+
+def steps(opts, weights, rank=None):
+    """Three steps on two images, or on one of them; return (weights of the steps, state)."""
+    cfg = load_config(CONFIGS["mokd"], [*TREE_OPTS, *OPTS, *opts])
+    cfg.MOKD.TEACHER.WEIGHTS = weights
+    register_datasets(cfg)
+    mapper = build_train_mapper(cfg)
+    # Two square tiles of the same size.
+    batch = [mapper(d) for d in DatasetCatalog.get("tests_trees_train")[:2]]
+    batch = batch if rank is None else batch[rank : rank + 1]
+    seed_all_rng(0)
+    model = DistillationTrainer.build_model(cfg)
+    # Which boxes are sampled must not depend on who samples: the first ones.
+    randperm, torch.randperm = torch.randperm, lambda n, **kwargs: torch.arange(n)
+    try:
+        wrapped = create_ddp_model(model, broadcast_buffers=False, device_ids=None)
+        trainer = BalancedTrainer(wrapped, Constant(batch), build_optimizer(cfg, model), 0)
+        decided = []
+        with EventStorage(0):
+            for trainer.iter in range(3):
+                trainer.run_step()
+                decided.append(trainer.boundary.last.weights)
+    finally:
+        torch.randperm = randperm
+    return torch.stack(decided), model.state_dict()
+
+
+def worker(rank, folder, weights):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    if hasattr(comm, "create_local_process_group"):
+        comm.create_local_process_group(2)
+    else:
+        comm._LOCAL_PROCESS_GROUP = dist.new_group([0, 1])
+    results = {p: steps(["MOKD.BALANCING.PLACE", p], weights, rank) for p in PLACES}
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory, teacher_weights):
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(worker, args=(str(folder), teacher_weights), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_two_ranks_equal_one(two_ranks, teacher_weights, place):
+    weights, state = steps(["MOKD.BALANCING.PLACE", place], teacher_weights)
+    first, second = (results[place] for results in two_ranks)
+    assert torch.equal(first[0], second[0])
+    assert torch.allclose(first[0], weights, rtol=1e-4)
+    for key, value in state.items():
+        assert torch.equal(first[1][key], second[1][key]), key
+        assert torch.allclose(first[1][key], value, rtol=1e-3, atol=5e-4), key
