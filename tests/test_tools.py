@@ -123,8 +123,13 @@ def test_export_gives_a_stock_checkpoint(trained, tmp_path):
 def test_pictures(trained, tmp_path):
     output, _, _ = trained
     plot = tmp_path / "balance.png"
-    load_script("tools/plot_balance.py").plot_balance([str(output)], str(plot))
-    assert cv2.imread(str(plot)).shape[1] > 300
+    done = run("tools/plot_balance.py", output, output, "--output", plot)
+    assert done.stdout.splitlines()[-1] == str(plot)
+    single = tmp_path / "single.png"
+    load_script("tools/plot_balance.py").plot_balance([str(output)], str(single))
+    wide, narrow = cv2.imread(str(plot)), cv2.imread(str(single))
+    assert wide.shape[1] > 1.9 * narrow.shape[1] > 500
+    assert (narrow != 255).any(axis=-1).mean() > 0.02  # not an empty page
 
     register_datasets(load_config(CONFIGS["mokd"], TREE_OPTS))
     tool = load_script("tools/visualize_predictions.py")
@@ -153,11 +158,38 @@ def test_plot_takes_the_later_of_two_lines_for_a_step(tmp_path):
 
 @pytest.mark.parametrize(
     "script",
-    ["train_net", "export_model", "visualize_predictions", "plot_balance", "quick_start"],
+    ["train_net", "export_model", "visualize_predictions", "plot_balance", "quick_start"]
+    + ["benchmark"],
 )
 def test_every_tool_has_help_with_an_example(script):
     done = run(f"tools/{script}.py", "--help")
     assert f"python tools/{script}.py" in done.stdout
+
+
+def test_benchmark(tmp_path):
+    output = tmp_path / "bench.json"
+    args = ["--config-file", CONFIGS["mokd"], "--size", 128, 128, "--batch", 1, "--rounds", 2]
+    done = run("tools/benchmark.py", *args, "--output", output)
+    result = json.loads(output.read_text())
+    names = {"student", "teacher_backbone", "fixed", "features", "parameters", "famo", "torchjd"}
+    assert set(result["variants"]) == names
+    for name, variant in result["variants"].items():
+        if name == "torchjd" and "error" in variant:
+            assert "not installed" in variant["error"]
+            continue
+        assert variant["seconds"] > 0 and variant["vs_fixed"] > 0
+        assert variant["peak_bytes"] > 4 * 900_000 * (name != "teacher_backbone")
+        assert name in done.stdout
+    assert result["variants"]["fixed"]["vs_fixed"] == 1
+    # Student and teacher are there at once, gradients of two objectives are more than one's.
+    peaks = {name: v["peak_bytes"] for name, v in result["variants"].items() if "error" not in v}
+    assert peaks["fixed"] > max(peaks["student"], peaks["teacher_backbone"])
+    assert "fixed / (student + teacher_backbone)" in result["ratios"]
+
+
+def test_benchmark_needs_distillation():
+    done = run("tools/benchmark.py", "--config-file", CONFIGS["faster_rcnn"], check=False)
+    assert done.returncode != 0 and "has MOKD.ENABLED False" in done.stderr.splitlines()[-1]
 
 
 def test_prepare_voc(tmp_path):

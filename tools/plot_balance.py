@@ -1,13 +1,15 @@
 #!/usr/bin/env python
 # Copyright (c) The mokd_det authors.
 """
-Draw conflict, dominance and weights of one or several runs over their iterations, as one PNG.
+Draw conflict, dominance, weights and shares of one or several runs, side by side, as one PNG.
 
 Example:
   python tools/plot_balance.py output/quick_start/student_mokd --output balance.png
+  python tools/plot_balance.py output/min_norm output/anchored --output both.png
 
 Reads balance.json of each run: every step as it was computed. Thin lines are steps, thick ones
-their running median.
+their running median. "seen" is what the rule saw, where that is not the batch: smoothed, or the
+signal. Each title counts the steps in which the rule was not asked.
 """
 
 import argparse
@@ -20,11 +22,17 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 
-PANELS = {
-    "cosine": ("conflict: cosine of distillation and task gradient", "linear"),
-    "dominance": ("dominance: norm of distillation / task gradient", "log"),
-    "weight": ("weights", "log"),
-}
+# Panel: label, scale of the axis, prefixes of the scalars, lines to compare with.
+PANELS = (
+    ("conflict: cosine with the task gradient", "linear", ("cosine_", "seen_cosine_"), (0,)),
+    ("dominance: norm / the task gradient's", "log", ("dominance_", "seen_dominance_"), (1,)),
+    ("weights", "log", ("weight_",), (1,)),
+    ("the task's share of the update", "linear", ("share_task", "starved"), (0, 0.1, 1)),
+    ("levels' share of |g|^2", "linear", ("level_",), (0, 1)),
+)
+
+
+FALLBACKS = ("fallbacks_",)
 
 
 def read_balance(run_dir):
@@ -65,32 +73,47 @@ def running_median(values, window=25):
     )
 
 
+def _series(run, prefixes):
+    """Sorted (name with its place, iterations, values) of the scalars with one of the prefixes."""
+    found = []
+    for full, (iterations, values) in sorted(run.items()):
+        _, place, name = full.split("/")
+        if name.startswith(prefixes):
+            found.append((f"{name} (at {place})", iterations, values))
+    return found
+
+
 def plot_balance(run_dirs, output):
     """
     Args:
         run_dirs (list[str]): OUTPUT_DIR of each run.
         output (str): PNG to write.
     """
+    runs = [read_balance(run_dir) for run_dir in run_dirs]
+    panels = [p for p in PANELS if any(_series(run, p[2]) for run in runs)]
     figure, axes = plt.subplots(
-        len(PANELS), len(run_dirs), figsize=(7 * len(run_dirs), 8), sharex="col", squeeze=False
+        len(panels),
+        len(runs),
+        figsize=(7 * len(runs), 2.4 * len(panels)),
+        sharex="col",
+        sharey="row",  # runs are to be compared
+        squeeze=False,
     )
-    for column, run_dir in enumerate(run_dirs):
-        series = read_balance(run_dir)
-        axes[0, column].set_title(run_dir)
-        for axis, (kind, (label, scale)) in zip(axes[:, column], PANELS.items()):
-            for name, (iterations, values) in sorted(series.items()):
-                _, place, quantity = name.split("/")
-                if not quantity.startswith(f"{kind}_"):
-                    continue
+    for column, (run_dir, run) in enumerate(zip(run_dirs, runs)):
+        fallbacks = [f"{int(values[-1])} {name}" for name, _, values in _series(run, FALLBACKS)]
+        title = f"{run_dir}\nfallbacks: {', '.join(fallbacks) or 'not recorded'}"
+        axes[0, column].set_title(title, fontsize=9)
+        for axis, (label, scale, prefixes, lines) in zip(axes[:, column], panels):
+            for name, iterations, values in _series(run, prefixes):
                 line = axis.plot(iterations, values, linewidth=0.5, alpha=0.4)[0]
-                legend = f"{quantity[len(kind) + 1 :]} (at {place})"
-                axis.plot(
-                    iterations, running_median(values), color=line.get_color(), label=legend
-                )
+                median = running_median(values)
+                axis.plot(iterations, median, color=line.get_color(), label=name)
             axis.set_yscale(scale)
             axis.set_ylabel(label, fontsize=8)
-            axis.axhline(0 if scale == "linear" else 1, color="grey", linewidth=0.5)
-            axis.legend(fontsize=8)
+            for value in lines:
+                axis.axhline(value, color="grey", linewidth=0.5)
+            if axis.has_data() and axis.get_legend_handles_labels()[1]:
+                axis.legend(fontsize=7)
         axes[-1, column].set_xlabel("iteration")
     figure.tight_layout()
     figure.savefig(output, dpi=110)

@@ -206,7 +206,7 @@ def check_supported(cfg):
     check_acceleration(cfg)
     if cfg.TEST.PRECISE_BN.ENABLED:
         raise ValueError(
-            "TEST.PRECISE_BN.ENABLED True is not supported with MOKD.ENABLED True: it would run "
-            "the teacher as well. Set it to False, or compute the statistics of the finished "
-            "student (its checkpoint is stock)."
+            "TEST.PRECISE_BN.ENABLED True is not supported by the distillation trainer: it would "
+            "run the teacher as well, and miss a running mean of the student. Set it to False, or "
+            "compute the statistics of the finished student (its checkpoint is stock)."
         )
