@@ -177,7 +177,7 @@ def _stepper(trainer):
 
 
 def torchjd_step(model, batch, optimizer, no_boundary):
-    """TorchJD's multi-task backward at the student's features, with its min-norm aggregator."""
+    """TorchJD's multi-task backward, with its defaults, at the student's features; min-norm."""
     from torchjd.aggregation import MGDA
     from torchjd.autojac import mtl_backward
 
@@ -193,8 +193,6 @@ def torchjd_step(model, batch, optimizer, no_boundary):
         losses = [sum(parts.values()) for parts in objectives.values()]
         optimizer.zero_grad()
         options = {"tasks_params": tasks_params, "shared_params": shared}
-        # One objective after the other: detectors have operators that vmap does not know.
-        options["parallel_chunk_size"] = 1
         features = [f for f in no_boundary.features if f.requires_grad]
         if with_aggregator:
             mtl_backward(losses, features, aggregator, **options)
@@ -290,9 +288,11 @@ def compare(variants, seconds):
         if "error" not in entry:
             entry["vs_fixed"] = ratio(seconds[name], seconds["fixed"])
             entry["memory_vs_fixed"] = entry["peak_bytes"] / variants["fixed"]["peak_bytes"]
-    parts = [a + b for a, b in zip(seconds["student"], seconds["teacher_backbone"])]
-    ratios = {"fixed / (student + teacher_backbone)": ratio(seconds["fixed"], parts)}
-    if "torchjd" in seconds:
+    ratios = {}
+    if "teacher_backbone" in seconds:
+        parts = [a + b for a, b in zip(seconds["student"], seconds["teacher_backbone"])]
+        ratios["fixed / (student + teacher_backbone)"] = ratio(seconds["fixed"], parts)
+    if {"torchjd", "features"} <= set(seconds):
         ratios["torchjd / features"] = ratio(seconds["torchjd"], seconds["features"])
     return ratios
 
