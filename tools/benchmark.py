@@ -39,7 +39,7 @@ from detectron2.modeling import build_model
 from detectron2.solver import build_optimizer
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.env import seed_all_rng
-from detectron2.utils.events import EventStorage
+from detectron2.utils.events import EventStorage, get_event_storage
 from torch import nn
 
 from mokd_det.balancing import Boundary, build_boundary
@@ -136,11 +136,15 @@ def build_steps(cfg, model, batch):
         def run():
             model.boundary = boundary
             step()
+            no_boundary.features = None  # not to be held, and counted, between steps
 
         return run
 
     def balanced(**options):
-        boundary = build_boundary(shared=shared, **{**balancing, **options})
+        try:
+            boundary = build_boundary(shared=shared, **{**balancing, **options})
+        except ValueError as error:
+            return str(error)
         model.boundary = boundary
         return with_boundary(boundary, _stepper(BalancedTrainer(model, loader, optimizer, 0)))
 
@@ -201,9 +205,9 @@ def torchjd_step(model, batch, optimizer, no_boundary):
 
             mtl_backward(losses, features, **options)
             jac_to_grad(shared, aggregator)
-        SimpleTrainer.write_metrics(
-            {k: v for parts in objectives.values() for k, v in parts.items()}, 0.0
-        )
+        for parts in objectives.values():  # as Detectron2 reads them for its log
+            for name, loss in parts.items():
+                get_event_storage().put_scalar(name, loss.item())
         optimizer.step()
 
     return step

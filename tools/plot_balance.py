@@ -46,6 +46,7 @@ def read_balance(run_dir):
 
     Raises:
         FileNotFoundError: there is no balance.json.
+        ValueError: nothing was balanced.
     """
     path = os.path.join(run_dir, "balance.json")
     if not os.path.isfile(path):
@@ -55,10 +56,15 @@ def read_balance(run_dir):
     series = {}
     with open(path) as f:
         for line in f:
-            record = json.loads(line)
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:  # half a line: the run was killed here, and resumed
+                continue
             iteration = record.pop("iteration")
             for name, value in record.items():
                 series.setdefault(name, {})[iteration] = value
+    if not series:
+        raise ValueError(f"{path} has no balance in it: {run_dir} is a run without a teacher.")
     return {
         name: (np.array(sorted(values)), np.array([values[i] for i in sorted(values)]))
         for name, values in series.items()

@@ -32,7 +32,7 @@ from fvcore.common.checkpoint import Checkpointer
 
 from mokd_det.config import load_config, stock_config
 from mokd_det.data import check_datasets, register_datasets
-from mokd_det.engine import Trainer, build_trainer, launch
+from mokd_det.engine import DistillationTrainer, Trainer, build_trainer, launch
 from mokd_det.evaluation import write_results
 from mokd_det.modeling import load_trained_model
 
@@ -71,7 +71,7 @@ def main(args):
         results = evaluate(cfg, args.resume)
     else:
         trainer = build_trainer(cfg)
-        if comm.is_main_process() and cfg.MOKD.ENABLED:
+        if comm.is_main_process() and isinstance(trainer, DistillationTrainer):
             # What stock Detectron2 needs to use the student.
             with PathManager.open(f"{cfg.OUTPUT_DIR}/student.yaml", "w") as f:
                 f.write(stock_config(cfg).dump())

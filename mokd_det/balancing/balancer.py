@@ -43,6 +43,11 @@ class Balancer:
             raise ValueError(f"MOKD.BALANCING.SMOOTHING is {smoothing}: expected 0 <= s < 1.")
         if interval < 1:
             raise ValueError(f"MOKD.BALANCING.INTERVAL is {interval}: expected 1 or more steps.")
+        if interval > 1 and getattr(rule, "needs_gradients", False):
+            raise ValueError(
+                f"MOKD.BALANCING.INTERVAL is {interval}, but rule '{type(rule).__name__}' compares "
+                "the gradients of consecutive steps: set it to 1."
+            )
         self.rule = rule
         self.rescale = rescale
         self.smoothing = smoothing
@@ -51,6 +56,10 @@ class Balancer:
         self.weights = None
         self._mean = None  # running means of (batch Gram, signal Gram or the same)
         self._count = 0
+
+    @property
+    def rule_name(self):
+        return getattr(self.rule, "name", type(self.rule).__name__)
 
     @property
     def due(self):
@@ -81,8 +90,10 @@ class Balancer:
             Balance
         """
         # Small and double on the CPU: rules stay readable, and 1e-6 differences of norms survive.
-        parts = parts.detach().to("cpu", torch.float64)
-        losses = losses.detach().to("cpu", torch.float64)
+        # One copy, because each makes the CPU wait for a GPU.
+        packed = torch.cat([parts.detach().flatten(), losses.detach().to(parts)])
+        packed = packed.to("cpu", torch.float64)
+        parts, losses = packed[: parts.numel()].view_as(parts), packed[parts.numel() :]
         gram = seen = parts.sum(0)
         finite = bool(gram.isfinite().all() and losses.isfinite().all())
         if finite:
@@ -104,9 +115,9 @@ class Balancer:
             losses (Tensor): (K,), for the record.
 
         Returns:
-            Balance: the latest weights.
+            Balance: the latest weights; the losses stay on their device.
         """
-        return Balance(self.weights, None, losses.detach().to("cpu", torch.float64))
+        return Balance(self.weights, None, losses.detach())
 
     def _smoothed(self, gram, signal):
         if not self.smoothing and signal is None:
@@ -122,6 +133,7 @@ class Balancer:
     def state_dict(self):
         rule = self.rule.state_dict() if hasattr(self.rule, "state_dict") else {}
         return {
+            "rule_name": self.rule_name,
             "step": self.step,
             "weights": self.weights,
             "mean": self._mean,
@@ -130,6 +142,16 @@ class Balancer:
         }
 
     def load_state_dict(self, state):
+        """
+        Raises:
+            ValueError: the state is another rule's.
+        """
+        if state["rule_name"] != self.rule_name:
+            raise ValueError(
+                f"MOKD.BALANCING.RULE was {state['rule_name']} in the checkpoint and is "
+                f"{self.rule_name} now. Resume with the same rule, or start a new run (another "
+                "OUTPUT_DIR) with the checkpoint as MODEL.WEIGHTS."
+            )
         self.step = state["step"]
         self.weights = state["weights"]
         self._mean = state["mean"]

@@ -80,3 +80,5 @@ class Famo:
         with torch.no_grad():
             self.xi.copy_(state["xi"])
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+        for group in self.optimizer.param_groups:  # these are the config's
+            group.update(lr=self.lr, weight_decay=self.weight_decay)

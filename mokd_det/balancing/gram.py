@@ -89,15 +89,15 @@ def repair_gram(gram, reference, floor=1e-3):
         Tensor: (K, K), positive semi-definite.
     """
     size = torch.maximum(gram.diagonal(), floor * reference.diagonal()).sqrt()
-    unit = size.clamp_min(torch.finfo(gram.dtype).tiny)
-    cosines = (gram / torch.outer(unit, unit)).clamp(-1, 1)
+    sizes = torch.outer(size, size)
+    cosines = torch.where(sizes > 0, gram / sizes, torch.zeros_like(gram)).clamp(-1, 1)
     cosines.fill_diagonal_(1)
     if len(gram) > 2:  # cosines of each pair may still contradict each other
         values, vectors = torch.linalg.eigh(cosines)
         cosines = vectors @ torch.diag(values.clamp_min(0)) @ vectors.T
         norm = cosines.diagonal().sqrt()
         cosines = cosines / torch.outer(norm, norm)
-    return cosines * torch.outer(size, size)
+    return cosines * sizes
 
 
 def cosine(gram, i, j):

@@ -27,10 +27,12 @@ class LookAhead:
     with running means. The second cosine takes out the oscillation that both share; it is left
     out with ``relative=False``. No guarantee, but the question that a user has.
 
-    Needs the gradients themselves, in one space for all batches: place ``parameters``.
+    Needs the gradients themselves, in one space for all batches: place ``parameters``. Those of
+    the last step are kept, also in checkpoints: K numbers for each measured parameter.
     """
 
     needs_gradients = True
+    reads_gradients = False  # one that vanishes has no merit, and that is all
     MEAN, RMS = 0.9, 0.99  # of the running means, as in Adam but shorter
     LEAST = 1e-3  # of w_k in its unit
 
@@ -63,6 +65,12 @@ class LookAhead:
             gradients (list[list[Tensor or None]]): K lists, equal on all ranks.
         """
         flat = [_flatten(parts, gradients) for parts in gradients]
+        if self.previous is not None and len(self.previous[0]) != len(flat[0]):
+            raise ValueError(
+                f"Rule 'look_ahead' got gradients of {len(flat[0])} numbers after "
+                f"{len(self.previous[0])}: MOKD.BALANCING.LAYERS or the student has changed since "
+                "the checkpoint. Resume with the same, or start a new run."
+            )
         if self.previous is not None:
             task = flat[0]
             cosines = torch.stack([_cosine(task, old) for old in self.previous]).double().cpu()
@@ -85,14 +93,17 @@ class LookAhead:
     def weights(self, gram, losses):
         if self.logs is None:
             raise RuntimeError("LookAhead.weights() needs gradients: call observe() before it.")
-        if self.unit is None:
+        unit = self.unit
+        if unit is None:
             squares = gram.diagonal()
-            self.unit = {
+            unit = {
                 "one": torch.ones_like(losses[1:]),
                 "loss": losses[0] / losses[1:],
                 "norm": torch.sqrt(squares[0] / squares[1:]),
             }[self.start]
-        return torch.cat([losses.new_ones(1), self.unit * self.logs.exp()])
+            if unit.isfinite().all() and (unit > 0).all():
+                self.unit = unit  # else the next step's
+        return torch.cat([losses.new_ones(1), unit * self.logs.exp()])
 
     def state_dict(self):
         names = ("previous", "unit", "count", "logs", "mean", "square")
@@ -104,11 +115,12 @@ class LookAhead:
 
 
 def _flatten(parts, gradients):
-    shapes = [next(g for g in part if g is not None) for part in zip(*gradients)]
+    shapes = [next((g for g in part if g is not None), None) for part in zip(*gradients)]
     return torch.cat(
         [
             (torch.zeros_like(like) if part is None else part).detach().reshape(-1).float()
             for part, like in zip(parts, shapes)
+            if like is not None  # no objective reaches it
         ]
     )
 

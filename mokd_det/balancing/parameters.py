@@ -6,6 +6,9 @@ One backward pass of all losses stops at the features, as with the heads and pro
 there; then each objective's gradient is taken on through the shared part for itself.
 """
 
+import dataclasses
+import itertools
+
 import torch
 import torch.distributed as dist
 
@@ -24,9 +27,9 @@ class ParameterBoundary(Boundary):
 
     Several processes: DistributedDataParallel must not average (its ``no_sync``), because it can
     only average sums. The boundary does, before the Gram matrix is taken, in one all-reduce of
-    4 (K S + O + T + K) bytes for S numbers in shared parameters and O in T other ones (float32;
-    K^2 more numbers for the signal). With ``layers`` it is 4 (K L + K) bytes, L numbers in these,
-    then 4 (S + O + T + K); in a step that reuses weights only the latter, with T counting all.
+    4 (K S + O + T + K) bytes for S numbers in shared parameters, O in others, T tensors of both
+    (float32; K^2 more numbers for the signal). With ``layers`` it is 4 (K L + T_L + K) bytes for L
+    numbers in T_L tensors, then 4 (S + O + T + K); in a step that reuses weights only the latter.
     """
 
     place = "parameters"
@@ -46,10 +49,16 @@ class ParameterBoundary(Boundary):
             ValueError: a layer that does not exist or does not train.
         """
         super().__init__(balancer)
+        if shared is None:
+            raise ValueError("Place 'parameters' needs 'shared', the module that makes features.")
         self.shared = shared
         self.layers = tuple(layers)
         self.signal = signal
-        self._parameters()
+        if not self._parameters()[0]:
+            raise ValueError(
+                f"MOKD.BALANCING.PLACE 'parameters' needs a {type(shared).__name__} that trains, "
+                "but all of it is frozen."
+            )
 
     def _parameters(self):
         """Shared parameters that train, and which of them are measured."""
@@ -78,6 +87,8 @@ class ParameterBoundary(Boundary):
 
     def split(self, features, objectives, names=None):
         self.names = list(names or map(str, range(len(features))))
+        if not torch.is_grad_enabled():  # a forward pass for its losses only
+            return [features] * objectives
         self._features = features
         # Leaves: the backward pass of the losses ends here.
         self._copies = [
@@ -103,7 +114,7 @@ class ParameterBoundary(Boundary):
             layers = [shared[i] for i in measured]
             gradients = [_gradients(features, part, layers, retain=True) for part in cotangents]
             self._add_group_gram(gradients)
-            gradients, _, losses = self._averaged(gradients, [])
+            gradients, _, losses = self._averaged(gradients, layers, [])
             self._balance = self._decide(gradients, losses)
             _backward_through(features, combine(self._balance.weights.tolist(), cotangents))
             return
@@ -115,7 +126,7 @@ class ParameterBoundary(Boundary):
         self._add_group_gram([[part[i] for i in measured] for part in gradients])
         if self._sums is not None:
             gradients = [
-                [total + part for total, part in zip(*both)]
+                [_sum(total, part) for total, part in zip(*both)]
                 for both in zip(self._sums, gradients)
             ]
         self._sums = gradients
@@ -125,9 +136,9 @@ class ParameterBoundary(Boundary):
         is_shared = {id(p) for p in shared}
         others = [p for p in parameters if p.requires_grad and id(p) not in is_shared]
         if self._sums is None:  # one weighted backward pass has filled all gradients
-            self._set(shared + others, self._averaged([], shared + others)[1])
+            self._set(shared + others, self._averaged([], [], shared + others)[1])
         else:
-            gradients, rest, losses = self._averaged(self._sums, others)
+            gradients, rest, losses = self._averaged(self._sums, shared, others)
             self._sums = None
             self._balance = self._decide([[g[i] for i in measured] for g in gradients], losses)
             self._set(shared, combine(self._balance.weights.tolist(), gradients))
@@ -155,28 +166,42 @@ class ParameterBoundary(Boundary):
             signal = signal_gram(gram, self._group_gram, self._micro_batches * ranks())
         wanted = gradients if self.balancer.needs_gradients else None
         # Parts of a list of parameters say nothing to a reader: one Gram matrix.
-        return self.balancer.balance(gram[None], losses, signal, wanted)
+        balance = self.balancer.balance(gram[None], losses, signal, wanted)
+        if ranks() > 1:
+            # Each rank computed them from equal gradients, but maybe on other hardware.
+            weights = balance.weights.to(gram.device)
+            dist.broadcast(weights, 0)
+            balance = dataclasses.replace(balance, weights=weights.cpu())
+            if balance.fallback != "non_finite":
+                self.balancer.weights = balance.weights
+        return balance
 
-    def _averaged(self, gradients, others):
+    def _averaged(self, gradients, shared, others):
         """
         Means over the ranks, in one all-reduce.
 
         Args:
-            gradients (list[list[Tensor]]): K lists.
+            gradients (list[list[Tensor or None]]): K lists, of ``shared``.
+            shared (list[Parameter]):
             others (list[Parameter]): whose ``.grad`` is meant.
 
         Returns:
-            tuple: the gradients; the others' gradients, None where no loss reached the parameter
-            on any rank (an optimizer skips it then, as with a single process); losses (K,).
+            tuple: the gradients; the others' gradients; losses (K,). None stays where no loss
+            reached a parameter on any rank: an optimizer skips it then, as with one process.
         """
         if ranks() == 1:
             return gradients, [p.grad for p in others], self._mean_losses()
-        tensors = [g for part in gradients for g in part]
-        tensors += [torch.zeros_like(p) if p.grad is None else p.grad for p in others]
+        rows = [*((shared, row) for row in gradients), (others, [p.grad for p in others])]
+        tensors = [
+            torch.zeros_like(p) if g is None else g
+            for parameters, row in rows
+            for p, g in zip(parameters, row)
+        ]
+        reached = [any(g is not None for g in column) for column in zip(*gradients)]
+        reached += [p.grad is not None for p in others]
         losses = self._mean_losses()
-        reached = losses.new_tensor([float(p.grad is not None) for p in others])
         gram = losses.new_zeros(0) if self._group_gram is None else self._group_gram
-        tensors += [reached, losses, gram]
+        tensors += [losses.new_tensor(reached), losses, gram]
         packed = torch.cat([t.detach().reshape(-1).float() for t in tensors])
         dist.all_reduce(packed)
         packed /= ranks()
@@ -185,11 +210,15 @@ class ParameterBoundary(Boundary):
         *pieces, reached, losses, gram = pieces
         if self._group_gram is not None:
             self._group_gram = gram * ranks()
-        count = len(pieces) - len(others)
-        width = count // max(len(gradients), 1)
-        gradients = [pieces[i * width : (i + 1) * width] for i in range(len(gradients))]
-        rest = [g if r > 0 else None for g, r in zip(pieces[count:], reached.tolist())]
-        return gradients, rest, losses
+        reached = [value > 0 for value in reached.tolist()]
+        pieces = iter(pieces)
+        gradients = [
+            [g if r else None for g, r in zip(itertools.islice(pieces, len(shared)), reached)]
+            for _ in gradients
+        ]
+        # Copies: as views they would keep all of the packed numbers alive.
+        reached = reached[len(reached) - len(others) :]
+        return gradients, [g.clone() if r else None for g, r in zip(pieces, reached)], losses
 
     @staticmethod
     def _set(parameters, gradients):
@@ -202,15 +231,18 @@ def _within(name, layer):
 
 
 def _gradients(features, cotangents, parameters, retain):
-    """Gradients of one objective; zero where it does not reach."""
+    """Gradients of one objective; None where it does not reach."""
     pairs = [(f, c) for f, c in zip(features, cotangents) if c is not None and f.requires_grad]
     if not pairs or not parameters:
-        return [torch.zeros_like(p) for p in parameters]
+        return [None] * len(parameters)
     outputs, cotangents = zip(*pairs)
-    gradients = torch.autograd.grad(
+    return torch.autograd.grad(
         outputs, parameters, cotangents, retain_graph=retain, allow_unused=True
     )
-    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients)]
+
+
+def _sum(first, second):
+    return first if second is None else second if first is None else first + second
 
 
 def _backward_through(features, cotangents):

@@ -114,9 +114,15 @@ class ProtectedMinNorm:
         self.cap = _positive("MOKD.BALANCING.CAP", cap)
 
     def weights(self, gram, losses):
-        shares = min_norm_simplex(log_gram(gram, losses))
+        logs = log_gram(gram, losses)
+        shares = min_norm_simplex(logs)
         if shares[0] < 0.5:
-            shares = torch.cat([shares.new_tensor([0.5]), 0.5 * shares[1:] / shares[1:].sum()])
+            # The minimum then has a share of exactly one half: among the midpoints between the
+            # task's gradient and each other one.
+            mix = torch.cat([torch.ones(len(gram) - 1, 1), torch.eye(len(gram) - 1)], 1).to(logs)
+            mix = mix / 2
+            rest = min_norm_simplex(mix @ logs @ mix.T) if len(gram) > 2 else mix.new_ones(1)
+            shares = rest @ mix
         weights = shares / losses
         return _capped(weights / weights[0], gram, self.cap)
 
@@ -157,8 +163,6 @@ class CosineGate(FixedWeights):
     cosine) gets none in that step (Du et al. 2018).
     """
 
-    reads_gradients = True
-
     def weights(self, gram, losses):
         weights = super().weights(gram, losses)
         weights[1:] *= (gram[0, 1:] >= 0).to(weights)
@@ -179,7 +183,7 @@ class ImtlG:
         # <update, g_i> = c |g_i| for all i, in units in which the gradients have length one.
         cosines = gram / torch.outer(norms, norms)
         weights = torch.linalg.pinv(cosines, hermitian=True, rtol=1e-10).sum(1) / norms
-        return weights / weights.sum()
+        return _rescale_convex(weights, gram)
 
 
 def log_gram(gram, losses):
@@ -211,11 +215,14 @@ def _scaled_to(weights, gram, size):
 
 
 def _rescale_convex(weights, gram):
-    return weights / weights.sum()
+    # Rules with negative weights may have a sum below zero, and dividing by it would turn the
+    # update round: NaN is "undefined".
+    total = weights.sum()
+    return weights / total if total > 0 else torch.full_like(weights, torch.nan)
 
 
 def _rescale_sum(weights, gram):
-    return len(weights) * weights / weights.sum()
+    return len(weights) * _rescale_convex(weights, gram)
 
 
 def _rescale_task_norm(weights, gram):
@@ -260,7 +267,8 @@ def balance(rule, gram, losses, rescale="none"):
 
     * a non-finite gradient or loss: the plain sum; the trainer's check of the loss speaks;
     * a gradient that vanishes beside the others (the student matches its teacher already): the
-      min-norm point is zero and training would stall, so the others get weight one each;
+      min-norm point is zero and training would stall, so the rule decides among the others; if
+      only one is left, or the task has vanished, the others get weight one each;
     * a rule or a rescaling without a finite answer (an update of zero has no norm to rescale,
       and weights that sum to zero no scale): the plain sum.
 
@@ -281,14 +289,21 @@ def balance(rule, gram, losses, rescale="none"):
         return Balance(ones, gram, losses, "non_finite")
     squares = gram.diagonal()
     vanished = squares <= 1e-20 * squares.max()
+    fallback, kept = "", torch.arange(len(gram))
     if vanished.any() and getattr(rule, "reads_gradients", True):
-        weights = ones if vanished.all() else (~vanished).double()
-        return Balance(weights, gram, losses, "vanished")
-    weights = rule.weights(gram, losses.clamp_min(LOSS_FLOOR))
-    weights = RESCALES[rescale](weights, gram)
-    if not weights.isfinite().all():
+        kept = (~vanished).nonzero().flatten()
+        if vanished[0] or len(kept) < 2:
+            weights = ones if vanished.all() else (~vanished).double()
+            return Balance(weights, gram, losses, "vanished")
+        fallback = "vanished"
+    among = gram[kept][:, kept]
+    decided = rule.weights(among, losses[kept].clamp_min(LOSS_FLOOR))
+    decided = RESCALES[rescale](decided, among)
+    if not decided.isfinite().all():
         return Balance(ones, gram, losses, "undefined")
-    return Balance(weights, gram, losses)
+    weights = torch.zeros_like(ones)
+    weights[kept] = decided
+    return Balance(weights, gram, losses, fallback)
 
 
 def build_rule(name, **options):

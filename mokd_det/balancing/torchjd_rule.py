@@ -62,7 +62,9 @@ class TorchjdRule:
                 f"MOKD.BALANCING.TORCHJD {options} does not fit torchjd.{name}"
                 f"{inspect.signature(cls)}: {error}"
             ) from error
+        self.name = f"torchjd.{name}"
         self.calls = 0
+        self._built = self._held()
 
     def weights(self, gram, losses):
         self.calls += 1
@@ -70,15 +72,25 @@ class TorchjdRule:
             torch.default_generator.manual_seed(self.calls)
             return self.weighting(gram).to(torch.float64)
 
-    def state_dict(self):
+    def _held(self):
         # TorchJD's stateful weightings keep their state in attributes and buffers, and change it
         # in place.
         held = {**vars(self.weighting), **dict(self.weighting.named_buffers())}
         kinds = (torch.Tensor, int, float, tuple)
-        state = {key: value for key, value in held.items() if isinstance(value, kinds)}
-        return {"calls": self.calls, "weighting": copy.deepcopy(state)}
+        return copy.deepcopy({k: v for k, v in held.items() if isinstance(v, kinds)})
+
+    def state_dict(self):
+        # What has not changed is the config's.
+        state = {k: v for k, v in self._held().items() if not _same(v, self._built.get(k))}
+        return {"calls": self.calls, "weighting": state}
 
     def load_state_dict(self, state):
         self.calls = state["calls"]
         for key, value in copy.deepcopy(state["weighting"]).items():
             setattr(self.weighting, key, value)
+
+
+def _same(first, second):
+    if isinstance(first, torch.Tensor):
+        return isinstance(second, torch.Tensor) and torch.equal(first, second)
+    return first == second

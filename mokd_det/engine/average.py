@@ -2,9 +2,10 @@
 """A running mean of the student's weights."""
 
 import torch
-from torch.optim.swa_utils import AveragedModel
+from detectron2.checkpoint import DetectionCheckpointer
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-__all__ = ["WeightAverage"]
+__all__ = ["AverageCheckpointer", "WeightAverage"]
 
 
 class WeightAverage:
@@ -23,24 +24,60 @@ class WeightAverage:
         """
 
         @torch.no_grad()
-        def update(means, values, steps):
-            steps = float(steps)
-            weight = 1 - min(decay, (1 + steps) / (10 + steps))
-            for mean, value in zip(means, values):
-                if mean.is_floating_point():
-                    mean.lerp_(value, weight)
-                else:
+        def update(means, values, _steps):
+            if means[0].is_floating_point():
+                now = min(decay, (1 + self.steps) / (10 + self.steps))
+                get_ema_multi_avg_fn(now)(means, values, None)
+            else:
+                for mean, value in zip(means, values):
                     mean.copy_(value)
 
+        self.steps = 0
         self._average = AveragedModel(student, multi_avg_fn=update, use_buffers=True)
         self.model = self._average.module.eval().requires_grad_(False)
 
     def update(self, student):
         self._average.update_parameters(student)
+        self.steps += 1
 
     # The averaged weights themselves are the checkpoint's "model".
     def state_dict(self):
-        return {"steps": int(self._average.n_averaged)}
+        return {"steps": self.steps}
 
     def load_state_dict(self, state):
-        self._average.n_averaged.fill_(state["steps"])
+        self.steps = state["steps"]
+        self._average.n_averaged.fill_(self.steps)
+
+
+class AverageCheckpointer(DetectionCheckpointer):
+    """
+    Detectron2's checkpointer for a student with or without a running mean. With one, the mean is
+    the model, and whatever is loaded as the model is where the student starts, too (its own
+    weights, if a checkpoint to resume from has them, follow).
+    """
+
+    def __init__(self, student, average, save_dir, **checkpointables):
+        """
+        Args:
+            student (nn.Module): that trains.
+            average (WeightAverage or None): of it.
+        """
+        self.student, self.average = student, average
+        if average is not None:
+            checkpointables["student"] = student
+        super().__init__(average.model if average else student, save_dir, **checkpointables)
+
+    def load(self, path, checkpointables=None):
+        self._resumes = checkpointables is None
+        return super().load(path, checkpointables)
+
+    def _load_model(self, checkpoint):
+        if self._resumes and self.average is None and "student" in checkpoint:
+            raise ValueError(
+                "SOLVER.EMA_DECAY is 0, but the checkpoint to resume from has a running mean: set "
+                "it again, or start a new run (another OUTPUT_DIR) with it as MODEL.WEIGHTS."
+            )
+        incompatible = super()._load_model(checkpoint)
+        if self.average is not None:
+            self.student.load_state_dict(self.average.model.state_dict())
+        return incompatible

@@ -2,7 +2,7 @@
 """The losses of a step's batch again, under the parameters after the step."""
 
 import torch
-from detectron2.utils.events import EventStorage
+from detectron2.utils.events import EventStorage, get_event_storage
 
 from ..data import isolated_rng
 from ..modeling import RestoredState, module_numbers, set_module_numbers
@@ -27,13 +27,15 @@ class Replay:
 
     def before(self, batch):
         """Call before a forward pass on ``batch``."""
-        cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+        device = self.model.device
+        cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         numbers = module_numbers(self.model.student)
         self.calls.append([batch, torch.get_rng_state(), cuda, numbers, None])
 
     def after(self):
         """Call after it."""
         self.calls[-1][-1] = self.model.teacher_features
+        self.model.teacher_features = None
 
     @torch.no_grad()
     def losses(self, context):
@@ -45,16 +47,18 @@ class Replay:
             Tensor: (K,) mean over the recorded passes.
         """
         results = []
-        with isolated_rng(), RestoredState(self.model), EventStorage():
+        # A storage of its own, at this iteration: no log of the second pass, no pictures of it.
+        storage = EventStorage(get_event_storage().iter)
+        with isolated_rng(), RestoredState(self.model), storage:
             for batch, cpu, cuda, numbers, teacher_features in self.calls:
                 torch.set_rng_state(cpu)
                 if cuda is not None:
-                    torch.cuda.set_rng_state(cuda)
+                    torch.cuda.set_rng_state(cuda, self.model.device)
                 set_module_numbers(self.model.student, numbers)
                 with context():
                     objectives = self.model(batch, teacher_features)
                 results.append(
                     torch.stack([sum(parts.values()).float() for parts in objectives.values()])
                 )
-        self.model.teacher_features = None
+                self.model.teacher_features = None
         return torch.stack(results).mean(0)

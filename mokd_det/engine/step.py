@@ -178,7 +178,7 @@ class BalancedTrainer(SimpleTrainer):
         modules = dict(self.inner.student.named_modules())
         for name, numbers in state["numbers"].items():
             vars(modules[name]).update(numbers)
-        if self.boundary.balancer is not None:
+        if self.boundary.balancer is not None and "balancer" in state:
             self.boundary.balancer.load_state_dict(state["balancer"])
         if self.grad_scaler is not None and "grad_scaler" in state:
             self.grad_scaler.load_state_dict(state["grad_scaler"])

@@ -6,7 +6,7 @@ import os
 import weakref
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
+import torch.distributed as dist
 from detectron2.data import build_detection_train_loader
 from detectron2.engine import DefaultTrainer, create_ddp_model
 from detectron2.modeling import META_ARCH_REGISTRY
@@ -21,7 +21,7 @@ from ..data import (
 )
 from ..evaluation import build_evaluator
 from ..modeling import SupervisedModel, accelerate_student, check_acceleration
-from .average import WeightAverage
+from .average import AverageCheckpointer, WeightAverage
 from .step import PRECISIONS, BalancedTrainer
 from .writers import BalanceWriter
 
@@ -81,11 +81,7 @@ class DistillationTrainer(Trainer):
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
-        ddp_model = create_ddp_model(
-            model,
-            broadcast_buffers=False,
-            device_ids=None if model.device.type == "cpu" else [comm.get_local_rank()],
-        )
+        ddp_model = wrap_distributed(model)
         self.average = None
         if cfg.SOLVER.EMA_DECAY:
             self.average = WeightAverage(model.student, cfg.SOLVER.EMA_DECAY)
@@ -102,13 +98,12 @@ class DistillationTrainer(Trainer):
             average=self.average,
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        checkpointables = {"trainer": weakref.proxy(self), "projectors": model.projectors}
-        if self.average is not None:
-            checkpointables["student"] = model.student
-        self.checkpointer = DetectionCheckpointer(
-            self.average.model if self.average is not None else model.student,
+        self.checkpointer = AverageCheckpointer(
+            model.student,
+            self.average,
             cfg.OUTPUT_DIR,
-            **checkpointables,
+            trainer=weakref.proxy(self),
+            projectors=model.projectors,
         )
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
@@ -141,9 +136,24 @@ class DistillationTrainer(Trainer):
     def resume_or_load(self, resume=True):
         super().resume_or_load(resume)
         self._trainer.data_loader.start = self.start_iter
-        if self.average is not None and self.start_iter == 0:
-            # MODEL.WEIGHTS were loaded into the model that is evaluated.
-            self._trainer.inner.student.load_state_dict(self.average.model.state_dict())
+
+
+def wrap_distributed(model):
+    """
+    As Detectron2's ``create_ddp_model``, with equal buffers on all ranks to start with.
+
+    Args:
+        model (nn.Module): with ``device``.
+
+    Returns:
+        nn.Module: in DistributedDataParallel if there are several processes.
+    """
+    for buffer in model.buffers() if comm.get_world_size() > 1 else ():
+        # DistributedDataParallel does that for parameters only if buffers are not broadcast in
+        # every step. A frozen projection is a buffer, and each process has drawn its own.
+        dist.broadcast(buffer, 0)
+    device_ids = None if model.device.type == "cpu" else [comm.get_local_rank()]
+    return create_ddp_model(model, broadcast_buffers=False, device_ids=device_ids)
 
 
 def build_trainer(cfg):

@@ -63,21 +63,20 @@ class DistillationModel(nn.Module):
     @classmethod
     def from_config(cls, cfg):
         options = cfg.MOKD
-        # Options first: a misspelt name must not cost the loading of two models.
         projector = PROJECTORS.get(options.FEATURES.PROJECTOR)
         feature_loss = FEATURE_LOSSES.get(options.FEATURES.LOSS)
         # The student comes before the teacher, so that a seed gives it the same initial weights
         # as without distillation.
         student = build_detector(cfg)
-        boundary = build_boundary(
-            shared=getattr(student, "backbone", None),
-            **{key.lower(): value for key, value in options.BALANCING.items()},
-        )
         if not hasattr(student, "backbone"):
             raise ValueError(
                 f"MODEL.META_ARCHITECTURE '{cfg.MODEL.META_ARCHITECTURE}' has no 'backbone', "
                 "which distilling its features needs."
             )
+        boundary = build_boundary(
+            shared=student.backbone,
+            **{key.lower(): value for key, value in options.BALANCING.items()},
+        )
         teacher = build_teacher(cfg)
         shapes, teacher_shapes = student.backbone.output_shape(), teacher.feature_shapes()
         level_map = build_level_map(

@@ -104,7 +104,9 @@ class SemiOrthogonal(nn.Module):
         if matrix.shape[0] < matrix.shape[1]:
             return self.forward(matrix.T).T
         with torch.autocast(matrix.device.type, enabled=False):
-            factor = torch.linalg.cholesky(matrix.T @ matrix, upper=True)
+            # Without its check for success, for which the CPU would wait for a GPU: a matrix that
+            # lost its rank gives NaN, and that stops the run.
+            factor = torch.linalg.cholesky_ex(matrix.T @ matrix, upper=True).L
             return torch.linalg.solve_triangular(factor, matrix, upper=True, left=False)
 
     def right_inverse(self, matrix):
@@ -142,16 +144,30 @@ def standardise(features, eps=1e-5):
 
 def _standardise_together(features, eps):
     """With the joined batch's means: one all-reduce of 8 (2 C + 1) bytes, and one backward."""
-    from torch.distributed.nn.functional import all_reduce  # absent where torch has no c10d
-
     features = features.float()
     count = features.numel() // features.shape[1]
     variance, mean = torch.var_mean(features, dim=(0, 2, 3), correction=0)
     # The difference of two big numbers: in double precision.
     mean, variance = mean.double(), variance.double()
-    sums = all_reduce(torch.cat([mean, variance + mean**2, mean.new_ones(1)]) * count)
+    sums = _SumOverRanks.apply(torch.cat([mean, variance + mean**2, mean.new_ones(1)]) * count)
     mean, square = (sums[:-1] / sums[-1].detach()).chunk(2)
     scale = (square - mean**2 + eps).rsqrt()
     shift = -mean * scale
     scale, shift = (x.float().view(1, -1, 1, 1) for x in (scale, shift))
     return torch.addcmul(shift, features, scale)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """All-reduce; so is its gradient, since every rank's loss depends on every rank's input."""
+
+    @staticmethod
+    def forward(ctx, values):
+        values = values.clone()
+        dist.all_reduce(values)
+        return values
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.contiguous().clone()
+        dist.all_reduce(gradient)
+        return gradient

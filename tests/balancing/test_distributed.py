@@ -139,13 +139,14 @@ def test_bytes_are_those_of_the_documentation(two_ranks):
     shared = [p for module in (net.stem, net.down) for p in module.parameters()]
     others = [p for n, p in net.named_parameters() if not n.startswith(("stem", "down"))]
     size, other = sum(p.numel() for p in shared), sum(p.numel() for p in others)
-    both = 4 * (count * size + other + len(others) + count)
+    tensors = len(shared) + len(others)
+    both = 4 * (count * size + other + tensors + count)
     assert sent["parameters anchored"] == 3 * [standardised, both]
-    plain = 4 * (size + other + len(shared) + len(others) + count)
+    plain = 4 * (size + other + tensors + count)
     assert sent["parameters interval"][:4] == [standardised, both, standardised, plain]
-    layer = 4 * count * (sum(p.numel() for p in net.down.parameters()) + 1)
+    layer = 4 * (count * sum(p.numel() for p in net.down.parameters()) + 2 + count)
     assert sent["parameters layers"] == 3 * [standardised, layer, plain]
-    signal = 4 * (count * size + other + len(others) + count + count**2)
+    signal = 4 * (count * size + other + tensors + count + count**2)
     assert sent["parameters signal"] == 3 * [signal]
 
 

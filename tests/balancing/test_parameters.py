@@ -192,10 +192,12 @@ def test_unused_and_frozen_parameters(setting):
     net, shared, x, target = setting
     net.down.bias.requires_grad_(False)
     net.extra = torch.nn.Linear(2, 2)
+    shared.extra = torch.nn.Linear(2, 2)
     boundary = build_boundary("anchored", place="parameters", shared=shared)
     boundary.backward(losses_of(net, boundary, x, target), net.parameters())
     assert net.down.bias.grad is None and net.extra.weight.grad is None
     assert net.stem.weight.grad is not None
+    assert shared.extra.weight.grad is None  # no objective reaches it: not a zero
 
 
 @pytest.mark.parametrize(
@@ -206,12 +208,14 @@ def test_unused_and_frozen_parameters(setting):
         ({"gram": "signal"}, "GRAM 'signal' multiplies gradients of different samples"),
         ({"layers": ["down"]}, "MOKD.BALANCING.LAYERS is .*but features have no layers"),
         ({"rule": "look_ahead"}, "set MOKD.BALANCING.PLACE to 'parameters'"),
+        ({"place": "parameters", "shared": None}, "needs 'shared'"),
+        ({"place": "parameters", "shared": torch.nn.ReLU()}, "all of it is frozen"),
         ({"place": "parameters", "layers": ["dawn"]}, "LAYERS has 'dawn'.*It has: stem, down"),
     ],
 )
 def test_options_that_exclude_each_other(setting, options, message):
     with pytest.raises(ValueError, match=message):
-        build_boundary(shared=setting[1], **options)
+        build_boundary(**{"shared": setting[1], **options})
 
 
 def test_losses_that_miss_the_boundary_are_an_error(setting):
@@ -240,3 +244,31 @@ def test_bfloat16_is_close_to_float32(setting, place, name):
     assert torch.allclose(half.weights, exact.weights, rtol=0.05)
     assert half_gradient.dtype == torch.float32
     assert (half_gradient - gradient).norm() < 0.02 * gradient.norm()
+
+
+@pytest.mark.parametrize("place", ["features", "parameters"])
+@pytest.mark.parametrize("name", ["min_norm", "protected_min_norm", "anchored", "imtl_g"])
+def test_three_objectives(setting, place, name):
+    net, shared, x, target = setting
+
+    def three(copies):
+        first, second, third = copies
+        return [net.task(first), net.distill(second, target), third[1].square().mean()]
+
+    boundary = build_boundary(name, place=place, shared=shared)
+    losses = three(boundary.split(net.features(x), 3))
+    boundary.backward(losses, net.parameters())
+    got = [p.grad.clone() for p in shared.parameters()]
+
+    wanted = [torch.zeros_like(g) for g in got]
+    gradients = []
+    for i, weight in enumerate(boundary.last.weights.tolist()):
+        loss = three([net.features(x)] * 3)[i]
+        parts = torch.autograd.grad(loss, list(shared.parameters()), allow_unused=True)
+        parts = [torch.zeros_like(w) if p is None else p for w, p in zip(wanted, parts)]
+        gradients.append(parts)
+        wanted = [w + weight * p for w, p in zip(wanted, parts)]
+    for first, second in zip(got, wanted):
+        assert torch.allclose(first, second, rtol=1e-4, atol=1e-6)
+    if place == "parameters":
+        assert torch.allclose(boundary.last.gram.float(), gram_matrix(gradients), rtol=1e-4)

@@ -184,7 +184,8 @@ def test_every_rule_is_tested_here():
 
 
 ALL_RULES = sorted([*PURE, "fixed"])  # look_ahead needs gradients: see below
-BLIND = ("fixed", "famo")  # they do not read gradients, so a vanishing one is nothing special
+# A vanishing gradient is nothing special for them.
+BLIND = ("fixed", "famo", "cosine_gate")
 
 
 @pytest.mark.parametrize("name", ALL_RULES)
@@ -196,6 +197,32 @@ def test_vanishing_gradient_leaves_the_other_alone(name, vanished):
     update = result.weights @ gradients
     assert torch.equal(update, gradients[1 - vanished] * (0.5 if name == "famo" else 1))
     assert result.fallback == ("" if name in BLIND else "vanished")
+
+
+@pytest.mark.parametrize("name", sorted(set(ALL_RULES) - set(BLIND)))
+def test_of_three_gradients_the_rule_decides_among_those_that_do_not_vanish(name):
+    for seed in range(20):
+        gradients, losses = random_gradients(seed, 3)
+        alone = weights_of(name, gradients[[0, 2]], losses[[0, 2]])
+        gradients[1] = 0
+        result = balance(build_rule(name), gradients @ gradients.T, losses)
+        assert result.fallback == "vanished"
+        assert torch.equal(result.weights, torch.stack([alone[0], alone.new_zeros(()), alone[1]]))
+        gradients[0] = 0
+        result = balance(build_rule(name), gradients @ gradients.T, losses)
+        assert result.weights.tolist() == [0, 0, 1]
+
+
+@pytest.mark.parametrize("name", ALL_RULES)
+def test_three_parallel_and_opposite_gradients_give_finite_weights(name):
+    task = torch.tensor([3.0, 4.0, 0.0], dtype=torch.float64)
+    other = torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64)
+    for second, third in ((task, 2 * task), (-task, other), (1e-6 * task, 1e6 * other)):
+        gradients = torch.stack([task, second, third])
+        weights = weights_of(name, gradients, torch.ones(3), weights=[1.0, 1.0, 1.0])
+        assert weights.isfinite().all()
+        if name in ("min_norm", "protected_min_norm", "anchored"):
+            assert (weights @ gradients) @ task >= -1e-6
 
 
 @pytest.mark.parametrize("name", ALL_RULES)
@@ -319,12 +346,53 @@ def test_imtl_g_has_equal_projections_and_agrees_with_torchjd(count):
     aggregation = pytest.importorskip("torchjd.aggregation")
     for seed in range(50):
         gradients, losses = random_gradients(seed, count)
-        weights = weights_of("imtl_g", gradients, losses)
+        result = balance(build_rule("imtl_g"), gradients @ gradients.T, losses)
+        weights = result.weights
+        if result.fallback:
+            # Weights that sum to one point uphill for all of three gradients: refused.
+            uphill = aggregation.IMTLGWeighting()(gradients @ gradients.T) @ gradients
+            assert result.fallback == "undefined" and (gradients @ uphill < 0).all()
+            assert weights.tolist() == [1, 1, 1]
+            continue
         projections = gradients @ (weights @ gradients) / gradients.norm(dim=1)
         assert torch.allclose(projections, projections[:1].expand(count), rtol=1e-6), seed
         assert torch.isclose(weights.sum(), weights.new_ones(())), seed
         oracle = aggregation.IMTLGWeighting()(gradients @ gradients.T)
         assert torch.allclose(weights, oracle, rtol=1e-4, atol=1e-6), seed
+
+
+def test_rescaling_never_turns_the_update_round():
+    """The literal min-norm formula may give weights whose sum is negative."""
+    gradients = torch.tensor([[1.0, 0.0], [0.5, 0.05]], dtype=torch.float64)
+    losses = torch.tensor([1.0, 0.1], dtype=torch.float64)
+    raw = weights_of("min_norm", gradients, losses, clip=False)
+    assert raw.sum() < 0 < (gradients @ (raw @ gradients)).min()
+    for rescale in ("convex", "sum"):
+        rule = build_rule("min_norm", clip=False)
+        result = balance(rule, gradients @ gradients.T, losses, rescale)
+        assert result.fallback == "undefined" and result.weights.tolist() == [1, 1]
+
+
+def test_protected_min_norm_of_three_is_minimal_on_its_part_of_the_simplex():
+    steps = 40
+    grid = torch.tensor(
+        [
+            [steps - i - j, i, j]
+            for i in range(steps + 1)
+            for j in range(steps + 1 - i)
+            if steps - i - j >= steps / 2
+        ],
+        dtype=torch.float64,
+    )
+    for seed in range(50):
+        gradients, losses = random_gradients(seed, 3)
+        logs = gradients / losses[:, None]
+        gram = logs @ logs.T
+        weights = weights_of("protected_min_norm", gradients, losses, cap=1e9)
+        shares = weights * losses / (weights * losses).sum()
+        best = torch.einsum("ni,ij,nj->n", grid / steps, gram, grid / steps).min()
+        assert shares @ gram @ shares <= best * (1 + 1e-9), seed
+        assert shares[0] >= 0.5 - 1e-9
 
 
 def test_imtl_g_makes_two_gradients_equally_long():
@@ -623,6 +691,27 @@ def test_share_does_not_depend_on_units():
     assert share(gram, weights, 0) == pytest.approx(float(lengths[0] / lengths.sum()))
 
 
+def test_a_state_is_refused_by_another_rule():
+    state = Balancer(build_rule("famo")).state_dict()
+    with pytest.raises(ValueError, match="RULE was Famo in the checkpoint and is Anchored now"):
+        Balancer(build_rule("anchored")).load_state_dict(state)
+
+
+def test_options_of_famo_are_the_configs_after_loading():
+    losses = torch.tensor([2.0, 1.0], dtype=torch.float64)
+    first = build_rule("famo")
+    first.weights(torch.eye(2), losses)
+    first.update(losses, losses / 2)
+    second = build_rule("famo", famo={"LR": 0.5})
+    second.load_state_dict(first.state_dict())
+    assert second.optimizer.param_groups[0]["lr"] == 0.5
+
+
+def test_signal_without_any_gradient_has_no_cosine():
+    zero = torch.zeros(2, 2, dtype=torch.float64)
+    assert repair_gram(zero, zero).tolist() == [[0, 0], [0, 0]]
+
+
 def test_balancer_options_are_checked():
     for options, message in (
         ({"smoothing": 1.0}, "MOKD.BALANCING.SMOOTHING is 1.0"),
@@ -631,3 +720,5 @@ def test_balancer_options_are_checked():
     ):
         with pytest.raises(ValueError, match=message):
             Balancer(build_rule("fixed"), **options)
+    with pytest.raises(ValueError, match="INTERVAL is 2, but rule 'LookAhead' compares"):
+        Balancer(build_rule("look_ahead"), interval=2)

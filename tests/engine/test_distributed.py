@@ -7,7 +7,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from detectron2.data import DatasetCatalog
-from detectron2.engine import create_ddp_model
 from detectron2.solver import build_optimizer
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
@@ -16,6 +15,7 @@ from detectron2.utils.events import EventStorage
 from mokd_det.config import load_config
 from mokd_det.data import build_train_mapper, register_datasets
 from mokd_det.engine import BalancedTrainer, DistillationTrainer
+from mokd_det.engine.trainer import wrap_distributed
 
 from ..conftest import CONFIGS, TREE_OPTS
 
@@ -54,13 +54,13 @@ def steps(opts, weights, rank=None):
     # Two square tiles of the same size.
     batch = [mapper(d) for d in DatasetCatalog.get("tests_trees_train")[:2]]
     batch = batch if rank is None else batch[rank : rank + 1]
-    seed_all_rng(0)
+    seed_all_rng(rank or 0)  # as Detectron2 does: ranks start apart, and are made equal
     model = DistillationTrainer.build_model(cfg)
     # Which boxes are sampled must not depend on who samples: the first ones.
     randperm, torch.randperm = torch.randperm, lambda n, **kwargs: torch.arange(n)
     try:
-        wrapped = create_ddp_model(model, broadcast_buffers=False, device_ids=None)
-        trainer = BalancedTrainer(wrapped, Constant(batch), build_optimizer(cfg, model), 0)
+        wrapped, optimizer = wrap_distributed(model), build_optimizer(cfg, model)
+        trainer = BalancedTrainer(wrapped, Constant(batch), optimizer, 0)
         decided = []
         with EventStorage(0):
             for trainer.iter in range(3):

@@ -242,6 +242,22 @@ def test_average_is_what_is_evaluated_and_saved(make_cfg):
     assert_equal_states(checkpoint["model"], other.average.model.state_dict())
 
 
+def test_a_running_mean_may_begin_with_a_resumed_run_but_not_end(make_cfg):
+    opts = ["SOLVER.CHECKPOINT_PERIOD", 2, "TEST.EVAL_PERIOD", 100]
+    cfg = make_cfg("mokd", [*opts, "SOLVER.MAX_ITER", 2])
+    first = train(cfg)
+    cfg.SOLVER.EMA_DECAY = 0.9
+    second = build_trainer(cfg)
+    second.resume_or_load(True)
+    assert_equal_states(first.model.state_dict(), second.model.state_dict())
+    cfg.SOLVER.MAX_ITER = 3
+    train(cfg, resume=True)
+    cfg.SOLVER.EMA_DECAY = 0.0
+    third = build_trainer(cfg)
+    with pytest.raises(ValueError, match="SOLVER.EMA_DECAY is 0, but the checkpoint"):
+        third.resume_or_load(True)
+
+
 @pytest.mark.parametrize("place", ["features", "parameters"])
 def test_checkpointing_changes_nothing(make_cfg, place):
     opts = ["MOKD.BALANCING.PLACE", place, "TEST.EVAL_PERIOD", 100]
