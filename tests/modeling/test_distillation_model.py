@@ -66,6 +66,7 @@ def test_explicit_level_map_across_strides(make_cfg, batch, side, loss):
     """Channels 64 and 128, and strides 8 -> 16 and 32 -> 16."""
     opts = ["MOKD.FEATURES.STUDENT", ["p3", "p5"], "MOKD.FEATURES.TEACHER", ["p4", "p4"]]
     opts += ["MOKD.FEATURES.TEACHER_SIDE", side, "MOKD.FEATURES.LOSS", loss]
+    opts += ["MOKD.FEATURES.DIM", 0]
     model = DistillationTrainer.build_model(make_cfg("mokd", opts)).train()
     assert step(model, batch)["distill"]["loss_features"].isfinite()
     assert set(model.projectors) == {"p3", "p5"}
