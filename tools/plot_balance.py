@@ -32,7 +32,7 @@ PANELS = (
 )
 
 
-FALLBACKS = ("fallbacks_",)
+FALLBACKS = "fallbacks_"
 
 
 def read_balance(run_dir):
@@ -106,7 +106,10 @@ def plot_balance(run_dirs, output):
         squeeze=False,
     )
     for column, (run_dir, run) in enumerate(zip(run_dirs, runs)):
-        fallbacks = [f"{int(values[-1])} {name}" for name, _, values in _series(run, FALLBACKS)]
+        fallbacks = [
+            f"{int(values[-1])} {name[len(FALLBACKS) :]}"
+            for name, _, values in _series(run, FALLBACKS)
+        ]
         title = f"{run_dir}\nfallbacks: {', '.join(fallbacks) or 'not recorded'}"
         axes[0, column].set_title(title, fontsize=9)
         for axis, (label, scale, prefixes, lines) in zip(axes[:, column], panels):
