@@ -90,8 +90,9 @@ def test_float16_is_close_to_float32_in_unscaled_numbers(make_cfg, place):
     half._trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     run_steps(half)
     first, second = (t._trainer.boundary.last for t in (plain, half))
-    assert torch.allclose(first.gram.diagonal(), second.gram.diagonal(), rtol=0.1)
-    assert torch.allclose(first.weights, second.weights, rtol=0.1)
+    # Sampled boxes differ between the two; a forgotten scale would be a factor of 2^20.
+    assert torch.allclose(first.gram.diagonal().sqrt(), second.gram.diagonal().sqrt(), rtol=0.25)
+    assert torch.allclose(first.weights, second.weights, rtol=0.25)
 
 
 def test_micro_batches_at_features_are_the_mean_of_their_gradients(make_cfg):
@@ -308,12 +309,12 @@ def test_a_twin_without_a_teacher_takes_the_same_options(make_cfg):
     assert type(build(make_cfg("faster_rcnn", [], "stock"))) is Trainer
 
 
-def test_twin_with_one_micro_batch_takes_detectron2s_step(make_cfg):
+def test_twin_with_one_micro_batch_takes_detectron2s_step(make_cfg, monkeypatch):
     """The plain step of our trainer on the same batch and random numbers gives the same bits."""
-    stock = build(make_cfg("faster_rcnn", [], "stock"))
     twin = build(make_cfg("faster_rcnn", ["SOLVER.EMA_DECAY", 0.5], "twin"))
     batch = next(iter(twin._trainer.data_loader))
-    stock._trainer._data_loader_iter = iter([batch])
+    monkeypatch.setattr(Trainer, "build_train_loader", lambda cfg: [batch])
+    stock = build(make_cfg("faster_rcnn", [], "stock"))
     torch.manual_seed(hash((twin._trainer.seed, 0, 0)) % 2**63)
     run_steps(stock)
     run_steps(twin)
