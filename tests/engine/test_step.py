@@ -313,7 +313,7 @@ def test_twin_with_one_micro_batch_takes_detectron2s_step(make_cfg, monkeypatch)
     """The plain step of our trainer on the same batch and random numbers gives the same bits."""
     twin = build(make_cfg("faster_rcnn", ["SOLVER.EMA_DECAY", 0.5], "twin"))
     batch = next(iter(twin._trainer.data_loader))
-    monkeypatch.setattr(Trainer, "build_train_loader", lambda cfg: [batch])
+    monkeypatch.setattr(Trainer, "build_train_loader", staticmethod(lambda cfg: [batch]))
     stock = build(make_cfg("faster_rcnn", [], "stock"))
     torch.manual_seed(hash((twin._trainer.seed, 0, 0)) % 2**63)
     run_steps(stock)
