@@ -6,7 +6,9 @@ The features that all objectives share pass through a boundary, which gives each
 copy. In the backward pass the boundary receives every objective's gradient at once, asks the rule
 for weights, and sends the weighted sum on. So heads get the task gradient and projectors the
 distillation gradient, each unweighted and unmixed; what lies before the boundary (backbone and
-FPN) gets the balanced one. There is one graph and one backward pass, hence nothing that
+FPN) gets the balanced one. A head that a distillation objective uses besides the task (to match
+outputs) gets that objective's gradient with its weight, through copies of the head's parameters
+that pass the boundary, too. There is one graph and one backward pass, hence nothing that
 DistributedDataParallel, GradScaler or gradient accumulation would have to know about.
 """
 
@@ -60,17 +62,21 @@ class Boundary:
         if micro_batches > 1:
             self._factor = (1.0 if scale is None else scale) / micro_batches
 
-    def split(self, features, objectives, names=None):
+    def split(self, features, objectives, names=None, extra=None):
         """
         Args:
             features (list[Tensor]): the shared features, of any shapes. They may depend on each
                 other (several layers): each counts with the gradient that reaches it directly.
             objectives (int): their number K, the task first.
             names (list[str]): of the features, for logs.
+            extra (dict[int, list[Parameter]]): by objective: parameters of a head that this
+                objective uses besides the task. They do not count in the measurement; what the
+                objective adds to their gradient is multiplied by the objective's weight.
 
         Returns:
-            list[list[Tensor]]: K copies of ``features`` that share their memory; changing one in
-            place is an error of autograd's. Those of objective i must lead to loss i only.
+            list[list[Tensor]]: K copies of ``features`` that share their memory, each followed by
+            copies of the objective's ``extra`` parameters; changing one in place is an error of
+            autograd's. Those of objective i must lead to loss i only.
         """
         raise NotImplementedError
 
@@ -139,11 +145,19 @@ class FeatureBoundary(Boundary):
         super().start(micro_batches, scale)
         self._balances = []
 
-    def split(self, features, objectives, names=None):
+    def split(self, features, objectives, names=None, extra=None):
         self.names = list(names or map(str, range(len(features))))
-        copies = _Split.apply(self, objectives, *features)
+        extra = extra or {}
+        owners = [i for i, parameters in extra.items() for _ in parameters]
+        parameters = [p for i in extra for p in extra[i]]
+        copies = _Split.apply(self, objectives, owners, *features, *parameters)
         count = len(features)
-        return [list(copies[i * count : (i + 1) * count]) for i in range(objectives)]
+        rest = copies[objectives * count :]
+        return [
+            list(copies[i * count : (i + 1) * count])
+            + [copy for copy, owner in zip(rest, owners) if owner == i]
+            for i in range(objectives)
+        ]
 
     def accumulate(self, losses):
         self._losses = torch.stack([loss.detach().float() for loss in losses])
@@ -182,18 +196,24 @@ MISSED = (
 
 class _Split(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, boundary, objectives, *features):
+    def forward(ctx, boundary, objectives, owners, *tensors):
         ctx.boundary = boundary
         ctx.objectives = objectives
+        ctx.owners = owners  # objectives of the last tensors; the others are for all of them
         ctx.set_materialize_grads(False)
-        return tuple(feature.view_as(feature) for _ in range(objectives) for feature in features)
+        count = len(tensors) - len(owners)
+        features, extra = tensors[:count], tensors[count:]
+        return tuple(x.view_as(x) for part in (*[features] * objectives, extra) for x in part)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *gradients):
-        count = len(gradients) // ctx.objectives
+        count = (len(gradients) - len(ctx.owners)) // ctx.objectives
         by_objective = [gradients[i * count : (i + 1) * count] for i in range(ctx.objectives)]
-        return (None, None, *combine(ctx.boundary._weigh(by_objective), by_objective))
+        weights = ctx.boundary._weigh(by_objective)
+        extra = gradients[len(gradients) - len(ctx.owners) :]
+        weighted = [combine([weights[i]], [[g]])[0] for i, g in zip(ctx.owners, extra)]
+        return (None, None, None, *combine(weights, by_objective), *weighted)
 
 
 def combine(weights, gradients):

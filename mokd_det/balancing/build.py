@@ -21,6 +21,7 @@ def build_boundary(
     smoothing=0.0,
     interval=1,
     layers=(),
+    objectives=None,
     **options,
 ):
     """
@@ -31,6 +32,7 @@ def build_boundary(
         rescale, smoothing, interval: see :class:`Balancer`.
         gram (str): "batch", or "signal": see :func:`signal_gram`.
         layers: see :class:`ParameterBoundary`.
+        objectives (int): their number, to find out now that a rule's options do not fit it.
         options: of the rule, see :func:`build_rule`.
 
     Returns:
@@ -42,7 +44,10 @@ def build_boundary(
     for option, value, choices in (("PLACE", place, PLACES), ("GRAM", gram, GRAMS)):
         if value not in choices:
             raise ValueError(f"MOKD.BALANCING.{option} is '{value}': expected one of {choices}.")
-    balancer = Balancer(build_rule(rule, **options), rescale, smoothing, interval)
+    built = build_rule(rule, **options)
+    if objectives is not None and hasattr(built, "check_objectives"):
+        built.check_objectives(objectives)
+    balancer = Balancer(built, rescale, smoothing, interval)
     if place == "parameters":
         return ParameterBoundary(balancer, shared, layers, gram == "signal")
     if layers:

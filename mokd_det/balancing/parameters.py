@@ -27,9 +27,10 @@ class ParameterBoundary(Boundary):
 
     Several processes: DistributedDataParallel must not average (its ``no_sync``), because it can
     only average sums. The boundary does, before the Gram matrix is taken, in one all-reduce of
-    4 (K S + O + T + K) bytes for S numbers in shared parameters, O in others, T tensors of both
-    (float32; K^2 more numbers for the signal). With ``layers`` it is 4 (K L + T_L + K) bytes for L
-    numbers in T_L tensors, then 4 (S + O + T + K); in a step that reuses weights only the latter.
+    4 (K S + O + T + K) bytes for S numbers in shared parameters, O in others (those of ``extra``
+    once more), T tensors of both (float32; K^2 more numbers for the signal). With ``layers`` it is
+    4 (K L + T_L + K) bytes for L numbers in T_L tensors, then 4 (S + O + T + K); in a step that
+    reuses weights only the latter.
     """
 
     place = "parameters"
@@ -83,25 +84,33 @@ class ParameterBoundary(Boundary):
         self._sums = None  # of each objective's gradients over micro-batches
         self._group_gram = None  # sum of the micro-batches' own Gram matrices
         self._losses = []
+        self._extra = {}  # (objective, parameter) -> sum of what the objective adds to its gradient
         self._balance = None
 
-    def split(self, features, objectives, names=None):
+    def split(self, features, objectives, names=None, extra=None):
         self.names = list(names or map(str, range(len(features))))
+        extra = extra or {}
         if not torch.is_grad_enabled():  # a forward pass for its losses only
-            return [features] * objectives
+            return [[*features, *extra.get(i, ())] for i in range(objectives)]
         self._features = features
         # Leaves: the backward pass of the losses ends here.
-        self._copies = [
-            [f.detach().requires_grad_(f.requires_grad) for f in features]
-            for _ in range(objectives)
+        self._copies = [_leaves(features) for _ in range(objectives)]
+        self._extra_copies = [
+            (i, p, copy) for i in extra for p, copy in zip(extra[i], _leaves(extra[i]))
         ]
-        return self._copies
+        return [
+            part + [copy for i, _, copy in self._extra_copies if i == index]
+            for index, part in enumerate(self._copies)
+        ]
 
     def accumulate(self, losses):
         self._backward(losses)
         self._losses.append(torch.stack([loss.detach().float() for loss in losses]))
         features, copies = self._features, self._copies
         self._features = self._copies = None
+        for i, parameter, copy in self._extra_copies:
+            self._extra[i, parameter] = _sum(self._extra.get((i, parameter)), copy.grad)
+        self._extra_copies = None
         cotangents = [[copy.grad for copy in part] for part in copies]
         if all(gradient is None for part in cotangents for gradient in part):
             raise RuntimeError(MISSED)
@@ -120,8 +129,7 @@ class ParameterBoundary(Boundary):
             return
         last = len(cotangents) - 1
         gradients = [
-            _gradients(features, part, shared, retain=i < last)
-            for i, part in enumerate(cotangents)
+            _gradients(features, part, shared, retain=i < last) for i, part in enumerate(cotangents)
         ]
         self._add_group_gram([[part[i] for i in measured] for part in gradients])
         if self._sums is not None:
@@ -135,14 +143,21 @@ class ParameterBoundary(Boundary):
         shared, measured = self._parameters()
         is_shared = {id(p) for p in shared}
         others = [p for p in parameters if p.requires_grad and id(p) not in is_shared]
+        extra = [(p, gradient) for (_, p), gradient in self._extra.items()]
         if self._sums is None:  # one weighted backward pass has filled all gradients
-            self._set(shared + others, self._averaged([], [], shared + others)[1])
+            others = shared + others
+            rest = self._averaged([], [], [*_with_gradients(others), *extra])[1]
         else:
-            gradients, rest, losses = self._averaged(self._sums, shared, others)
+            rest = [*_with_gradients(others), *extra]
+            gradients, rest, losses = self._averaged(self._sums, shared, rest)
             self._sums = None
             self._balance = self._decide([[g[i] for i in measured] for g in gradients], losses)
             self._set(shared, combine(self._balance.weights.tolist(), gradients))
-            self._set(others, rest)
+        self._set(others, rest)
+        weights = self._balance.weights.tolist()
+        for (i, parameter), gradient in zip(self._extra, rest[len(others) :]):
+            parameter.grad = _sum(parameter.grad, combine([weights[i]], [[gradient]])[0])
+        self._extra = {}
         self.last = self._balance
         self.balancer.end_step()
         return self.last
@@ -183,22 +198,18 @@ class ParameterBoundary(Boundary):
         Args:
             gradients (list[list[Tensor or None]]): K lists, of ``shared``.
             shared (list[Parameter]):
-            others (list[Parameter]): whose ``.grad`` is meant.
+            others (list[tuple[Parameter, Tensor or None]]): other gradients, and of what.
 
         Returns:
             tuple: the gradients; the others' gradients; losses (K,). None stays where no loss
             reached a parameter on any rank: an optimizer skips it then, as with one process.
         """
         if ranks() == 1:
-            return gradients, [p.grad for p in others], self._mean_losses()
-        rows = [*((shared, row) for row in gradients), (others, [p.grad for p in others])]
-        tensors = [
-            torch.zeros_like(p) if g is None else g
-            for parameters, row in rows
-            for p, g in zip(parameters, row)
-        ]
+            return gradients, [g for _, g in others], self._mean_losses()
+        pairs = [*(pair for row in gradients for pair in zip(shared, row)), *others]
+        tensors = [torch.zeros_like(p) if g is None else g for p, g in pairs]
         reached = [any(g is not None for g in column) for column in zip(*gradients)]
-        reached += [p.grad is not None for p in others]
+        reached += [g is not None for _, g in others]
         losses = self._mean_losses()
         gram = losses.new_zeros(0) if self._group_gram is None else self._group_gram
         tensors += [losses.new_tensor(reached), losses, gram]
@@ -224,6 +235,14 @@ class ParameterBoundary(Boundary):
     def _set(parameters, gradients):
         for parameter, gradient in zip(parameters, gradients):
             parameter.grad = gradient
+
+
+def _leaves(tensors):
+    return [t.detach().requires_grad_(t.requires_grad) for t in tensors]
+
+
+def _with_gradients(parameters):
+    return [(p, p.grad) for p in parameters]
 
 
 def _within(name, layer):

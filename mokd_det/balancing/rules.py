@@ -51,12 +51,16 @@ class FixedWeights:
             )
         self.fixed = torch.tensor(weights, dtype=torch.float64)
 
-    def weights(self, gram, losses):
-        if len(gram) != len(self.fixed):
+    def check_objectives(self, count):
+        """Raise ValueError unless there is a weight for each of ``count`` objectives."""
+        if count != len(self.fixed):
             raise ValueError(
-                f"MOKD.BALANCING.WEIGHTS has {len(self.fixed)} entries for {len(gram)} "
-                "objectives (the task first)."
+                f"MOKD.BALANCING.WEIGHTS has {len(self.fixed)} entries for {count} objectives: "
+                "give one for each that is enabled, in the order task, features, outputs."
             )
+
+    def weights(self, gram, losses):
+        self.check_objectives(len(gram))
         return self.fixed.clone()
 
 
@@ -81,16 +85,18 @@ class MinNorm:
         self.clip = clip
         self.log_losses = log_losses
 
+    def check_objectives(self, count):
+        """Raise ValueError if the formula is not defined for ``count`` objectives."""
+        if not self.clip and count != 2:
+            raise ValueError(f"MOKD.BALANCING.CLIP False is defined for 2 objectives, not {count}.")
+
     def weights(self, gram, losses):
+        self.check_objectives(len(gram))
         if not self.log_losses:
             losses = torch.ones_like(losses)
         logs = log_gram(gram, losses)
         if self.clip:
             return min_norm_simplex(logs) / losses
-        if len(gram) != 2:
-            raise ValueError(
-                f"MOKD.BALANCING.CLIP False is defined for 2 objectives, not {len(gram)}."
-            )
         return min_norm_two(logs, clip=False) / losses
 
 
