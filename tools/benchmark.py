@@ -76,11 +76,12 @@ class FlatLosses(nn.Module):
 class NoBoundary(Boundary):
     """All objectives use the same features."""
 
-    def split(self, features, objectives, names=None):
+    def split(self, features, objectives, names=None, extra=None):
         # Views, because a level may be made from another one (p6 from p5), and TorchJD's features
         # must not depend on each other.
         self.features = [feature.view_as(feature) for feature in features]
-        return [self.features] * objectives
+        extra = extra or {}
+        return [[*self.features, *extra.get(i, ())] for i in range(objectives)]
 
 
 def random_batch(cfg, height, width, count):
@@ -149,7 +150,7 @@ def build_steps(cfg, model, batch):
         return with_boundary(boundary, _stepper(BalancedTrainer(model, loader, optimizer, 0)))
 
     def teacher_backbone():
-        model.teacher.features(batch, model.input_format)
+        model.teacher.view(batch, model.input_format)
 
     student_optimizer = build_optimizer(cfg, model.student)
     steps = {

@@ -24,6 +24,21 @@ def add_mokd_config(cfg):
     # in [1 - j, 1 + j]. 0 is off, as in Detectron2. For data of another camera, sun or season.
     cfg.INPUT.COLOR_JITTER = 0.0
 
+    # Large-scale jitter (Ghiasi et al. 2021; Detectron2's "LSJ" recipes): the image is resized by a
+    # random factor and cropped or padded to SIZE x SIZE. Replaces MIN_SIZE_TRAIN and CROP.
+    cfg.INPUT.LSJ = CN()
+    cfg.INPUT.LSJ.ENABLED = False
+    # Of the training images, in pixels.
+    cfg.INPUT.LSJ.SIZE = 1024
+    # Range of the factor, in units of the one that fits the image into SIZE x SIZE.
+    cfg.INPUT.LSJ.SCALE = [0.1, 2.0]
+
+    # For MODEL.META_ARCHITECTURE "LazyConfigDetector": a Python config of Detectron2 (file, or name
+    # in the model zoo), whose "model" is the detector, and overrides ["model.num_classes=3", ...].
+    cfg.MODEL.LAZY_CONFIG = CN()
+    cfg.MODEL.LAZY_CONFIG.FILE = ""
+    cfg.MODEL.LAZY_CONFIG.OVERRIDES = []
+
     # ---------------------------------------------------------------------------------------- #
     # A torchvision classification model as the backbone, for MODEL.BACKBONE.NAME
     # "build_torchvision_backbone", "build_torchvision_fpn_backbone" (R-CNNs: p2-p6) or
@@ -73,18 +88,46 @@ def add_mokd_config(cfg):
     cfg.MOKD.META_ARCHITECTURE = "DistillationModel"
 
     cfg.MOKD.TEACHER = CN()
-    # The teacher's own config file. It brings its own MODEL and INPUT.FORMAT.
+    # The teacher's own config file (.yaml, or Detectron2's .py), or its name in Detectron2's model
+    # zoo, e.g. "COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml". It brings its own MODEL and
+    # INPUT.FORMAT.
     cfg.MOKD.TEACHER.CONFIG_FILE = ""
     # The teacher's weights: a file or anything that Detectron2's MODEL.WEIGHTS resolves. Loading
-    # is strict. Empty: MODEL.WEIGHTS of the teacher's config.
+    # is strict. Empty: those of the model zoo, or MODEL.WEIGHTS of the teacher's config.
     cfg.MOKD.TEACHER.WEIGHTS = ""
-    # Overrides of the teacher's config: [KEY, VALUE, ...] as on the command line.
+    # Overrides of the teacher's config: [KEY, VALUE, ...] as on the command line; for a .py
+    # ["model.num_classes=3", ...].
     cfg.MOKD.TEACHER.OPTS = []
+    # Instead of config and weights: a TorchScript module that maps images (N, C, H, W) to
+    # dict[str, Tensor] of feature maps. Images are normalised and padded as said here.
+    cfg.MOKD.TEACHER.TORCHSCRIPT = CN()
+    cfg.MOKD.TEACHER.TORCHSCRIPT.FILE = ""
+    cfg.MOKD.TEACHER.TORCHSCRIPT.INPUT_FORMAT = "RGB"
+    cfg.MOKD.TEACHER.TORCHSCRIPT.PIXEL_MEAN = [123.675, 116.28, 103.53]
+    cfg.MOKD.TEACHER.TORCHSCRIPT.PIXEL_STD = [58.395, 57.12, 57.375]
+    cfg.MOKD.TEACHER.TORCHSCRIPT.SIZE_DIVISIBILITY = 32
+    # The teacher at speed; what each may change is a test of ours (docs/distillation.md).
+    # Autocast: "float16", "bfloat16", "float32", or "": as the student's (SOLVER.AMP).
+    cfg.MOKD.TEACHER.PRECISION = ""
+    # Memory format of images and convolution weights; what GPUs like in half precision.
+    cfg.MOKD.TEACHER.CHANNELS_LAST = False
+    # A backend of torch.compile for its backbone, "inductor" being the usual one. "": off.
+    cfg.MOKD.TEACHER.COMPILE = ""
+    # torch.inference_mode instead of no_grad.
+    cfg.MOKD.TEACHER.INFERENCE_MODE = False
+    # A CUDA stream of its own, on which it runs while the student's forward pass does.
+    cfg.MOKD.TEACHER.STREAM = False
 
-    # Matching the backbone's (FPN) feature maps in a learned subspace.
+    # Parts of the student that start from the teacher's weights where name and shape are the same:
+    # prefixes of names in the state dict, e.g. ["backbone.fpn_", "proposal_generator"].
+    cfg.MOKD.INHERIT = []
+
+    # Matching the backbone's (FPN) feature maps in a learned subspace: the objective "features".
     cfg.MOKD.FEATURES = CN()
+    cfg.MOKD.FEATURES.ENABLED = True
     # Level map: student's feature names, and the teacher's feature for each (same length).
-    # Empty: every name that both have. Strides and channels may differ.
+    # Empty: every name that both have; if there is none, those of equal stride. Strides and
+    # channels may differ.
     cfg.MOKD.FEATURES.STUDENT = []
     cfg.MOKD.FEATURES.TEACHER = []
     # Registered in mokd_det.subspace.PROJECTORS.
@@ -97,6 +140,25 @@ def add_mokd_config(cfg):
     cfg.MOKD.FEATURES.TEACHER_SIDE = "frozen"
     # Registered in mokd_det.subspace.FEATURE_LOSSES: "smooth_l1", "mse", "cosine".
     cfg.MOKD.FEATURES.LOSS = "smooth_l1"
+    # Weigh positions by the objects of each image: "" (all alike), "ground_truth", or "teacher"
+    # (boxes of which the teacher is surer than FOREGROUND_SCORE). Positions that a box touches get
+    # FOREGROUND_SHARE of the loss, the others the rest.
+    cfg.MOKD.FEATURES.FOREGROUND = ""
+    cfg.MOKD.FEATURES.FOREGROUND_SHARE = 0.5
+    cfg.MOKD.FEATURES.FOREGROUND_SCORE = 0.5
+
+    # Matching the detectors' outputs, classes and boxes, at the teacher's proposals: the objective
+    # "outputs". Both sides R-CNNs or RetinaNets (also one of each), with the same classes.
+    cfg.MOKD.OUTPUTS = CN()
+    cfg.MOKD.OUTPUTS.ENABLED = False
+    # The teacher's best proposals of each image; a RetinaNet student is compared at the anchors
+    # nearest to them.
+    cfg.MOKD.OUTPUTS.PROPOSALS = 256
+    # Divides the logits of both sides.
+    cfg.MOKD.OUTPUTS.TEMPERATURE = 1.0
+    # Factors of the two losses inside the objective. Their sum is balanced against the others.
+    cfg.MOKD.OUTPUTS.CLASS_WEIGHT = 1.0
+    cfg.MOKD.OUTPUTS.BOX_WEIGHT = 1.0
 
     # How the gradients of task and distillation are weighed against each other where they meet.
     cfg.MOKD.BALANCING = CN()
@@ -131,7 +193,8 @@ def add_mokd_config(cfg):
     cfg.MOKD.BALANCING.SMOOTHING = 0.0
     # Compute weights at every k-th step only, and reuse them in between.
     cfg.MOKD.BALANCING.INTERVAL = 1
-    # Rules "fixed" and "cosine_gate": the weights of task and distillation.
+    # Rules "fixed" and "cosine_gate": the weights of the objectives, in the order task, features,
+    # outputs (those that are enabled).
     cfg.MOKD.BALANCING.WEIGHTS = [1.0, 1.0]
     # Rules "protected_min_norm" and "anchored": largest norm of the weighted distillation
     # gradient, in units of the task gradient's. Below 1 the task descends in every step.

@@ -2,15 +2,17 @@
 """Reading configs: with our options, without unsafe YAML, and with errors that help."""
 
 import difflib
+import os
 
 import yaml
+from detectron2 import model_zoo
 from detectron2.config import CfgNode
 from detectron2.config import get_cfg as get_detectron2_cfg
 from detectron2.utils.file_io import PathManager
 
 from .defaults import add_mokd_config
 
-__all__ = ["get_cfg", "load_config", "stock_config"]
+__all__ = ["find_config", "get_cfg", "load_config", "stock_config"]
 
 
 def get_cfg():
@@ -64,6 +66,40 @@ def load_config(config_file, opts=(), option="--config-file"):
     return cfg
 
 
+def find_config(name, option):
+    """
+    Args:
+        name (str): a config file, or a name of Detectron2's model zoo, such as
+            "COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml".
+        option (str): where it was given, for messages.
+
+    Returns:
+        tuple[str]: the file, and for a name of the model zoo the address of its trained weights,
+        if it has any; else "".
+
+    Raises:
+        FileNotFoundError: neither.
+    """
+    if "://" in name or PathManager.isfile(name):
+        return name, ""
+    try:
+        weights = model_zoo.get_checkpoint_url(name)
+    except RuntimeError:  # no such name, or one without weights
+        weights = ""
+    try:
+        return model_zoo.get_config_file(name), weights
+    except RuntimeError as error:
+        raise FileNotFoundError(
+            f"{option} '{name}' does not exist"
+            + (
+                ": it is a name of Detectron2's model zoo, but the installed Detectron2 came "
+                "without the zoo's config files. Use one of configs/, or upstream's (INSTALL.md)."
+                if weights
+                else f" (looked in {os.getcwd()} and in Detectron2's model zoo)."
+            )
+        ) from error
+
+
 def stock_config(cfg):
     """
     The student's config as Detectron2 alone reads it: without the keys of mokd_det.
@@ -73,18 +109,22 @@ def stock_config(cfg):
 
     Returns:
         CfgNode: a new one with Detectron2's keys only. A student whose backbone is a torchvision
-        model keeps ``MODEL.TORCHVISION``: it needs mokd_det's registered builder all the same.
+        model keeps ``MODEL.TORCHVISION``, one of a Python config ``MODEL.LAZY_CONFIG``: they need
+        mokd_det's registered builders all the same.
     """
     stock = cfg.clone()
     stock.defrost()
     del stock["MOKD"]
     del stock.DATASETS["COCO"]
     del stock.INPUT["COLOR_JITTER"]
+    del stock.INPUT["LSJ"]
     for key in ("MICRO_BATCHES", "EMA_DECAY"):
         del stock.SOLVER[key]
     del stock.SOLVER.AMP["PRECISION"]
     for key in ("CHECKPOINTING", "COMPILE"):
         del stock.MODEL.BACKBONE[key]
+    if stock.MODEL.META_ARCHITECTURE != "LazyConfigDetector":
+        del stock.MODEL["LAZY_CONFIG"]
     if "torchvision" not in stock.MODEL.BACKBONE.NAME:
         del stock.MODEL["TORCHVISION"]
     return stock

@@ -2,6 +2,7 @@
 """Registering data sets from the config, and checking them before anything is read."""
 
 import difflib
+import json
 import os
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -31,12 +32,37 @@ def register_datasets(cfg):
         if name in DatasetCatalog.list():
             known = MetadataCatalog.get(name)
             if known.get("json_file") == json_file and known.get("image_root") == image_root:
+                if cfg.MODEL.KEYPOINT_ON:
+                    _set_keypoint_metadata(name, json_file)
                 continue
             raise ValueError(
                 f"DATASETS.COCO: the name '{name}' is taken by another data set "
                 f"({known.get('json_file', 'not in COCO format')}). Choose another name."
             )
         register_coco_instances(name, {}, json_file, image_root)
+        if cfg.MODEL.KEYPOINT_ON:
+            _set_keypoint_metadata(name, json_file)
+
+
+def _set_keypoint_metadata(name, json_file):
+    """
+    The keypoints' names from the JSON file, and those that change places in a mirrored image:
+    "left_x" and "right_x".
+    """
+    metadata = MetadataCatalog.get(name)
+    if metadata.get("keypoint_names") or not PathManager.isfile(json_file):
+        return  # a missing file is :func:`check_datasets`' to explain
+    with PathManager.open(json_file) as f:
+        categories = json.load(f).get("categories", [])
+    names = [category["keypoints"] for category in categories if "keypoints" in category]
+    if not names or any(other != names[0] for other in names):
+        raise ValueError(
+            f"DATASETS.COCO: MODEL.KEYPOINT_ON is True, but '{name}' ({json_file}) has "
+            + ("categories with different keypoints." if names else "no category with 'keypoints'.")
+        )
+    mirrored = [(n, n.replace("left", "right")) for n in names[0] if "left" in n]
+    metadata.keypoint_names = names[0]
+    metadata.keypoint_flip_map = [pair for pair in mirrored if pair[1] in names[0]]
 
 
 def check_datasets(names, option):
@@ -62,10 +88,7 @@ def check_datasets(names, option):
                 f"['{name}', JSON file, image folder] to DATASETS.COCO, or register it in Python."
             )
         metadata = MetadataCatalog.get(name)
-        remedy = (
-            f"Data sets are looked for in '{datasets_root()}' (set DETECTRON2_DATASETS to move "
-            "that); datasets/README.md says how to prepare each."
-        )
+        remedy = _remedy(name)
         json_file, image_root = metadata.get("json_file"), metadata.get("image_root")
         if json_file is not None and not PathManager.isfile(json_file):
             raise FileNotFoundError(
@@ -77,3 +100,18 @@ def check_datasets(names, option):
                 f"{option}: the images of '{name}' are missing: expected the folder "
                 f"{os.path.abspath(image_root)}. {remedy}"
             )
+
+
+def _remedy(name):
+    remedy = (
+        f"Data sets are looked for in '{datasets_root()}' (set DETECTRON2_DATASETS to move "
+        "that); datasets/README.md says how to prepare each."
+    )
+    if name.startswith(("coco_2017_", "keypoints_coco_2017_")):
+        remedy += (
+            " COCO: download train2017.zip, val2017.zip and annotations_trainval2017.zip from "
+            f"https://cocodataset.org/#download and unpack them in '{datasets_root() / 'coco'}', "
+            "which then has annotations/, train2017/ and val2017/. Or name a data set of yours in "
+            "DATASETS.COCO, DATASETS.TRAIN and DATASETS.TEST."
+        )
+    return remedy

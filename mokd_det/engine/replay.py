@@ -34,8 +34,8 @@ class Replay:
 
     def after(self):
         """Call after it."""
-        self.calls[-1][-1] = self.model.teacher_features
-        self.model.teacher_features = None
+        self.calls[-1][-1] = self.model.teacher_view
+        self.model.teacher_view = None
 
     @torch.no_grad()
     def losses(self, context):
@@ -50,15 +50,15 @@ class Replay:
         # A storage of its own, at this iteration: no log of the second pass, no pictures of it.
         storage = EventStorage(get_event_storage().iter)
         with isolated_rng(), RestoredState(self.model), storage:
-            for batch, cpu, cuda, numbers, teacher_features in self.calls:
+            for batch, cpu, cuda, numbers, teacher_view in self.calls:
                 torch.set_rng_state(cpu)
                 if cuda is not None:
                     torch.cuda.set_rng_state(cuda, self.model.device)
                 set_module_numbers(self.model.student, numbers)
                 with context():
-                    objectives = self.model(batch, teacher_features)
+                    objectives = self.model(batch, teacher_view)
                 results.append(
                     torch.stack([sum(parts.values()).float() for parts in objectives.values()])
                 )
-                self.model.teacher_features = None
+                self.model.teacher_view = None
         return torch.stack(results).mean(0)

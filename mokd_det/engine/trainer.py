@@ -20,7 +20,13 @@ from ..data import (
     register_datasets,
 )
 from ..evaluation import build_evaluator
-from ..modeling import SupervisedModel, accelerate_student, check_acceleration
+from ..modeling import (
+    SupervisedModel,
+    accelerate_student,
+    check_acceleration,
+    copy_weights,
+    inheritable_names,
+)
 from .average import AverageCheckpointer, WeightAverage
 from .step import PRECISIONS, BalancedTrainer
 from .writers import BalanceWriter
@@ -87,6 +93,10 @@ class DistillationTrainer(Trainer):
             self.average = WeightAverage(model.student, cfg.SOLVER.EMA_DECAY)
             # Bound, because a module as attribute would become a part of the model.
             model.inference = self.average.model.__call__
+        self.inherited = []
+        if cfg.MOKD.ENABLED and cfg.MOKD.INHERIT:
+            teacher = model.teacher.model
+            self.inherited = inheritable_names(model.student, teacher, cfg.MOKD.INHERIT)
         accelerate_student(cfg, model.student)
         self._trainer = BalancedTrainer(
             ddp_model,
@@ -122,7 +132,9 @@ class DistillationTrainer(Trainer):
         model = META_ARCH_REGISTRY.get(name)(cfg)
         model.to(torch.device(cfg.MODEL.DEVICE))
         logger.info(f"Student:\n{model.student}")
-        logger.info(f"Level map (student -> teacher): {model.level_map}")
+        logger.info(f"Objectives: {', '.join(model.objectives)}")
+        if model.features is not None:
+            logger.info(f"Level map (student -> teacher): {model.features.level_map}")
         return model
 
     @classmethod
@@ -136,6 +148,11 @@ class DistillationTrainer(Trainer):
     def resume_or_load(self, resume=True):
         super().resume_or_load(resume)
         self._trainer.data_loader.start = self.start_iter
+        if self.inherited and not (resume and self.checkpointer.has_checkpoint()):
+            model = self._trainer.inner
+            copy_weights(model.teacher.model, model.student, self.inherited)
+            if self.average is not None:
+                self.average.model.load_state_dict(model.student.state_dict())
 
 
 def wrap_distributed(model):

@@ -2,25 +2,39 @@
 """Detectron2 side: the distillation model, its teacher, and torchvision models as backbones."""
 
 from .acceleration import accelerate_student, check_acceleration
-from .distillation_model import DistillationModel, build_level_map
+from .distillation_model import DistillationModel
+from .feature_objective import FeatureObjective, build_level_map
+from .inherit import copy_weights, inheritable_names
+from .lazy_config import LazyConfigDetector
 from .loading import StrictCheckpointer, load_trained_model
+from .output_objective import OutputObjective
+from .outputs import Outputs, build_output_reader
 from .state import RestoredState, module_numbers, set_module_numbers
 from .supervised_model import SupervisedModel
-from .teacher import Teacher, build_teacher
+from .teacher import Teacher, TeacherView, build_teacher, teacher_config
 from .torchvision_backbone import TorchvisionBackbone
 
 __all__ = [
     "DistillationModel",
+    "FeatureObjective",
+    "LazyConfigDetector",
+    "OutputObjective",
+    "Outputs",
     "RestoredState",
     "StrictCheckpointer",
     "SupervisedModel",
     "Teacher",
+    "TeacherView",
     "TorchvisionBackbone",
     "accelerate_student",
     "build_level_map",
+    "build_output_reader",
     "build_teacher",
     "check_acceleration",
+    "copy_weights",
+    "inheritable_names",
     "load_trained_model",
     "module_numbers",
     "set_module_numbers",
+    "teacher_config",
 ]

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .state import RestoredState
 
-__all__ = ["accelerate_student", "check_acceleration"]
+__all__ = ["accelerate_student", "check_acceleration", "check_backend", "pool_in_float32"]
 
 
 def check_acceleration(cfg):
@@ -20,11 +20,7 @@ def check_acceleration(cfg):
     options = cfg.MODEL.BACKBONE
     if not options.COMPILE:
         return
-    if options.COMPILE not in (known := torch._dynamo.list_backends(exclude_tags=())):
-        raise ValueError(
-            f"MODEL.BACKBONE.COMPILE is '{options.COMPILE}': expected '' (off) or a backend of "
-            f"torch.compile: {', '.join(known)}."
-        )
+    check_backend(options.COMPILE, "MODEL.BACKBONE.COMPILE")
     if options.CHECKPOINTING:
         raise ValueError(
             "MODEL.BACKBONE.CHECKPOINTING True and MODEL.BACKBONE.COMPILE exclude each other: "
@@ -35,6 +31,15 @@ def check_acceleration(cfg):
             f"MODEL.BACKBONE.COMPILE '{options.COMPILE}' and MOKD.BALANCING.PLACE 'parameters' "
             "exclude each other: a compiled backbone frees its graph in the first backward pass, "
             "and this place needs several. Use PLACE 'features'."
+        )
+
+
+def check_backend(backend, option):
+    """Raise ValueError unless torch.compile has this backend."""
+    if backend not in (known := torch._dynamo.list_backends(exclude_tags=())):
+        raise ValueError(
+            f"{option} is '{backend}': expected '' (off) or a backend of torch.compile: "
+            f"{', '.join(known)}."
         )
 
 

@@ -52,12 +52,13 @@ def _shortened(keys, most=8):
     return ", ".join(keys[:most]) + rest
 
 
-def load_trained_model(cfg):
+def load_trained_model(cfg, option="MODEL.WEIGHTS"):
     """
     Build the plain detector of a config (the student, if it distils) with its trained weights.
 
     Args:
         cfg (CfgNode): with ``MODEL.WEIGHTS``.
+        option (str): the config key they were given with, for messages.
 
     Returns:
         nn.Module: in eval mode.
@@ -71,5 +72,5 @@ def load_trained_model(cfg):
     cfg.defrost()
     cfg.MODEL.TORCHVISION.WEIGHTS = ""  # MODEL.WEIGHTS holds the backbone as well
     model = build_model(cfg)
-    StrictCheckpointer(model).load(cfg.MODEL.WEIGHTS, checkpointables=[])
+    StrictCheckpointer(model, option=option).load(cfg.MODEL.WEIGHTS, checkpointables=[])
     return model.eval()

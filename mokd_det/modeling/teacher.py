@@ -1,16 +1,49 @@
 # Copyright (c) The mokd_det authors.
 """The frozen teacher: its own config, its own weights, its own preprocessing."""
 
+import contextlib
+import dataclasses
+import functools
 import os
 
 import torch
 from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 
-from ..config import load_config
+from ..config import find_config, load_config
+from .acceleration import check_backend, pool_in_float32
 from .loading import StrictCheckpointer
+from .outputs import Outputs, build_output_reader
+from .scripted import ScriptedDetector
 
-__all__ = ["Teacher", "build_teacher", "teacher_config"]
+__all__ = ["Teacher", "TeacherView", "build_teacher", "teacher_config"]
+
+PRECISIONS = {
+    "": None,
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+
+
+@dataclasses.dataclass
+class TeacherView:
+    """
+    What the teacher sees in one batch, without gradients.
+
+    Attributes:
+        features (dict[str, Tensor]): name -> (N, C, H / stride, W / stride).
+        image_sizes (list[tuple[int]]): (height, width) before padding.
+        proposals (list[Tensor] or None): for each image (P_i, 4) boxes, XYXY in pixels.
+        state: what the output reader needs to say more.
+        targets (Outputs or None): at the student's boxes, once they are known.
+    """
+
+    features: dict
+    image_sizes: list
+    proposals: list | None = None
+    state: object = None
+    targets: Outputs | None = None
 
 
 class Teacher:
@@ -21,23 +54,75 @@ class Teacher:
     ``state_dict()``, the optimizer or DistributedDataParallel.
     """
 
-    def __init__(self, model, input_format):
+    def __init__(
+        self,
+        model,
+        input_format,
+        *,
+        proposals=0,
+        precision="",
+        channels_last=False,
+        compile="",
+        inference_mode=False,
+        stream=False,
+    ):
         """
         Args:
             model (nn.Module): a Detectron2 detector with ``backbone`` and ``preprocess_image``.
             input_format (str): the channel order it was trained with, "RGB" or "BGR".
+            proposals (int): most boxes an image at which its outputs are read; 0: features only.
+            precision, channels_last, compile, inference_mode, stream: see ``MOKD.TEACHER``.
+
+        Raises:
+            ValueError: an option that this model or machine does not have.
         """
         self.model = model.eval().requires_grad_(False)
         self.input_format = input_format
+        self.proposals = proposals
+        self.reader = build_output_reader(model, "teacher") if proposals else None
+        if precision not in PRECISIONS:
+            raise ValueError(
+                f"MOKD.TEACHER.PRECISION is '{precision}': expected one of "
+                f"{', '.join(map(repr, PRECISIONS))}."
+            )
+        self.precision = PRECISIONS[precision]
+        device = next(self.model.parameters()).device.type
+        self._autocast = contextlib.nullcontext
+        if self.precision is not None:
+            enabled = self.precision != torch.float32
+            dtype = self.precision if enabled else None
+            self._autocast = functools.partial(torch.autocast, device, dtype, enabled=enabled)
+            if enabled:
+                pool_in_float32(self.model)
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        if channels_last:
+            self.model.backbone.to(memory_format=torch.channels_last)
+        if compile:
+            check_backend(compile, "MOKD.TEACHER.COMPILE")
+            if isinstance(model, ScriptedDetector):
+                raise ValueError(
+                    f"MOKD.TEACHER.COMPILE is '{compile}', but a TorchScript file is compiled "
+                    "already: set it to ''."
+                )
+            backbone = self.model.backbone
+            backbone.forward = torch.compile(backbone.forward, backend=compile)
+        self._inference_mode = inference_mode
+        self._stream = None
+        if stream:
+            if device != "cuda":
+                raise ValueError(
+                    f"MOKD.TEACHER.STREAM True needs a GPU, but MODEL.DEVICE is '{device}': set "
+                    "it to False."
+                )
+            self._stream = torch.cuda.Stream()
 
     def feature_shapes(self):
         """Return dict[str, ShapeSpec] of the backbone's feature maps."""
         return self.model.backbone.output_shape()
 
-    @torch.no_grad()
-    def features(self, batched_inputs, input_format):
+    def view(self, batched_inputs, input_format):
         """
-        Run the backbone only.
+        Run the backbone, and the first stage or the head if outputs are wanted.
 
         Args:
             batched_inputs (list[dict]): Detectron2's, each with ``image``, a (C, H, W) tensor of
@@ -45,15 +130,86 @@ class Teacher:
             input_format (str): channel order of these images.
 
         Returns:
-            dict[str, Tensor]: name -> (N, C, H / stride, W / stride), under the teacher's own
-            normalisation and padding.
+            TeacherView: under the teacher's own normalisation and padding. On a stream of its
+            own, its tensors are ready after :meth:`wait`.
         """
-        # Again at every step: nothing that walks over modules may have left it in train mode.
-        self.model.eval()
+        if self._stream is None:
+            return self._run(self._view, batched_inputs, input_format)
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            return self._run(self._view, batched_inputs, input_format)
+
+    def _view(self, batched_inputs, input_format):
         if input_format != self.input_format:
             batched_inputs = [{"image": x["image"].flip(0)} for x in batched_inputs]
         images = self.model.preprocess_image(batched_inputs)
-        return self.model.backbone(images.tensor)
+        tensor = images.tensor.contiguous(memory_format=self.memory_format)
+        features = self.model.backbone(tensor)
+        view = TeacherView(features, images.image_sizes)
+        if self.proposals:
+            view.state = self.reader.run(features)
+            view.proposals = self.reader.propose(view.state, images, self.proposals)
+        if self.precision is not None:
+            # The student's side may have another precision, and no autocast to bridge it.
+            view.features = {name: x.float() for name, x in features.items()}
+        return view
+
+    def wait(self, view):
+        """Make the current CUDA stream wait for a view."""
+        if self._stream is not None:
+            current = torch.cuda.current_stream()
+            current.wait_stream(self._stream)
+            for tensor in _tensors(view):
+                tensor.record_stream(current)
+
+    def outputs(self, view, boxes):
+        """
+        Args:
+            view (TeacherView): of this teacher.
+            boxes (list[Tensor]): for each image (R_i, 4), XYXY in pixels.
+
+        Returns:
+            Outputs: at these boxes.
+        """
+        return self._run(self.reader.at, view.state, boxes, view.image_sizes)
+
+    def objects(self, view, threshold):
+        """Return, for each image, the (B_i, 4) boxes that it is sure of beyond ``threshold``."""
+        outputs = self.outputs(view, view.proposals)
+        confidence, classes = outputs.confidence()
+        counts = [len(boxes) for boxes in view.proposals]
+        boxes = outputs.boxes_of(classes).split(counts)
+        return [b[c > threshold] for b, c in zip(boxes, confidence.split(counts))]
+
+    def _run(self, function, *args):
+        # Again at every step: nothing that walks over modules may have left it in train mode.
+        self.model.eval()
+        mode = torch.inference_mode if self._inference_mode else torch.no_grad
+        with mode(), self._autocast():
+            result = function(*args)
+        # Tensors made in inference mode can never take part in a backward pass, not even as
+        # constants.
+        return _changed(result, torch.clone) if self._inference_mode else result
+
+
+def _changed(value, function):
+    """``value`` with ``function`` applied to every tensor inside."""
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if isinstance(value, dict):
+        return {key: _changed(v, function) for key, v in value.items()}
+    if isinstance(value, (list, tuple)) and not isinstance(value, torch.Size):
+        return type(value)(_changed(v, function) for v in value)
+    if dataclasses.is_dataclass(value):
+        values = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        return dataclasses.replace(value, **_changed(values, function))
+    return value
+
+
+def _tensors(value):
+    found = []
+    _changed(value, found.append)
+    return found
 
 
 def teacher_config(cfg):
@@ -73,11 +229,18 @@ def teacher_config(cfg):
             "MOKD.TEACHER.CONFIG_FILE is empty: name the config file that the teacher was "
             "trained with, and its weights in MOKD.TEACHER.WEIGHTS."
         )
-    teacher_cfg = load_config(options.CONFIG_FILE, options.OPTS, option="MOKD.TEACHER.CONFIG_FILE")
+    option = "MOKD.TEACHER.CONFIG_FILE"
+    config_file, zoo_weights = find_config(options.CONFIG_FILE, option)
+    if config_file.endswith(".py"):
+        teacher_cfg = load_config("", ["MODEL.META_ARCHITECTURE", "LazyConfigDetector"])
+        teacher_cfg.MODEL.LAZY_CONFIG.FILE = config_file
+        teacher_cfg.MODEL.LAZY_CONFIG.OVERRIDES = list(options.OPTS)
+    else:
+        teacher_cfg = load_config(config_file, options.OPTS, option=option)
     teacher_cfg.MODEL.DEVICE = cfg.MODEL.DEVICE
     # All weights come from the file below, so none are downloaded for the backbone alone.
     teacher_cfg.MODEL.TORCHVISION.WEIGHTS = ""
-    teacher_cfg.MODEL.WEIGHTS = options.WEIGHTS or teacher_cfg.MODEL.WEIGHTS
+    teacher_cfg.MODEL.WEIGHTS = options.WEIGHTS or zoo_weights or teacher_cfg.MODEL.WEIGHTS
     if not teacher_cfg.MODEL.WEIGHTS:
         raise ValueError(
             "MOKD.TEACHER.WEIGHTS is empty, and so is MODEL.WEIGHTS of "
@@ -89,15 +252,6 @@ def teacher_config(cfg):
             f"MOKD.TEACHER.WEIGHTS '{teacher_cfg.MODEL.WEIGHTS}' does not exist (looked in "
             f"{os.getcwd()}). Train the teacher first: tools/train_net.py --config-file "
             f"{options.CONFIG_FILE}"
-        )
-    if cfg.INPUT.FORMAT != teacher_cfg.INPUT.FORMAT and {
-        cfg.INPUT.FORMAT,
-        teacher_cfg.INPUT.FORMAT,
-    } != {"RGB", "BGR"}:
-        raise ValueError(
-            f"INPUT.FORMAT is '{cfg.INPUT.FORMAT}' for the student and "
-            f"'{teacher_cfg.INPUT.FORMAT}' for the teacher: only RGB and BGR can be converted "
-            "into each other. Train both with the same format."
         )
     return teacher_cfg
 
@@ -111,16 +265,44 @@ def build_teacher(cfg):
 
     Returns:
         Teacher
+
+    Raises:
+        ValueError, FileNotFoundError: see :func:`teacher_config`; or a teacher that the student's
+            images or options do not suit.
     """
-    teacher_cfg = teacher_config(cfg)
-    model = build_model(teacher_cfg)
-    for name in ("backbone", "preprocess_image"):
-        if not hasattr(model, name):
-            raise ValueError(
-                f"The teacher's MODEL.META_ARCHITECTURE '{teacher_cfg.MODEL.META_ARCHITECTURE}' "
-                f"has no '{name}', which distilling its features needs."
-            )
-    StrictCheckpointer(model, option="MOKD.TEACHER.WEIGHTS").load(
-        teacher_cfg.MODEL.WEIGHTS, checkpointables=[]
+    options = cfg.MOKD.TEACHER
+    if options.TORCHSCRIPT.FILE:
+        model = ScriptedDetector.from_config(cfg)
+        input_format = options.TORCHSCRIPT.INPUT_FORMAT
+    else:
+        teacher_cfg = teacher_config(cfg)
+        model = build_model(teacher_cfg)
+        input_format = getattr(model, "input_format", None) or teacher_cfg.INPUT.FORMAT
+        for name in ("backbone", "preprocess_image"):
+            if not hasattr(model, name):
+                raise ValueError(
+                    f"The teacher's MODEL.META_ARCHITECTURE "
+                    f"'{teacher_cfg.MODEL.META_ARCHITECTURE}' has no '{name}', which distilling "
+                    "its features needs."
+                )
+        StrictCheckpointer(model, option="MOKD.TEACHER.WEIGHTS").load(
+            teacher_cfg.MODEL.WEIGHTS, checkpointables=[]
+        )
+    formats = {cfg.INPUT.FORMAT, input_format}
+    if len(formats) > 1 and formats != {"RGB", "BGR"}:
+        raise ValueError(
+            f"INPUT.FORMAT is '{cfg.INPUT.FORMAT}' for the student and '{input_format}' for the "
+            "teacher: only RGB and BGR can be converted into each other. Train both with the same "
+            "format."
+        )
+    reads_outputs = cfg.MOKD.OUTPUTS.ENABLED or cfg.MOKD.FEATURES.FOREGROUND == "teacher"
+    return Teacher(
+        model,
+        input_format,
+        proposals=cfg.MOKD.OUTPUTS.PROPOSALS if reads_outputs else 0,
+        precision=options.PRECISION,
+        channels_last=options.CHANNELS_LAST,
+        compile=options.COMPILE,
+        inference_mode=options.INFERENCE_MODE,
+        stream=options.STREAM,
     )
-    return Teacher(model, teacher_cfg.INPUT.FORMAT)

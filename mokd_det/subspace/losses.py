@@ -10,25 +10,35 @@ from ..registry import Registry
 __all__ = ["FEATURE_LOSSES", "align_resolution"]
 
 FEATURE_LOSSES = Registry("FEATURE_LOSSES", "MOKD.FEATURES.LOSS")
-"""Functions of two (N, n, H, W) tensors, student and teacher, that return a scalar."""
+"""
+Functions of two (N, n, H, W) tensors, student and teacher, and optionally of (N, 1, H, W) weights
+of the positions with mean one, that return a scalar.
+"""
 
 
 @FEATURE_LOSSES.register("smooth_l1")
-def smooth_l1(student, teacher):
+def smooth_l1(student, teacher, weights=None):
     """Mean smooth-L1 (Huber with delta 1) over all elements."""
-    return F.smooth_l1_loss(student, teacher)
+    if weights is None:
+        return F.smooth_l1_loss(student, teacher)
+    return (F.smooth_l1_loss(student, teacher, reduction="none") * weights).mean()
 
 
 @FEATURE_LOSSES.register("mse")
-def mse(student, teacher):
+def mse(student, teacher, weights=None):
     """Mean squared error over all elements."""
-    return F.mse_loss(student, teacher)
+    if weights is None:
+        return F.mse_loss(student, teacher)
+    return (F.mse_loss(student, teacher, reduction="none") * weights).mean()
 
 
 @FEATURE_LOSSES.register("cosine")
-def cosine(student, teacher):
+def cosine(student, teacher, weights=None):
     """One minus the cosine between the two vectors of each position, averaged: in [0, 2]."""
-    return 1 - F.cosine_similarity(student, teacher, dim=1).mean()
+    similarity = F.cosine_similarity(student, teacher, dim=1)
+    if weights is None:
+        return 1 - similarity.mean()
+    return ((1 - similarity) * weights[:, 0]).mean()
 
 
 def align_resolution(student, teacher, student_stride, teacher_stride):

@@ -19,7 +19,17 @@ from mokd_det.engine.trainer import wrap_distributed
 
 from ..conftest import CONFIGS, TREE_OPTS
 
-PLACES = ["features", "parameters"]
+# As many proposals on each image, so that the ranks' means are the mean over all.
+OUTPUTS = ["MOKD.OUTPUTS.ENABLED", True, "MOKD.OUTPUTS.PROPOSALS", 16]
+CASES = {
+    "features": ["MOKD.BALANCING.PLACE", "features"],
+    "parameters": ["MOKD.BALANCING.PLACE", "parameters"],
+    "features with outputs": ["MOKD.BALANCING.RULE", "anchored", *OUTPUTS],
+    "parameters with outputs": [
+        *("MOKD.BALANCING.PLACE", "parameters", "MOKD.BALANCING.RULE", "fixed"),
+        *("MOKD.BALANCING.WEIGHTS", [1.0, 0.5, 2.0], *OUTPUTS),
+    ],
+}
 # Statistics of a batch's part are another matter (SyncBN), and so is the number of boxes that a
 # part divides its loss by: one image each, with all of a fixed number of boxes sampled.
 OPTS = [
@@ -78,7 +88,7 @@ def worker(rank, folder, weights):
         comm.create_local_process_group(2)
     else:
         comm._LOCAL_PROCESS_GROUP = dist.new_group([0, 1])
-    results = {p: steps(["MOKD.BALANCING.PLACE", p], weights, rank) for p in PLACES}
+    results = {name: steps(opts, weights, rank) for name, opts in CASES.items()}
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -90,10 +100,10 @@ def two_ranks(tmp_path_factory, teacher_weights):
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
-@pytest.mark.parametrize("place", PLACES)
-def test_two_ranks_equal_one(two_ranks, teacher_weights, place):
-    weights, state = steps(["MOKD.BALANCING.PLACE", place], teacher_weights)
-    first, second = (results[place] for results in two_ranks)
+@pytest.mark.parametrize("name", CASES)
+def test_two_ranks_equal_one(two_ranks, teacher_weights, name):
+    weights, state = steps(CASES[name], teacher_weights)
+    first, second = (results[name] for results in two_ranks)
     assert torch.equal(first[0], second[0])
     assert torch.allclose(first[0], weights, rtol=1e-4)
     for key, value in state.items():

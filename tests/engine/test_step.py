@@ -39,12 +39,13 @@ FAMO = ["MOKD.BALANCING.RULE", "famo"]
 LOOK_AHEAD = [*PARAMETERS, "MOKD.BALANCING.RULE", "look_ahead"]
 BF16 = ["SOLVER.AMP.ENABLED", True, "SOLVER.AMP.PRECISION", "bfloat16"]
 FP16 = ["SOLVER.AMP.ENABLED", True]
+OUTPUTS = ["MOKD.OUTPUTS.ENABLED", True]
 
 
 @pytest.mark.parametrize("place", ["features", "parameters"])
 @pytest.mark.parametrize("name", ["mokd", "retinanet"])
 def test_bfloat16_is_close_to_float32(make_cfg, name, place):
-    opts = ["MOKD.ENABLED", True, "MOKD.BALANCING.PLACE", place]
+    opts = ["MOKD.ENABLED", True, "MOKD.BALANCING.PLACE", place, *OUTPUTS]
     plain = build(make_cfg(name, opts, "plain"))
     wanted = run_steps(plain)
     half = build(make_cfg(name, [*opts, *BF16], "half"))
@@ -56,7 +57,7 @@ def test_bfloat16_is_close_to_float32(make_cfg, name, place):
     # An untrained network, whose sampled boxes differ: norms within 25 %. Tighter on fixed samples
     # in tests/balancing.
     assert torch.allclose(grams[0].diagonal().sqrt(), grams[1].diagonal().sqrt(), rtol=0.25)
-    cosine = f"balance/{place}/cosine_distill"
+    cosine = f"balance/{place}/cosine_features"
     assert got[cosine] == pytest.approx(wanted[cosine], abs=0.15)
     assert all(p.dtype == torch.float32 and p.isfinite().all() for p in half.model.parameters())
 
@@ -120,10 +121,11 @@ def test_micro_batches_at_features_are_the_mean_of_their_gradients(make_cfg):
         assert torch.allclose(parameter.grad, gradients[name], rtol=1e-4, atol=1e-6), name
 
 
+@pytest.mark.parametrize("opts", [[], OUTPUTS], ids=["features", "outputs"])
 @pytest.mark.parametrize("name", ["mokd", "retinanet"])
-def test_second_forward_is_the_first_one_again(make_cfg, name):
+def test_second_forward_is_the_first_one_again(make_cfg, name, opts):
     """Unchanged parameters give the same losses, and nothing else is left of it."""
-    trainer = build(make_cfg(name, ["MOKD.ENABLED", True, *FAMO]))
+    trainer = build(make_cfg(name, ["MOKD.ENABLED", True, *FAMO, *opts]))
     model, batch = trainer.model, next(iter(trainer._trainer.data_loader))
     replay = Replay(model)
     with torch.jit.optimized_execution(False), EventStorage(0) as storage:
@@ -133,7 +135,8 @@ def test_second_forward_is_the_first_one_again(make_cfg, name):
         objectives = model(batch)
         replay.after()
         teacher_runs = []
-        model.teacher.features = lambda *args: teacher_runs.append(args)
+        model.teacher.view = lambda *args: teacher_runs.append(args)
+        model.teacher.outputs = lambda *args: teacher_runs.append(args)
         losses = torch.stack([sum(parts.values()) for parts in objectives.values()])
         state, random_state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
         numbers = {k: v for k, v in vars(model.student).items() if isinstance(v, float)}
@@ -144,7 +147,7 @@ def test_second_forward_is_the_first_one_again(make_cfg, name):
         assert torch.equal(random_state, torch.get_rng_state())
         assert numbers == {k: v for k, v in vars(model.student).items() if isinstance(v, float)}
         assert storage.latest() == logged
-    assert teacher_runs == [] and model.teacher_features is None
+    assert teacher_runs == [] and model.teacher_view is None
 
 
 def test_famo_learns_from_the_same_batch(make_cfg):
@@ -168,8 +171,9 @@ def test_famo_learns_from_the_same_batch(make_cfg):
         + ["SOLVER.MICRO_BATCHES", 2],
         ["SOLVER.EMA_DECAY", 0.9, "MOKD.BALANCING.INTERVAL", 3],
         BF16,
+        [*OUTPUTS, *FAMO],
     ],
-    ids=["famo", "look_ahead", "signal", "average", "bfloat16"],
+    ids=["famo", "look_ahead", "signal", "average", "bfloat16", "outputs"],
 )
 def test_resumed_equals_uninterrupted(make_cfg, opts):
     opts = ["SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 2, "TEST.EVAL_PERIOD", 100, *opts]
@@ -370,14 +374,14 @@ def test_torchjd_and_layers_by_config(make_cfg):
     cfg.MOKD.BALANCING.TORCHJD.c = 0.5
     logged = run_steps(build(cfg))
     assert logged["balance/parameters/weight_task"] > 0
-    assert "balance/parameters/cosine_distill" in logged
+    assert "balance/parameters/cosine_features" in logged
 
 
 def test_what_the_rule_saw_is_logged_beside_the_batch(make_cfg):
     opts = [*PARAMETERS, "MOKD.BALANCING.GRAM", "signal", "SOLVER.MICRO_BATCHES", 2]
     logged = run_steps(build(make_cfg("mokd", opts)))
     names = {name.split("/")[-1] for name in logged if name.startswith("balance/parameters/")}
-    assert {"cosine_distill", "seen_cosine_distill", "seen_dominance_distill"} <= names
+    assert {"cosine_features", "seen_cosine_features", "seen_dominance_features"} <= names
 
 
 def record(task_weight, fallback=""):
@@ -388,7 +392,7 @@ def record(task_weight, fallback=""):
 
 def test_starvation_is_warned_of_once(caplog):
     diagnostics = BalanceDiagnostics("features")
-    names = ["task", "distill"]
+    names = ["task", "features"]
     with caplog.at_level(logging.WARNING, "mokd_det"):
         for _ in range(50):
             diagnostics.scalars(names, record(0.01))
@@ -405,10 +409,10 @@ def test_starvation_is_warned_of_once(caplog):
 def test_fallbacks_are_counted_apart_and_survive_a_checkpoint():
     diagnostics = BalanceDiagnostics("features")
     for fallback in ("", "vanished", "undefined", "non_finite"):
-        diagnostics.scalars(["task", "distill"], record(1.0, fallback))
+        diagnostics.scalars(["task", "features"], record(1.0, fallback))
     other = BalanceDiagnostics("features")
     other.load_state_dict(diagnostics.state_dict())
-    scalars = other.scalars(["task", "distill"], record(1.0))
+    scalars = other.scalars(["task", "features"], record(1.0))
     assert scalars["balance/features/fallbacks_degenerate"] == 2
     assert scalars["balance/features/fallbacks_non_finite"] == 1
 

@@ -43,7 +43,7 @@ def step(model, batch):
 def test_student_families_train_and_infer(make_cfg, batch, name):
     model = DistillationTrainer.build_model(make_cfg(name, ["MOKD.ENABLED", True])).train()
     objectives = step(model, batch)
-    assert list(objectives) == ["task", "distill"]
+    assert list(objectives) == ["task", "features"]
     assert all(loss.isfinite() for parts in objectives.values() for loss in parts.values())
     for key, parameter in model.named_parameters():
         assert parameter.grad is not None, key
@@ -56,7 +56,7 @@ def test_student_families_train_and_infer(make_cfg, batch, name):
 
 def test_default_level_map_of_a_cross_family_pair(make_cfg):
     model = DistillationTrainer.build_model(make_cfg("retinanet", ["MOKD.ENABLED", True]))
-    assert model.level_map == {name: name for name in ("p3", "p4", "p5", "p6")}
+    assert model.features.level_map == {name: name for name in ("p3", "p4", "p5", "p6")}
     assert set(model.student.backbone.output_shape()) == {"p3", "p4", "p5", "p6", "p7"}
 
 
@@ -68,7 +68,7 @@ def test_explicit_level_map_across_strides(make_cfg, batch, side, loss):
     opts += ["MOKD.FEATURES.TEACHER_SIDE", side, "MOKD.FEATURES.LOSS", loss]
     opts += ["MOKD.FEATURES.DIM", 0]
     model = DistillationTrainer.build_model(make_cfg("mokd", opts)).train()
-    assert step(model, batch)["distill"]["loss_features"].isfinite()
+    assert step(model, batch)["features"]["loss_features"].isfinite()
     assert set(model.projectors) == {"p3", "p5"}
 
 
@@ -84,7 +84,7 @@ def test_teacher_is_eval_without_gradient_at_every_step(make_cfg, batch):
     for key, value in teacher.state_dict().items():
         assert torch.equal(before[key], value), key
     with torch.enable_grad():
-        features = model.teacher.features(batch, "BGR")
+        features = model.teacher.view(batch, "BGR").features
     assert not any(f.requires_grad for f in features.values())
 
 
@@ -113,7 +113,7 @@ def test_teacher_sees_its_own_normalisation_and_channel_order(make_cfg, batch):
             target[:, : image.shape[1], : image.shape[2]] = image
         expected = teacher.model.backbone(padded)
     for given, order in ((batch, "BGR"), (rgb, "RGB")):
-        features = teacher.features(given, order)
+        features = teacher.view(given, order).features
         for name in expected:
             assert torch.allclose(features[name], expected[name], atol=1e-5), (order, name)
 
@@ -175,8 +175,8 @@ def test_bad_level_maps(student, teacher, message):
 
 
 def test_no_common_level_needs_an_explicit_map():
-    with pytest.raises(ValueError, match="share no feature name"):
-        build_level_map({"res4": SHAPES["p4"]}, OTHER)
+    with pytest.raises(ValueError, match="share neither a feature name nor a stride"):
+        build_level_map({"res3": SHAPES["p3"]}, OTHER)
 
 
 class TestBadTeacher:

@@ -1,0 +1,35 @@
+# Copyright (c) The mokd_det authors.
+"""Detectors that Detectron2 describes by Python configs only (FCOS, ViTDet), in a YAML config."""
+
+from detectron2.config import LazyConfig, instantiate
+from detectron2.modeling import META_ARCH_REGISTRY
+
+from ..config import find_config
+
+__all__ = ["LazyConfigDetector"]
+
+
+@META_ARCH_REGISTRY.register()
+def LazyConfigDetector(cfg):
+    """
+    Build ``model`` of the Python config ``cfg.MODEL.LAZY_CONFIG.FILE``, with the overrides of
+    ``cfg.MODEL.LAZY_CONFIG.OVERRIDES`` ("model.num_classes=3"). Everything else (solver, input,
+    data sets) is the YAML config's.
+
+    Returns:
+        nn.Module: the stock detector.
+
+    Raises:
+        ValueError, FileNotFoundError: no such file, or it holds no ``model``.
+    """
+    option = "MODEL.LAZY_CONFIG.FILE"
+    if not cfg.MODEL.LAZY_CONFIG.FILE:
+        raise ValueError(
+            f"MODEL.META_ARCHITECTURE is 'LazyConfigDetector', but {option} is empty: name a "
+            "Python config of Detectron2 that defines 'model'."
+        )
+    path, _ = find_config(cfg.MODEL.LAZY_CONFIG.FILE, option)
+    lazy = LazyConfig.apply_overrides(LazyConfig.load(path), list(cfg.MODEL.LAZY_CONFIG.OVERRIDES))
+    if "model" not in lazy:
+        raise ValueError(f"{option} '{path}' defines no 'model'.")
+    return instantiate(lazy.model)

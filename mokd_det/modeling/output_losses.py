@@ -1,0 +1,55 @@
+# Copyright (c) The mokd_det authors.
+"""Losses between two detectors' outputs at the same boxes. The teacher's carry no gradient."""
+
+import torch.nn.functional as F
+from torchvision.ops import generalized_box_iou_loss
+
+__all__ = ["box_loss", "class_loss"]
+
+
+def class_loss(student, teacher, temperature=1.0):
+    """
+    Kullback-Leibler divergence of the student's class probabilities from the teacher's, times the
+    temperature squared (Hinton et al. 2015), averaged over boxes. Two softmaxes are compared as
+    such, background included; else every class for itself, as present or absent.
+
+    Args:
+        student, teacher (Outputs): at the same R boxes, of the same C classes.
+        temperature (float): divides the logits of both.
+
+    Returns:
+        Tensor: a scalar; zero without boxes.
+    """
+    boxes = max(len(student.logits), 1)
+    if student.exclusive and teacher.exclusive:
+        ours = F.log_softmax(student.logits.float() / temperature, dim=1)
+        theirs = F.log_softmax(teacher.logits.float() / temperature, dim=1)
+        total = F.kl_div(ours, theirs, reduction="sum", log_target=True)
+    else:
+        total = sum(
+            F.kl_div(ours, theirs, reduction="sum", log_target=True)
+            for ours, theirs in zip(
+                student.log_probabilities(temperature), teacher.log_probabilities(temperature)
+            )
+        )
+    return total * temperature**2 / boxes
+
+
+def box_loss(student, teacher):
+    """
+    Generalised IoU loss (Rezatofighi et al. 2019) between the refined boxes of both for the
+    teacher's most probable class, weighted by that probability: where the teacher sees background
+    its box means nothing.
+
+    Args:
+        student, teacher (Outputs): as in :func:`class_loss`.
+
+    Returns:
+        Tensor: a scalar: the weighted sum over the number of all boxes (as Fast R-CNN's own box
+        loss); zero without boxes.
+    """
+    confidence, classes = teacher.confidence()
+    losses = generalized_box_iou_loss(
+        student.boxes_of(classes).float(), teacher.boxes_of(classes).float()
+    )
+    return (confidence * losses).sum() / max(len(losses), 1)
