@@ -102,17 +102,16 @@ def _mend_compiled(root):
     sys.modules["detectron2._C"] = compiled
     _define_missing_torch_ops(missing_operator)
 
-    # 0.6 imports its C++ COCO evaluation unconditionally; pycocotools gives the same numbers.
+    # 0.6 imports its C++ COCO evaluation unconditionally; others give the same numbers.
     fast_eval = types.ModuleType("detectron2.evaluation.fast_eval_api")
 
-    def official_cocoeval(name):
-        if name != "COCOeval_opt":
-            raise AttributeError(name)
-        from pycocotools.cocoeval import COCOeval
+    def coco_eval(*args, **kwargs):
+        # Imported late: that package needs the one which is being imported here.
+        from .evaluation.fast_coco import fast_coco_eval
 
-        return COCOeval
+        return fast_coco_eval(*args, **kwargs)
 
-    fast_eval.__getattr__ = official_cocoeval
+    fast_eval.COCOeval_opt = coco_eval
     sys.modules["detectron2.evaluation.fast_eval_api"] = fast_eval
     return True
 

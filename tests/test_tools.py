@@ -148,12 +148,12 @@ def test_plot_of_a_run_without_distillation_is_an_error(tmp_path):
 
 def test_plot_takes_the_later_of_two_lines_for_a_step(tmp_path):
     lines = [
-        {"iteration": i, "balance/features/cosine_distill": v} for i, v in ((1, 5), (0, 1), (1, 2))
+        {"iteration": i, "balance/features/cosine_features": v} for i, v in ((1, 5), (0, 1), (1, 2))
     ]
     text = "\n".join(json.dumps(line) for line in lines)
     (tmp_path / "balance.json").write_text('{"iteration": 3, "bal\n' + text)  # killed, resumed
     series = load_script("tools/plot_balance.py").read_balance(str(tmp_path))
-    iterations, values = series["balance/features/cosine_distill"]
+    iterations, values = series["balance/features/cosine_features"]
     assert iterations.tolist() == [0, 1] and values.tolist() == [1, 2]
 
 

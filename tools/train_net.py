@@ -15,13 +15,19 @@ Examples:
   python tools/train_net.py --config-file configs/Quick-Start/student_mokd.yaml --eval-only \\
       MODEL.WEIGHTS output/quick_start/student_mokd/model_final.pth
 
+  # ... beside its teacher, and with a row for a model zoo: AP, speed, memory, parameters, FLOPs
+  python tools/train_net.py --config-file configs/Quick-Start/student_mokd.yaml --eval-only \\
+      --with-teacher --zoo-row MODEL.WEIGHTS output/quick_start/student_mokd/model_final.pth
+
   # several processes: --num-gpus N, or torchrun (also on the CPU)
   torchrun --nproc-per-node 2 tools/train_net.py --config-file ...
 
-Results are printed and written to OUTPUT_DIR/results.json.
+Results are printed and written to OUTPUT_DIR/results.json; the teacher's to
+OUTPUT_DIR/teacher/results.json, the row to OUTPUT_DIR/zoo_row.json.
 """
 
 import argparse
+import json
 
 import mokd_det  # noqa: F401  (first: mends Detectron2 where it needs it)
 import torch
@@ -33,13 +39,25 @@ from fvcore.common.checkpoint import Checkpointer
 from mokd_det.config import load_config, stock_config
 from mokd_det.data import check_datasets, register_datasets
 from mokd_det.engine import DistillationTrainer, Trainer, build_trainer, launch
-from mokd_det.evaluation import write_results
-from mokd_det.modeling import load_trained_model
+from mokd_det.evaluation import format_comparison, format_zoo_row, write_results, zoo_row
+from mokd_det.modeling import load_trained_model, teacher_config
 
 
 def setup(args):
     """Read the config, check it, and start logging."""
     cfg = load_config(args.config_file, args.opts)
+    # Data sets first: without them nothing else matters.
+    register_datasets(cfg)
+    if not args.eval_only:
+        check_datasets(cfg.DATASETS.TRAIN, "DATASETS.TRAIN")
+    if args.eval_only or cfg.DATASETS.TEST:
+        check_datasets(cfg.DATASETS.TEST, "DATASETS.TEST")
+    if args.zoo_row and not cfg.DATASETS.TEST:
+        raise ValueError("--zoo-row needs DATASETS.TEST, which is empty: name a data set.")
+    if args.with_teacher and not args.eval_only:
+        raise ValueError("--with-teacher evaluates: use it together with --eval-only.")
+    if args.with_teacher and not cfg.MOKD.ENABLED:
+        raise ValueError("--with-teacher needs a config with MOKD.ENABLED True, which names one.")
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(
             f"MODEL.DEVICE is '{cfg.MODEL.DEVICE}', but torch sees no GPU. Add the override: "
@@ -49,43 +67,73 @@ def setup(args):
     if weights and "://" not in weights and not PathManager.isfile(weights):
         raise FileNotFoundError(f"MODEL.WEIGHTS '{weights}' does not exist.")
     cfg.freeze()
-    register_datasets(cfg)
     default_setup(cfg, args)
     return cfg
 
 
-def evaluate(cfg, resume):
+def with_weights(cfg, weights):
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.WEIGHTS = weights
+    return cfg
+
+
+def evaluate(args, cfg):
     """Evaluate the plain detector of ``cfg`` on DATASETS.TEST (with --resume: its last weights)."""
     last = Checkpointer(torch.nn.Module(), cfg.OUTPUT_DIR)
-    if resume and last.has_checkpoint():
-        cfg = cfg.clone()
-        cfg.defrost()
-        cfg.MODEL.WEIGHTS = last.get_checkpoint_file()
-    check_datasets(cfg.DATASETS.TEST, "DATASETS.TEST")
-    return Trainer.test(cfg, load_trained_model(cfg))
+    if args.resume and last.has_checkpoint():
+        cfg = with_weights(cfg, last.get_checkpoint_file())
+    model = load_trained_model(cfg)
+    results = Trainer.test(cfg, model)
+    if args.with_teacher:
+        teacher_cfg = teacher_config(cfg)
+        teacher_cfg.DATASETS = cfg.DATASETS
+        teacher_cfg.OUTPUT_DIR = f"{cfg.OUTPUT_DIR}/teacher"
+        PathManager.mkdirs(teacher_cfg.OUTPUT_DIR)
+        option = "MOKD.TEACHER.WEIGHTS"
+        teacher_results = Trainer.test(teacher_cfg, load_trained_model(teacher_cfg, option))
+        if comm.is_main_process():
+            print(f"Results: {write_results(teacher_results, teacher_cfg.OUTPUT_DIR)}")
+            print(format_comparison({"teacher": teacher_results, "student": results}))
+    return results, cfg
+
+
+def train(args, cfg):
+    """Train, and evaluate as the config says."""
+    trainer = build_trainer(cfg)
+    if comm.is_main_process() and isinstance(trainer, DistillationTrainer):
+        # What stock Detectron2 needs to use the student.
+        with PathManager.open(f"{cfg.OUTPUT_DIR}/student.yaml", "w") as f:
+            f.write(stock_config(cfg).dump())
+    trainer.resume_or_load(resume=args.resume)
+    trainer.train()
+    results = getattr(trainer, "_last_eval_results", {})
+    return results, with_weights(cfg, f"{cfg.OUTPUT_DIR}/model_final.pth")
+
+
+def write_zoo_row(args, cfg, results):
+    loader = Trainer.build_test_loader(cfg, cfg.DATASETS.TEST[0])
+    row = zoo_row(cfg, load_trained_model(cfg), results, args.config_file, loader)
+    with PathManager.open(f"{cfg.OUTPUT_DIR}/zoo_row.json", "w") as f:
+        json.dump(row, f, indent=2)
+    print(format_zoo_row(row))
 
 
 def main(args):
     cfg = setup(args)
-    if args.eval_only:
-        results = evaluate(cfg, args.resume)
-    else:
-        trainer = build_trainer(cfg)
-        if comm.is_main_process() and isinstance(trainer, DistillationTrainer):
-            # What stock Detectron2 needs to use the student.
-            with PathManager.open(f"{cfg.OUTPUT_DIR}/student.yaml", "w") as f:
-                f.write(stock_config(cfg).dump())
-        trainer.resume_or_load(resume=args.resume)
-        trainer.train()
-        results = getattr(trainer, "_last_eval_results", {})
+    results, cfg = evaluate(args, cfg) if args.eval_only else train(args, cfg)
     if comm.is_main_process() and results:
         print(f"Results: {write_results(results, cfg.OUTPUT_DIR)}")
+        if args.zoo_row:
+            write_zoo_row(args, cfg, results)
     return results
 
 
 def argument_parser():
     parser = default_argument_parser(epilog=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--with-teacher", action="store_true", help="evaluate the teacher as well")
+    parser.add_argument("--zoo-row", action="store_true", help="print a row for a model zoo")
     return parser
 
 

@@ -1,7 +1,17 @@
 # Copyright (c) The mokd_det authors.
-"""Evaluators by data set, and results that a machine can read."""
+"""Evaluators by data set, results that a machine can read, and rows of a model zoo."""
 
 from .build import build_evaluator
-from .results import count_parameters, write_results
+from .fast_coco import fast_coco_eval
+from .results import count_parameters, format_comparison, write_results
+from .zoo_row import format_zoo_row, zoo_row
 
-__all__ = ["build_evaluator", "count_parameters", "write_results"]
+__all__ = [
+    "build_evaluator",
+    "count_parameters",
+    "fast_coco_eval",
+    "format_comparison",
+    "format_zoo_row",
+    "write_results",
+    "zoo_row",
+]

@@ -5,7 +5,9 @@ import json
 import math
 import os
 
-__all__ = ["count_parameters", "write_results"]
+__all__ = ["count_parameters", "format_comparison", "write_results"]
+
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 
 def count_parameters(model):
@@ -30,6 +32,26 @@ def write_results(results, output_dir):
     with open(path, "w") as f:
         json.dump(_finite(results), f, indent=2)
     return path
+
+
+def format_comparison(results_by_model):
+    """
+    Args:
+        results_by_model (dict[str, dict]): name of a model -> its results, all of the same data
+            sets, in either form of :func:`write_results`.
+
+    Returns:
+        str: a Markdown table with a line for each data set, task and model.
+    """
+    lines = [["data set", "task", "model", *METRICS], ["---"] * (3 + len(METRICS))]
+    for model, results in results_by_model.items():
+        nested = all(isinstance(v, dict) for task in results.values() for v in task.values())
+        for data_set, tasks in (results if nested else {"": results}).items():
+            for task, metrics in tasks.items():
+                values = [f"{metrics[m]:.2f}" if m in metrics else "" for m in METRICS]
+                lines.append([data_set, task, model, *values])
+    lines[2:] = sorted(lines[2:], key=lambda line: line[:2])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _finite(value):

@@ -1,0 +1,28 @@
+# Copyright (c) The mokd_det authors.
+"""COCO's evaluation by a compiled library, where Detectron2's own compiled one is absent."""
+
+from pycocotools.cocoeval import COCOeval
+
+try:
+    from faster_coco_eval import COCO, COCOeval_faster
+except ImportError:  # an optional extra: pycocotools gives the same numbers, slower
+    COCOeval_faster = None
+
+__all__ = ["fast_coco_eval"]
+
+
+def fast_coco_eval(coco_gt, coco_dt, iou_type):
+    """
+    Args:
+        coco_gt, coco_dt (pycocotools.coco.COCO): ground truth and detections.
+        iou_type (str): "bbox", "segm" or "keypoints".
+
+    Returns:
+        COCOeval or COCOeval_faster: with ``evaluate``, ``accumulate``, ``summarize``, ``stats``
+        and ``eval``; of faster-coco-eval if that is installed, else of pycocotools.
+    """
+    if COCOeval_faster is None:
+        return COCOeval(coco_gt, coco_dt, iou_type)
+    # It reads keypoints from its own index only.
+    sides = [COCO(coco.dataset) for coco in (coco_gt, coco_dt)]
+    return COCOeval_faster(*sides, iou_type, print_function=print)

@@ -1,0 +1,127 @@
+# Copyright (c) The mokd_det authors.
+"""A row of a model zoo in Detectron2's form: accuracy of a detector beside what it costs."""
+
+import hashlib
+import itertools
+import json
+import os
+import statistics
+import time
+
+import torch
+from detectron2.utils.analysis import FlopCountAnalysis
+from detectron2.utils.file_io import PathManager
+
+from .results import count_parameters
+
+__all__ = ["format_zoo_row", "zoo_row"]
+
+WARM_UP = 2  # images
+TASKS = {"bbox": "box AP", "segm": "mask AP", "keypoints": "keypoint AP"}
+
+
+@torch.no_grad()
+def zoo_row(cfg, model, results, config_file, data_loader, images=10):
+    """
+    Args:
+        cfg (CfgNode): of the run; its ``OUTPUT_DIR`` holds the logs of training, if there was any.
+        model (nn.Module): the plain detector, on its device.
+        results (dict): of its evaluation, see :func:`write_results`.
+        config_file (str): for the record.
+        data_loader (iterable): of ``DATASETS.TEST``, one image at a time.
+        images (int): that many of it are timed and counted.
+
+    Returns:
+        dict: ``name``, ``schedule``; ``train_seconds_per_iteration`` (median) and
+        ``train_memory_gb`` (GPU only), None if not known; ``inference_seconds_per_image``
+        (median), ``parameters``, ``gflops`` (multiply-adds, as fvcore counts; mean over images),
+        an ``AP`` for each task and data set, ``config``, ``weights`` and their ``sha256``.
+    """
+    model.eval()
+    batches = list(itertools.islice(data_loader, WARM_UP + images))
+    log = _training_log(cfg.OUTPUT_DIR)
+    weights = cfg.MODEL.WEIGHTS
+    return {
+        "name": os.path.splitext(os.path.basename(config_file))[0],
+        "schedule": f"{cfg.SOLVER.MAX_ITER} x {cfg.SOLVER.IMS_PER_BATCH} images",
+        "train_seconds_per_iteration": log["time"],
+        "train_memory_gb": log["max_mem"] and log["max_mem"] / 1024,
+        "inference_seconds_per_image": _inference_seconds(model, batches),
+        "parameters": count_parameters(model),
+        "gflops": statistics.mean(_gflops(model, batch) for batch in batches[-images:]),
+        "AP": _precisions(results),
+        "config": config_file,
+        "weights": weights,
+        "sha256": _sha256(weights) if PathManager.isfile(weights) else None,
+    }
+
+
+def format_zoo_row(row):
+    """Return the row as a Markdown table with its head, a string of three lines."""
+    number = lambda value, form: "" if value is None else format(value, form)  # noqa: E731
+    cells = {
+        "Name": f"[{row['name']}]({row['config']})",
+        "schedule": row["schedule"],
+        "train s/iter": number(row["train_seconds_per_iteration"], ".3f"),
+        "inference s/im": number(row["inference_seconds_per_image"], ".3f"),
+        "train mem (GB)": number(row["train_memory_gb"], ".1f"),
+        "params (M)": number(row["parameters"] / 1e6, ".2f"),
+        "GFLOPs": number(row["gflops"], ".1f"),
+        **{key: number(value, ".1f") for key, value in row["AP"].items()},
+        "weights": row["weights"],
+    }
+    lines = [cells.keys(), [":---:"] * len(cells), cells.values()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _precisions(results):
+    """AP by task, and by data set if there are several."""
+    by_set = results if not set(results) & set(TASKS) else {"": results}
+    return {
+        f"{title} {name}".strip(): by_set[name][task]["AP"]
+        for task, title in TASKS.items()
+        for name in by_set
+        if task in by_set[name]
+    }
+
+
+def _training_log(folder):
+    found = {"time": [], "max_mem": []}
+    path = os.path.join(folder, "metrics.json")
+    if os.path.isfile(path):
+        with open(path) as f:
+            for line in filter(str.strip, f):
+                entry = json.loads(line)
+                for key, values in found.items():
+                    if key in entry:
+                        values.append(entry[key])
+    return {
+        "time": statistics.median(found["time"]) if found["time"] else None,
+        "max_mem": max(found["max_mem"], default=None),
+    }
+
+
+def _inference_seconds(model, batches):
+    synchronise = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    seconds = []
+    for batch in batches:
+        synchronise()
+        start = time.perf_counter()
+        model(batch)
+        synchronise()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[min(WARM_UP, len(seconds) - 1) :])
+
+
+def _gflops(model, batch):
+    analysis = FlopCountAnalysis(model, batch)
+    analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+    return analysis.total() / 1e9
+
+
+def _sha256(path):
+    digest = hashlib.sha256()
+    with PathManager.open(path, "rb") as f:
+        while part := f.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
