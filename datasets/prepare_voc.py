@@ -7,9 +7,10 @@ Any VOC-style folder to COCO JSON, and the lines that make a config use it.
 
 reads Annotations/*.xml, JPEGImages/ and ImageSets/Main/*.txt (each list there becomes a split;
 without lists there is one split, "all") and writes my_set/<split>.json into $DETECTRON2_DATASETS
-(./datasets by default). Images stay where they are. A box that is empty or outside its image is
-dropped with a warning; a broken XML or a missing image is an error. Objects marked difficult become
-COCO's iscrowd: they are not trained on, and missing them costs nothing.
+(./datasets by default). Images stay where they are; my_set/images is a link to their folder. A box
+that is empty or outside its image is dropped with a warning; a broken XML or a missing image is an
+error. Objects marked difficult become COCO's iscrowd: they are not trained on, and missing them
+costs nothing.
 """
 
 import argparse
@@ -35,7 +36,7 @@ def prepare(
     """
     Args:
         root (str or Path): the VOC-style folder.
-        output (str or Path): folder for ``<split>.json``.
+        output (str or Path): folder for ``<split>.json`` and ``images``, a link to the images.
         splits (list[str]): lists of ``image_sets`` to convert. None: all of them, without VOC's
             lists of a single class (``<class>_<split>.txt``).
         classes (list[str]): names in the order of their ids. None: those found, sorted.
@@ -46,6 +47,7 @@ def prepare(
 
     Raises:
         FileNotFoundError: a folder, list, annotation or image is missing.
+        FileExistsError: ``output`` has its own ``images`` already.
         ValueError: broken XML, an image listed twice, or a class that is not in ``classes``.
     """
     root, output = Path(root), Path(output)
@@ -76,6 +78,7 @@ def prepare(
     # Everything is converted before anything is written: an error leaves the old files alone.
     converted = {split: coco_dict(records, classes) for split, records in split_images.items()}
     output.mkdir(parents=True, exist_ok=True)
+    _link(output / "images", image_folder)
     for split, coco in converted.items():
         (output / f"{split}.json").write_text(json.dumps(coco))
     counts = {
@@ -83,6 +86,16 @@ def prepare(
         for split, coco in converted.items()
     }
     return {"classes": classes, "image_root": str(image_folder.resolve()), "splits": counts}
+
+
+def _link(link, folder):
+    if link.is_symlink():
+        link.unlink()
+    elif link.exists():
+        if link.samefile(folder):  # the images' folder is called that, and has the JSON beside it
+            return
+        raise FileExistsError(f"{link} exists and is no link: choose another --output.")
+    link.symlink_to(folder.resolve(), target_is_directory=True)
 
 
 def _read_splits(folder, annotation_folder, splits):
@@ -109,10 +122,12 @@ def _read_splits(folder, annotation_folder, splits):
 
 def config_lines(name, output, result):
     """Return the lines of a config that use the converted set, as a string."""
+    output = Path(output).resolve()
+    if output.parent == datasets_root().resolve():
+        output = f"datasets://{output.name}"
     lines = ["DATASETS:", "  COCO:"]
     for split in result["splits"]:
-        json_file = (Path(output) / f"{split}.json").resolve()
-        lines.append(f'    - ["{name}_{split}", "{json_file}", "{result["image_root"]}"]')
+        lines.append(f'    - ["{name}_{split}", "{output}/{split}.json", "{output}/images"]')
     lines.append(f"# {len(result['classes'])} classes: {', '.join(result['classes'])}")
     return "\n".join(lines)
 
