@@ -2,8 +2,10 @@
 """The tiles of tests/data/trees with what other families train on, drawn from their real boxes."""
 
 import json
+import shutil
 
 import numpy as np
+from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from PIL import Image
 
 KEYPOINTS = ["left_border", "right_border", "top"]
@@ -40,3 +42,27 @@ def annotate(source, target, images):
                 x, y, w, h = (int(v) for v in annotation["bbox"])
                 labels[y : y + h, x : x + w] = 1
         Image.fromarray(labels).save(folder / f"{image['file_name'].rsplit('.', 1)[0]}.png")
+
+
+def coco_layout(root, trees):
+    """
+    Write the tiles in COCO's layout: ``root/annotations/instances_{train,val}2017.json`` with
+    COCO's 80 classes, and ``root/{train,val}2017/``. Trees are COCO's potted plants.
+
+    Args:
+        root (Path): to make.
+        trees (Path): tests/data/trees.
+    """
+    (root / "annotations").mkdir(parents=True)
+    things = [c for c in COCO_CATEGORIES if c["isthing"]]
+    plant = next(c["id"] for c in things if c["name"] == "potted plant")
+    for split in ("train", "val"):
+        path = root / "annotations" / f"instances_{split}2017.json"
+        annotate(trees / f"{split}.json", path, trees / split)
+        coco = json.loads(path.read_text())
+        coco["categories"] = [{"id": c["id"], "name": c["name"]} for c in things]
+        for annotation in coco["annotations"]:
+            annotation["category_id"] = plant
+        path.write_text(json.dumps(coco))
+        shutil.copytree(trees / split, root / f"{split}2017")
+    shutil.rmtree(root / "annotations" / "sem_seg")

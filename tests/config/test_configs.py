@@ -1,0 +1,176 @@
+# Copyright (c) The mokd_det authors.
+"""Every file of configs/: it builds, trains two iterations and evaluates, without its weights."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2 import model_zoo
+from detectron2.modeling import build_model
+from detectron2.modeling.backbone.resnet import BottleneckBlock
+
+from mokd_det.config import load_config
+from mokd_det.data import register_datasets
+from mokd_det.data.augmentation import build_train_mapper
+from mokd_det.engine import DistillationTrainer, Trainer, build_trainer
+
+from ..conftest import ROOT, TREES
+from ..data.annotated import coco_layout
+
+CONFIGS = sorted(
+    str(path.relative_to(ROOT))
+    for path in (ROOT / "configs").rglob("*.yaml")
+    if not path.name.startswith("Base-")
+)
+# Small images and few boxes: the networks are those of the file.
+SMALL = [
+    *("MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.TORCHVISION.WEIGHTS", ""),
+    *("DATALOADER.NUM_WORKERS", 0, "SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 2),
+    *("SOLVER.STEPS", (), "INPUT.MIN_SIZE_TRAIN", (96,), "INPUT.MAX_SIZE_TRAIN", 96),
+    *("INPUT.MIN_SIZE_TEST", 96, "INPUT.MAX_SIZE_TEST", 96, "INPUT.LSJ.SIZE", 96),
+    *("MODEL.RPN.PRE_NMS_TOPK_TRAIN", 50, "MODEL.RPN.POST_NMS_TOPK_TRAIN", 20),
+    *("MODEL.RPN.PRE_NMS_TOPK_TEST", 50, "MODEL.RPN.POST_NMS_TOPK_TEST", 20),
+    *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 8, "SOLVER.CHECKPOINT_PERIOD", 10**6),
+    # Everything is reported, so that there is something to evaluate.
+    *("MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0, "MODEL.RETINANET.SCORE_THRESH_TEST", 0.0),
+    "SOLVER.CLIP_GRADIENTS.ENABLED",  # untrained, with Caffe's images of 0 to 255
+    True,
+]
+
+
+@pytest.fixture(scope="module")
+def data_sets(tmp_path_factory):
+    root = tmp_path_factory.mktemp("datasets") / "coco"
+    coco_layout(root, TREES)
+    sets = [
+        [
+            f"tests_coco_{s}",
+            str(root / "annotations" / f"instances_{s}2017.json"),
+            str(root / f"{s}2017"),
+        ]
+        for s in ("train", "val")
+    ]
+    train, val = (name for name, _, _ in sets)
+    return ["DATASETS.COCO", sets, "DATASETS.TRAIN", (train,), "DATASETS.TEST", (val,)]
+
+
+@torch.no_grad()
+def tame(model):
+    """A hundred random layers with frozen normalisation explode; small residuals do not."""
+    for module in model.modules():
+        if isinstance(module, BottleneckBlock):
+            module.conv3.norm.weight.fill_(0.1)
+
+
+@pytest.fixture(scope="module")
+def random_weights(tmp_path_factory):
+    """From a teacher's config file to random weights that fit it."""
+    folder = tmp_path_factory.mktemp("weights")
+
+    def make(config_file):
+        path = folder / f"{Path(config_file).stem}.pth"
+        if not path.is_file():
+            cfg = load_config(config_file, ["MODEL.DEVICE", "cpu", "MODEL.TORCHVISION.WEIGHTS", ""])
+            model = build_model(cfg)
+            tame(model)
+            torch.save({"model": model.state_dict()}, path)
+        return str(path)
+
+    yield make
+    shutil.rmtree(folder)  # hundreds of MB
+
+
+@pytest.mark.parametrize("config_file", CONFIGS)
+def test_builds_trains_and_evaluates(config_file, data_sets, random_weights, tmp_path, monkeypatch):
+    cfg = load_config(config_file, [*SMALL, *data_sets, "OUTPUT_DIR", str(tmp_path)])
+    assert load_config(config_file).OUTPUT_DIR != "./output", "runs must not share a folder"
+    if cfg.MOKD.ENABLED:
+        cfg.MOKD.TEACHER.WEIGHTS = random_weights(cfg.MOKD.TEACHER.CONFIG_FILE)
+    # A head for the 80 classes of the data, whatever the file's own data set has.
+    if "COCO-" not in config_file:
+        classes = ["MODEL.ROI_HEADS.NUM_CLASSES", 80, "MODEL.RETINANET.NUM_CLASSES", 80]
+        cfg.merge_from_list(classes)
+        cfg.MOKD.OUTPUTS.ENABLED = False  # its teacher has the classes of its own data set
+    trainer = build_trainer(cfg)
+    tame(trainer.model)
+    assert type(trainer) is (DistillationTrainer if cfg.MOKD.ENABLED else Trainer)
+    # The file would be the whole optimizer; checkpoints have tests of their own.
+    monkeypatch.setattr(trainer.checkpointer, "save", lambda *args, **kwargs: None)
+    trainer.resume_or_load(False)
+    trainer.train()
+    assert trainer.iter == 2
+    tasks = {"bbox", "segm"} if cfg.MODEL.MASK_ON else {"bbox"}
+    assert set(trainer._last_eval_results) == tasks
+
+
+ZOO = {
+    "faster_rcnn_R_101_FPN_3x": "COCO-Detection",
+    "faster_rcnn_R_50_FPN_3x": "COCO-Detection",
+    "retinanet_R_101_FPN_3x": "COCO-Detection",
+    "retinanet_R_50_FPN_3x": "COCO-Detection",
+    "mask_rcnn_R_101_FPN_3x": "COCO-InstanceSegmentation",
+}
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_teachers_are_the_model_zoos(name):
+    """The addresses are those of Detectron2's own table."""
+    cfg = load_config(f"configs/{ZOO[name]}/{name}.yaml")
+    url = model_zoo.get_checkpoint_url(f"{ZOO[name]}/{name}.yaml")
+    prefix = model_zoo.model_zoo._ModelZooUrls.S3_PREFIX
+    assert cfg.MODEL.WEIGHTS == url.replace(prefix, "detectron2://")
+
+
+def test_retinanet_base_spells_out_detectron2s_anchors():
+    sizes = [[x, x * 2 ** (1.0 / 3), x * 2 ** (2.0 / 3)] for x in [32, 64, 128, 256, 512]]
+    assert load_config("configs/Base-RetinaNet.yaml").MODEL.ANCHOR_GENERATOR.SIZES == sizes
+
+
+@pytest.mark.parametrize("path", [c for c in CONFIGS if "/mokd_" in c and "COCO-" in c])
+def test_distilled_config_is_its_twin_plus_a_teacher(path):
+    """Schedule, data and model of a 1x file are those of the file that it is based on."""
+    cfg = load_config(path)
+    assert cfg.MOKD.ENABLED and (ROOT / cfg.MOKD.TEACHER.CONFIG_FILE).is_file()
+    student = Path(path).stem.split("_to_")[1].split("_FPN")[0]
+    kind = Path(path).stem.removeprefix("mokd_").split("_R_")[0]
+    twin = load_config(str(Path(path).parent / f"{kind}_{student}_FPN_1x.yaml"))
+    assert cfg.MODEL == twin.MODEL and cfg.DATASETS == twin.DATASETS
+    if path.endswith("_1x.yaml"):
+        assert cfg.SOLVER == twin.SOLVER and cfg.INPUT == twin.INPUT
+    else:
+        assert (cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS) == (270000, (210000, 250000))
+    assert cfg.INPUT.LSJ.ENABLED == path.endswith("LSJ.yaml")
+
+
+def test_large_scale_jitter_makes_square_images(data_sets):
+    cfg = load_config("configs/Base-RCNN-FPN.yaml", [*SMALL, *data_sets])
+    cfg.INPUT.LSJ.ENABLED = True
+    register_datasets(cfg)
+    from detectron2.data import DatasetCatalog
+
+    mapper, dicts = build_train_mapper(cfg), DatasetCatalog.get("tests_coco_train")
+    counts = []
+    for index in range(8):
+        result = mapper(dicts[index % len(dicts)])
+        assert tuple(result["image"].shape) == (3, 96, 96)
+        boxes = result["instances"].gt_boxes.tensor
+        assert (boxes >= 0).all() and (boxes <= 96).all()
+        counts.append(len(boxes))
+    assert len(set(counts)) > 1  # crops differ
+    names = [type(a).__name__ for a in mapper.augmentations.augs]
+    assert names == ["ResizeScale", "FixedSizeCrop", "RandomFlip"]
+
+
+@pytest.mark.parametrize(
+    "opts, message",
+    [
+        (["INPUT.LSJ.SIZE", 0], "INPUT.LSJ.SIZE is 0: expected a number of pixels > 0"),
+        (["INPUT.LSJ.SCALE", [2.0, 0.1]], r"INPUT.LSJ.SCALE is \[2.0, 0.1\]: expected \[low, high"),
+        (["INPUT.CROP.ENABLED", True], "INPUT.LSJ.ENABLED and INPUT.CROP.ENABLED exclude"),
+    ],
+)
+def test_bad_jitter_options(opts, message):
+    cfg = load_config("configs/Base-RCNN-FPN.yaml", ["INPUT.LSJ.ENABLED", True, *opts])
+    with pytest.raises(ValueError, match=message):
+        build_train_mapper(cfg)
