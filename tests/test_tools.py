@@ -4,6 +4,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -16,7 +17,8 @@ from detectron2.modeling import build_model
 from mokd_det.config import load_config
 from mokd_det.data import register_datasets
 
-from .conftest import CONFIGS, ROOT, TREE_OPTS
+from .conftest import CONFIGS, ROOT, TREE_OPTS, TREES
+from .data.annotated import coco_layout
 
 
 def load_script(path):
@@ -27,8 +29,8 @@ def load_script(path):
     return module
 
 
-def run(script, *args, check=True):
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+def run(script, *args, check=True, **variables):
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), **variables}
     done = subprocess.run(
         [sys.executable, script, *map(str, args)],
         cwd=ROOT,
@@ -94,7 +96,10 @@ def test_resume_continues(trained):
             + ["MODEL.WEIGHTS", "setup.cfg"],
             "DATASETS.TEST names 'x', which is not registered",
         ),
-        (["--config-file", CONFIGS["faster_rcnn"], "MODEL.WEIGHTS", "no.pth"], "'no.pth' does not"),
+        (
+            ["--config-file", CONFIGS["faster_rcnn"], *TREE_OPTS, "MODEL.WEIGHTS", "no.pth"],
+            "'no.pth' does not",
+        ),
         (
             ["--config-file", CONFIGS["mokd"], "--eval-only", *TREE_OPTS],
             "MODEL.WEIGHTS is empty",
@@ -157,6 +162,81 @@ def test_plot_takes_the_later_of_two_lines_for_a_step(tmp_path):
     assert iterations.tolist() == [0, 1] and values.tolist() == [1, 2]
 
 
+def test_student_and_teacher_are_evaluated_in_one_call(trained, tmp_path):
+    output, opts, _ = trained
+    opts = [*opts[:-1], tmp_path, "MODEL.WEIGHTS", output / "model_final.pth"]
+    args = ["--config-file", CONFIGS["mokd"], "--eval-only", "--with-teacher", "--zoo-row", *opts]
+    done = run("tools/train_net.py", *args)
+    results = json.loads((tmp_path / "results.json").read_text())
+    teacher = json.loads((tmp_path / "teacher" / "results.json").read_text())
+    trained_results = json.loads((output / "results.json").read_text())
+    assert results == trained_results and teacher.keys() == results.keys()
+    lines = done.stdout.splitlines()
+    table = lines.index("| data set | task | model | AP | AP50 | AP75 | APs | APm | APl |")
+    assert lines[table + 2].startswith("|  | bbox | teacher |")
+    assert lines[table + 3].startswith("|  | bbox | student |")
+    row = json.loads((tmp_path / "zoo_row.json").read_text())
+    assert row["parameters"] == 971_712 and row["name"] == "student_mokd"
+    assert row["gflops"] > 0.1 and row["inference_seconds_per_image"] > 0
+    assert row["AP"] == {"box AP": results["bbox"]["AP"]} and len(row["sha256"]) == 64
+    assert row["train_seconds_per_iteration"] is None  # it was not trained in this folder
+    assert f"| [student_mokd]({CONFIGS['mokd']}) |" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "name, flags, opts, message",
+    [
+        ("mokd", ["--with-teacher"], [], "--with-teacher evaluates: use it together with --eval"),
+        ("faster_rcnn", ["--eval-only", "--with-teacher"], [], "a config with MOKD.ENABLED True"),
+        ("mokd", ["--zoo-row"], ["DATASETS.TEST", "()"], "--zoo-row needs DATASETS.TEST"),
+    ],
+)
+def test_flags_that_do_not_fit_are_refused(name, flags, opts, message):
+    args = ["--config-file", CONFIGS[name], *flags, *TREE_OPTS, *opts]
+    done = run("tools/train_net.py", *args, check=False)
+    assert done.returncode != 0 and message in done.stderr.splitlines()[-1]
+
+
+COCO_CONFIG = "configs/COCO-Detection/mokd_faster_rcnn_R_101_to_R_50_FPN_1x.yaml"
+
+
+def test_coco_that_is_not_there_is_explained(tmp_path):
+    """Before anything else, on any machine: no GPU and no weights are asked for first."""
+    done = run(
+        "tools/train_net.py", "--config-file", COCO_CONFIG, check=False,
+        DETECTRON2_DATASETS=str(tmp_path),
+    )  # fmt: skip
+    assert done.returncode != 0
+    error = done.stderr.splitlines()[-1]
+    assert error.startswith(
+        "FileNotFoundError: DATASETS.TRAIN: the annotations of 'coco_2017_train'"
+    )
+    assert f"{tmp_path}/coco/annotations/instances_train2017.json" in error
+    assert "https://cocodataset.org/#download" in error and "DETECTRON2_DATASETS" in error
+
+
+def test_tiny_coco_trains_evaluates_and_prints_its_zoo_row(tmp_path):
+    coco_layout(tmp_path / "coco", TREES)
+    cfg = load_config("configs/COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml")
+    cfg.MODEL.DEVICE = "cpu"
+    weights = tmp_path / "teacher.pth"
+    torch.save({"model": build_model(cfg).state_dict()}, weights)
+    opts = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MOKD.TEACHER.WEIGHTS", weights]
+    opts += ["SOLVER.IMS_PER_BATCH", 2, "SOLVER.MAX_ITER", 2, "SOLVER.STEPS", "()"]
+    opts += ["INPUT.MIN_SIZE_TRAIN", "(96,)", "INPUT.MIN_SIZE_TEST", 96, "SOLVER.BASE_LR", 1e-5]
+    opts += ["DATALOADER.NUM_WORKERS", 0, "OUTPUT_DIR", tmp_path / "run"]
+    args = ["--config-file", COCO_CONFIG, "--zoo-row", *opts]
+    done = run("tools/train_net.py", *args, DETECTRON2_DATASETS=str(tmp_path))
+    row = json.loads((tmp_path / "run" / "zoo_row.json").read_text())
+    assert "| Name | schedule | train s/iter | inference s/im |" in done.stdout
+    assert f"]({COCO_CONFIG}) | 2 x 2 images |" in done.stdout
+    assert 41e6 < row["parameters"] < 42e6 and "box AP" in row["AP"]
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert {"AP", "AP50", "AP75", "APs", "APm", "APl"} <= set(results["bbox"])
+    shutil.rmtree(tmp_path / "run")  # hundreds of MB
+    weights.unlink()
+
+
 @pytest.mark.parametrize(
     "script",
     ["train_net", "export_model", "visualize_predictions", "plot_balance", "quick_start"]
@@ -186,6 +266,19 @@ def test_benchmark(tmp_path):
     peaks = {name: v["peak_bytes"] for name, v in result["variants"].items() if "error" not in v}
     assert peaks["fixed"] > max(peaks["student"], peaks["teacher_backbone"])
     assert "fixed / (student + teacher_backbone)" in result["ratios"]
+
+
+def test_benchmark_of_teacher_options(tmp_path):
+    output = tmp_path / "bench.json"
+    args = ["--config-file", CONFIGS["mokd"], "--size", 128, 128, "--batch", 1, "--rounds", 2]
+    done = run("tools/benchmark.py", *args, "--teacher-options", "--output", output)
+    options = json.loads(output.read_text())["teacher_options"]
+    assert "MOKD.TEACHER.STREAM True needs a GPU" in options.pop("stream")["error"]
+    assert set(options) >= {"plain", "bfloat16", "channels_last", "compile", "inference_mode"}
+    assert options["plain"]["difference"] == 0 < options["bfloat16"]["difference"]
+    assert options["plain"]["vs_plain"] == options["plain"]["step_vs_plain"] == 1
+    assert all(entry["step_seconds"] > entry["seconds"] > 0 for entry in options.values())
+    assert all(name in done.stdout for name in options)
 
 
 def test_benchmark_needs_distillation():

@@ -20,6 +20,11 @@ are needed: images and boxes are random, and all weights stay as they are (learn
   famo              rule "famo": a second forward pass of the student
   torchjd           TorchJD's mtl_backward with MGDA on the same losses and features
 
+  python tools/benchmark.py --config-file ... --teacher-options
+
+compares the options of MOKD.TEACHER instead: the teacher alone, the whole training step, and how
+far features are from those without any option (largest difference, in standard deviations).
+
 Peak memory is what is allocated at the worst moment of a step, parameters and optimizer included:
 from torch's allocator on CUDA, from the profiler's record of every allocation on the CPU.
 """
@@ -45,8 +50,21 @@ from torch import nn
 from mokd_det.balancing import Boundary, build_boundary
 from mokd_det.config import load_config
 from mokd_det.engine import BalancedTrainer, DistillationTrainer
+from mokd_det.modeling import build_teacher
 
 VARIANTS = ("student", "teacher_backbone", "fixed", "features", "parameters", "famo", "torchjd")
+
+
+TEACHER_OPTIONS = {
+    "plain": [],
+    "bfloat16": ["PRECISION", "bfloat16"],
+    "float16": ["PRECISION", "float16"],
+    "channels_last": ["CHANNELS_LAST", True],
+    "bfloat16 channels_last": ["PRECISION", "bfloat16", "CHANNELS_LAST", True],
+    "compile": ["COMPILE", "inductor"],
+    "inference_mode": ["INFERENCE_MODE", True],
+    "stream": ["STREAM", True],
+}
 
 
 class Constant:
@@ -163,12 +181,66 @@ def build_steps(cfg, model, batch):
         "parameters": balanced(place="parameters", gram="batch"),
         "famo": balanced(place="features", rule="famo", layers=(), gram="batch"),
     }
+    if len(model.objectives) != 2:
+        steps["torchjd"] = "this comparison is for one distillation objective: features or outputs"
+        return steps
     try:
         step = torchjd_step(model, batch, optimizer, no_boundary)
         steps["torchjd"] = with_boundary(no_boundary, step)
     except ImportError as error:
         steps["torchjd"] = f"TorchJD is not installed ({error}): pip install 'mokd-det[balancers]'"
     return steps
+
+
+def compare_teachers(cfg, model, batch, rounds):
+    """Return {option: {seconds, vs_plain, step_seconds, step_vs_plain, difference} or {error}}."""
+    cfg.SOLVER.BASE_LR = 0.0
+    optimizer = build_optimizer(cfg, model)
+    step = _stepper(BalancedTrainer(model, Constant(batch), optimizer, 0))
+    alone, whole, result = {}, {}, {}
+    with tempfile.NamedTemporaryFile(suffix=".pth") as weights:
+        torch.save({"model": model.teacher.model.state_dict()}, weights.name)
+        for name, options in TEACHER_OPTIONS.items():
+            opts = [f"MOKD.TEACHER.{v}" if i % 2 == 0 else v for i, v in enumerate(options)]
+            option_cfg = cfg.clone()
+            option_cfg.merge_from_list([*opts, "MOKD.TEACHER.WEIGHTS", weights.name])
+            try:
+                teacher = build_teacher(option_cfg)
+            except ValueError as error:
+                result[name] = {"error": str(error)}
+                continue
+            view = teacher.view(batch, model.input_format)
+            teacher.wait(view)
+            if name == "plain":
+                plain = view.features
+            differences = [((view.features[k] - x) / x.std()).abs().max() for k, x in plain.items()]
+            result[name] = {"difference": max(differences).item()}
+
+            def run(teacher=teacher):
+                model.teacher = teacher
+                step()
+
+            alone[name] = lambda teacher=teacher: teacher.view(batch, model.input_format)
+            whole[name] = run
+    for steps, prefix in ((alone, ""), (whole, "step_")):
+        seconds = time_rounds(steps, rounds, model.device)
+        for name, values in seconds.items():
+            ratios = [a / b for a, b in zip(values, seconds["plain"])]
+            result[name][f"{prefix}seconds"] = statistics.median(values)
+            result[name][f"{prefix}vs_plain"] = statistics.median(ratios)
+    return result
+
+
+def print_teachers(result):
+    columns = f"{'seconds':>8} {'x plain':>8} {'step s':>8} {'x plain':>8} {'difference':>10}"
+    print(f"{'option':<23} {columns}")
+    keys = ("seconds", "vs_plain", "step_seconds", "step_vs_plain")
+    for name, entry in result.items():
+        if "error" in entry:
+            print(f"{name:<23} {entry['error']}")
+            continue
+        numbers = " ".join(f"{entry[key]:8.3f}" for key in keys)
+        print(f"{name:<23} {numbers} {entry['difference']:10.2e}")
 
 
 def _stepper(trainer):
@@ -255,27 +327,36 @@ def peak_bytes(step, device, resident):
     return peak
 
 
+def time_rounds(steps, rounds, device):
+    """Return {name: seconds of each round}; all steps take turns, after two runs to warm up."""
+    synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    seconds = {name: [] for name in steps}
+    for step in steps.values():
+        step()
+        step()
+    for _ in range(rounds):
+        for name, step in steps.items():
+            synchronise()
+            start = time.perf_counter()
+            step()
+            synchronise()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
 def measure(model, steps, rounds, device):
     """Return {variant: {seconds, spread, peak_bytes} or {error}} and the seconds of each round."""
     seconds = {variant: [] for variant, step in steps.items() if callable(step)}
     result = {v: {"error": step} for v, step in steps.items() if not callable(step)}
-    synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     for variant in list(seconds):
         try:
             steps[variant]()  # first runs allocate, choose kernels, compile
-            steps[variant]()
         except (RuntimeError, NotImplementedError) as error:
             if variant == "fixed":  # nothing to compare with: no result
                 raise
             result[variant] = {"error": f"{type(error).__name__}: {error}"}
             del seconds[variant]
-    for _ in range(rounds):
-        for variant in seconds:
-            synchronise()
-            start = time.perf_counter()
-            steps[variant]()
-            synchronise()
-            seconds[variant].append(time.perf_counter() - start)
+    seconds = time_rounds({v: steps[v] for v in seconds}, rounds, device)
     for variant, values in seconds.items():
         for parameter in (*model.parameters(), *model.student.parameters()):
             parameter.grad = None
@@ -324,6 +405,9 @@ def argument_parser():
     parser.add_argument("--batch", type=int, default=4, help="images a step (%(default)s)")
     parser.add_argument("--rounds", type=int, default=10, help="(%(default)s)")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
+    parser.add_argument(
+        "--teacher-options", action="store_true", help="compare those of the teacher"
+    )
     parser.add_argument("--output", default="", help="JSON file to write")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides KEY VALUE ...")
     return parser
@@ -342,22 +426,33 @@ def main():
     seed_all_rng(0)
     model = build(cfg)
     batch = random_batch(cfg, *args.size, args.batch)
-    steps = build_steps(cfg, model, batch)
-    wanted = {v: steps[v] for v in VARIANTS if v in {*args.variants, "student", "fixed"}}
-    with EventStorage():
-        variants, seconds = measure(model, wanted, args.rounds, model.device)
-    ratios = compare(variants, seconds)
     result = {
         "machine": machine(model.device),
         "config": args.config_file,
         "size": list(args.size),
         "batch": args.batch,
         "rounds": args.rounds,
-        "variants": variants,
-        "ratios": ratios,
-        "seconds_of_rounds": seconds,
     }
     print(f"{result['machine']}; {args.batch} images of {args.size[0]} x {args.size[1]}")
+    if args.teacher_options:
+        with EventStorage():
+            result["teacher_options"] = compare_teachers(cfg, model, batch, args.rounds)
+        print_teachers(result["teacher_options"])
+    else:
+        result |= compare_variants(args, cfg, model, batch)
+    if args.output:
+        with open(args.output, "w") as f:
+            json.dump(result, f, indent=1)
+        print(args.output)
+
+
+def compare_variants(args, cfg, model, batch):
+    """Return variants, ratios and seconds of rounds, and print them."""
+    steps = build_steps(cfg, model, batch)
+    wanted = {v: steps[v] for v in VARIANTS if v in {*args.variants, "student", "fixed"}}
+    with EventStorage():
+        variants, seconds = measure(model, wanted, args.rounds, model.device)
+    ratios = compare(variants, seconds)
     columns = f"{'seconds':>8} {'quartiles':>15} {'x fixed':>8} {'MiB':>7} {'x fixed':>8}"
     print(f"{'variant':<17} {columns}")
     for name, entry in variants.items():
@@ -371,10 +466,7 @@ def main():
         )
     for name, value in ratios.items():
         print(f"{name}: {value:.3f}")
-    if args.output:
-        with open(args.output, "w") as f:
-            json.dump(result, f, indent=1)
-        print(args.output)
+    return {"variants": variants, "ratios": ratios, "seconds_of_rounds": seconds}
 
 
 if __name__ == "__main__":

@@ -34,8 +34,8 @@ SMALL = [
     *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 8, "SOLVER.CHECKPOINT_PERIOD", 10**6),
     # Everything is reported, so that there is something to evaluate.
     *("MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0, "MODEL.RETINANET.SCORE_THRESH_TEST", 0.0),
-    "SOLVER.CLIP_GRADIENTS.ENABLED",  # untrained, with Caffe's images of 0 to 255
-    True,
+    # Untrained, with images of 0 to 255: small steps.
+    *("SOLVER.CLIP_GRADIENTS.ENABLED", True, "SOLVER.BASE_LR", 1e-3),
 ]
 
 
