@@ -8,7 +8,7 @@ from mokd_det.engine import DistillationTrainer
 from mokd_det.modeling.foreground import foreground_weights
 from mokd_det.subspace import FEATURE_LOSSES
 
-from .test_families import batch_of, step
+from .families import batch_of, step
 
 
 def test_weights_by_hand():

@@ -12,7 +12,7 @@ from detectron2.structures import Boxes, pairwise_iou
 from mokd_det.modeling import Outputs, build_output_reader
 from mokd_det.modeling.output_losses import box_loss, class_loss
 
-from .test_families import FAMILIES, annotated, batch_of, family_cfg, step  # noqa: F401
+from .families import FAMILIES, batch_of, step
 from mokd_det.engine import DistillationTrainer
 
 
@@ -112,7 +112,7 @@ def eval_model(cfg):
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f != "retinanet"])
-def test_two_stage_reader_says_what_the_detector_says(family_cfg, monkeypatch, family):  # noqa: F811
+def test_two_stage_reader_says_what_the_detector_says(family_cfg, monkeypatch, family):
     """Before thresholds and NMS, inference has these scores and boxes at its own proposals."""
     cfg = family_cfg(family)
     model, batch = eval_model(cfg), batch_of(cfg)
@@ -141,7 +141,7 @@ def test_two_stage_reader_says_what_the_detector_says(family_cfg, monkeypatch, f
     assert torch.allclose(read.boxes.flatten(1), boxes, atol=1e-3)
 
 
-def test_retinanet_reader_says_what_the_detector_says(family_cfg):  # noqa: F811
+def test_retinanet_reader_says_what_the_detector_says(family_cfg):
     cfg = family_cfg("retinanet")
     model, batch = eval_model(cfg), batch_of(cfg)
     reader = build_output_reader(model, "student")
@@ -182,7 +182,7 @@ def test_retinanet_reader_says_what_the_detector_says(family_cfg):  # noqa: F811
 
 
 @pytest.mark.parametrize("family", ["faster_rcnn", "retinanet", "cascade_rcnn"])
-def test_a_student_that_is_its_teacher_has_nothing_to_learn(family_cfg, tmp_path, family):  # noqa: F811
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(family_cfg, tmp_path, family):
     cfg = family_cfg(family)
     teacher = eval_model(cfg)
     torch.save({"model": teacher.state_dict()}, tmp_path / "t.pth")
@@ -207,7 +207,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(family_cfg, tmp_path
 
 @pytest.mark.parametrize("place", ["features", "parameters"])
 @pytest.mark.parametrize("family", ["faster_rcnn", "retinanet"])
-def test_the_students_head_gets_the_weighted_gradient(family_cfg, family, place):  # noqa: F811
+def test_the_students_head_gets_the_weighted_gradient(family_cfg, family, place):
     """Weights (1, 0, 2): head and backbone get task + 2 outputs, measured one by one."""
     gradients = {}
     for weights in ((1.0, 0.0, 0.0), (0.0, 0.0, 1.0), (1.0, 0.0, 2.0)):

@@ -12,7 +12,7 @@ from mokd_det.modeling import Teacher, build_teacher
 from mokd_det.modeling import teacher as teacher_module
 
 from ..conftest import CONFIGS
-from .test_families import annotated, batch_of, family_cfg, step  # noqa: F401
+from .families import batch_of, step
 
 OUTPUTS = ["MOKD.OUTPUTS.ENABLED", True]
 # (options, relative tolerance of features in units of their standard deviation)
@@ -73,7 +73,7 @@ def test_options_suit_the_whole_step(make_cfg, name):
 
 
 @pytest.mark.parametrize("options", [["PRECISION", "bfloat16"], ["INFERENCE_MODE", True]])
-def test_retinanet_as_a_fast_teacher(family_cfg, tmp_path, options):  # noqa: F811
+def test_retinanet_as_a_fast_teacher(family_cfg, tmp_path, options):
     torch.manual_seed(0)
     cfg = family_cfg("retinanet")
     torch.save(
