@@ -18,7 +18,7 @@ class BalanceDiagnostics:
     """
     Counts fallbacks and starved steps, and warns when the task starves: its share of the update
     (``w_task |g_task|`` over the sum of all ``w_i |g_i|``) was below 0.1 in more than half of the
-    last 100 steps.
+    last 100 steps. Also when another objective had no weight at all in more than half of them.
     """
 
     def __init__(self, place):
@@ -27,6 +27,8 @@ class BalanceDiagnostics:
         self.non_finite = 0
         self.starved = collections.deque(maxlen=WINDOW)
         self.warned = False
+        self.idle = {}  # objective -> whether it had no weight, of the last steps
+        self.warned_idle = set()
 
     def scalars(self, names, balance, parts=()):
         """
@@ -43,6 +45,8 @@ class BalanceDiagnostics:
         values = {"fallbacks_degenerate": self.degenerate, "fallbacks_non_finite": self.non_finite}
         for i, name in enumerate(names):
             values[f"weight_{name}"] = float(balance.weights[i])
+            if i > 0:
+                self._count_idle(name, values[f"weight_{name}"] == 0)
         if balance.gram is not None and balance.gram.isfinite().all():
             values |= self._measured(names, balance, parts)
         return {f"{self.prefix}/{name}": value for name, value in values.items()}
@@ -67,6 +71,17 @@ class BalanceDiagnostics:
         values["starved"] = sum(self.starved) / len(self.starved)
         self._warn(values["starved"])
         return values
+
+    def _count_idle(self, name, idle):
+        steps = self.idle.setdefault(name, collections.deque(maxlen=WINDOW))
+        steps.append(idle)
+        if name not in self.warned_idle and sum(steps) > WINDOW / 2:
+            logger.warning(
+                f"The objective '{name}' had no weight in more than half of the last {WINDOW} "
+                "steps: the rule finds it superfluous beside the others, or in conflict. If it is "
+                "to take part, use MOKD.BALANCING.RULE anchored or fixed; else switch it off."
+            )
+            self.warned_idle.add(name)
 
     def _warn(self, starved):
         if len(self.starved) < WINDOW or starved <= 0.5:

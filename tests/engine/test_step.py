@@ -406,6 +406,27 @@ def test_starvation_is_warned_of_once(caplog):
     assert len(caplog.records) == 1 and "task starves" in caplog.records[0].message
 
 
+def test_an_objective_without_weight_is_warned_of_once(caplog):
+    diagnostics = BalanceDiagnostics("features")
+    names = ["task", "features", "outputs"]
+    idle, busy = (
+        Balance(torch.tensor([1.0, 0.5, w]).double(), torch.eye(3).double(), torch.ones(3).double())
+        for w in (0.0, 0.1)
+    )
+    with caplog.at_level(logging.WARNING, "mokd_det"):
+        for _ in range(50):
+            diagnostics.scalars(names, idle)
+        for _ in range(50):
+            diagnostics.scalars(names, busy)
+        assert not caplog.records
+        for _ in range(100):
+            diagnostics.scalars(names, busy)
+        for _ in range(150):
+            diagnostics.scalars(names, idle)
+    assert len(caplog.records) == 1
+    assert "'outputs' had no weight in more than half of the last 100" in caplog.records[0].message
+
+
 def test_fallbacks_are_counted_apart_and_survive_a_checkpoint():
     diagnostics = BalanceDiagnostics("features")
     for fallback in ("", "vanished", "undefined", "non_finite"):
