@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import statistics
 import time
 
@@ -86,18 +87,20 @@ def _precisions(results):
 
 
 def _training_log(folder):
-    found = {"time": [], "max_mem": []}
+    """Median seconds of an iteration, and most MiB on a GPU; None where Detectron2 logged none."""
+    seconds, memory = [], []
     path = os.path.join(folder, "metrics.json")
     if os.path.isfile(path):
         with open(path) as f:
-            for line in filter(str.strip, f):
-                entry = json.loads(line)
-                for key, values in found.items():
-                    if key in entry:
-                        values.append(entry[key])
+            entries = [json.loads(line) for line in f if line.strip()]
+        seconds = [entry["time"] for entry in entries if "time" in entry]
+    path = os.path.join(folder, "log.txt")  # memory is in no other file
+    if os.path.isfile(path):
+        with open(path) as f:
+            memory = [int(found) for found in re.findall(r"max_mem: (\d+)M", f.read())]
     return {
-        "time": statistics.median(found["time"]) if found["time"] else None,
-        "max_mem": max(found["max_mem"], default=None),
+        "time": statistics.median(seconds) if seconds else None,
+        "max_mem": max(memory, default=None),
     }
 
 

@@ -149,9 +149,9 @@ class TwoStageReader(OutputReader):
             # Res5ROIHeads' head leaves the mean over positions to its caller.
             pooled = pooled.mean(dim=[2, 3]) if pooled.dim() == 4 else pooled
             scores, deltas = predictor(pooled)
-            given = torch.cat(boxes).to(deltas.dtype)
-            refined = predictor.box2box_transform.apply_deltas(deltas, given)
-            refined = refined.view(len(given), -1, 4)
+            # Boxes stay float32 whatever the deltas are: float16 has steps of a pixel from 1024 on.
+            refined = predictor.box2box_transform.apply_deltas(deltas.float(), torch.cat(boxes))
+            refined = refined.view(len(scores), -1, 4)
             logits.append(scores)
         if getattr(self.box_predictors[0], "use_sigmoid_ce", False):
             if len(logits) > 1:
@@ -196,8 +196,8 @@ class RetinaNetReader(OutputReader):
         indices = [self._nearest(anchors, grids, b) for b in boxes]
         logits = torch.cat([x[i] for x, i in zip(logits, indices)])
         deltas = torch.cat([x[i] for x, i in zip(deltas, indices)])
-        given = torch.cat([anchors[i] for i in indices]).to(deltas.dtype)
-        refined = self.box2box_transform.apply_deltas(deltas, given)
+        given = torch.cat([anchors[i] for i in indices])
+        refined = self.box2box_transform.apply_deltas(deltas.float(), given)
         return Outputs(logits, False, refined[:, None])
 
     def propose(self, state, images, limit):

@@ -4,6 +4,7 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 import os
 
 import torch
@@ -86,7 +87,8 @@ class Teacher:
                 f"{', '.join(map(repr, PRECISIONS))}."
             )
         self.precision = PRECISIONS[precision]
-        device = next(self.model.parameters()).device.type
+        # A frozen TorchScript module has neither parameters nor buffers, but its detector has.
+        device = next(itertools.chain(model.parameters(), model.buffers())).device.type
         self._autocast = contextlib.nullcontext
         if self.precision is not None:
             enabled = self.precision != torch.float32

@@ -22,6 +22,8 @@ from mokd_det.evaluation import (
     write_results,
 )
 
+from mokd_det.evaluation.zoo_row import _training_log
+
 from ..conftest import TREES
 from ..data.annotated import KEYPOINTS, annotate
 
@@ -142,6 +144,17 @@ def test_results_without_a_value_become_null(tmp_path):
     path = write_results({"bbox": BOX}, str(tmp_path))
     with open(path) as f:
         assert json.load(f)["bbox"]["AP75"] is None
+
+
+def test_time_and_memory_come_from_detectron2s_logs(tmp_path):
+    """The line is that of its CommonMetricPrinter on a GPU."""
+    assert _training_log(str(tmp_path)) == {"time": None, "max_mem": None}
+    entries = [{"iteration": i, "time": t} for i, t in ((19, 0.5), (39, 0.2), (59, 0.3))]
+    text = "\n".join(json.dumps(e) for e in [*entries, {"bbox/AP": 1.0}])
+    (tmp_path / "metrics.json").write_text(text + "\n")
+    line = "d2.utils.events INFO:  eta: 0:01  iter: 19  time: 0.2  lr: 0.02  max_mem: 3071M\n"
+    (tmp_path / "log.txt").write_text(line + line.replace("3071", "2971"))
+    assert _training_log(str(tmp_path)) == {"time": 0.3, "max_mem": 3071}
 
 
 def test_zoo_row_has_what_is_known():
