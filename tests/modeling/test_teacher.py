@@ -4,30 +4,32 @@
 import pytest
 import torch
 from detectron2 import model_zoo
+from detectron2.modeling import build_model
+from detectron2.utils.env import seed_all_rng
 from torch import nn
 
-from mokd_det.config import find_config
+from mokd_det.config import find_config, load_config
 from mokd_det.engine import DistillationTrainer, build_trainer
 from mokd_det.modeling import Teacher, build_teacher
 from mokd_det.modeling import teacher as teacher_module
 
-from ..conftest import CONFIGS
+from ..conftest import CONFIGS, TREE_OPTS
 from .families import batch_of, step
 
 OUTPUTS = ["MOKD.OUTPUTS.ENABLED", True]
-# (options, relative tolerance of features in units of their standard deviation)
+# (options, largest root mean square error of features, in units of their standard deviation). A
+# trained network is more than ten times as close in half precision: docs/distillation.md.
 OPTIONS = {
     "float32": (["PRECISION", "float32"], 0.0),
-    "bfloat16": (["PRECISION", "bfloat16"], 0.1),
-    # A random network's features are near float16's smallest numbers: a trained one's are closer.
-    "float16": (["PRECISION", "float16"], 0.15),
+    "bfloat16": (["PRECISION", "bfloat16"], 0.25),
+    "float16": (["PRECISION", "float16"], 0.05),
     "channels_last": (["CHANNELS_LAST", True], 1e-4),
     "compile": (["COMPILE", "aot_eager"], 1e-4),
     "inference_mode": (["INFERENCE_MODE", True], 0.0),
     "all": (
         ["PRECISION", "bfloat16", "CHANNELS_LAST", True, "COMPILE", "aot_eager"]
         + ["INFERENCE_MODE", True],
-        0.1,
+        0.25,
     ),
 }
 
@@ -36,18 +38,36 @@ def teacher_opts(options):
     return [f"MOKD.TEACHER.{v}" if i % 2 == 0 else v for i, v in enumerate(options)]
 
 
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory):
+    """A random teacher whose normalisation fits the tiles: features of usual size, as a trained
+    one's. Without, they are smaller than float16's smallest numbers."""
+    norm = ["MODEL.TORCHVISION.NORM", "BN"]
+    cfg = load_config(CONFIGS["teacher"], [*TREE_OPTS, *norm, "MODEL.TORCHVISION.WEIGHTS", ""])
+    seed_all_rng(3)
+    model = build_model(cfg)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None  # statistics of the one batch that follows
+    with torch.no_grad():
+        model.backbone.train()(model.preprocess_image(batch_of(cfg)).tensor)
+    path = tmp_path_factory.mktemp("calibrated") / "teacher.pth"
+    torch.save({"model": model.state_dict()}, path)
+    return ["MOKD.TEACHER.WEIGHTS", str(path), "MOKD.TEACHER.OPTS", norm, *OUTPUTS]
+
+
 @pytest.mark.parametrize("name", OPTIONS)
-def test_options_change_results_within_their_tolerance_only(make_cfg, name):
+def test_options_change_results_within_their_tolerance_only(make_cfg, calibrated, name):
     options, tolerance = OPTIONS[name]
     torch._dynamo.reset()
-    plain = build_teacher(make_cfg("mokd", OUTPUTS))
-    fast = build_teacher(make_cfg("mokd", [*OUTPUTS, *teacher_opts(options)]))
+    plain = build_teacher(make_cfg("mokd", calibrated))
+    fast = build_teacher(make_cfg("mokd", [*calibrated, *teacher_opts(options)]))
     batch = batch_of(make_cfg("mokd"))
     wanted, got = (t.view(batch, "BGR") for t in (plain, fast))
     for level, feature in wanted.features.items():
         assert got.features[level].dtype == torch.float32
-        worst = (got.features[level] - feature).abs().max() / feature.std()
-        assert worst <= tolerance, (level, worst)
+        error = (got.features[level] - feature).square().mean().sqrt() / feature.std()
+        assert error <= tolerance, (level, error)
     # At the same boxes: proposals may change places where scores are nearly equal.
     wanted, other = (t.outputs(v, wanted.proposals) for t, v in ((plain, wanted), (fast, got)))
     ours, theirs = (x.log_probabilities()[0].exp() for x in (other, wanted))
