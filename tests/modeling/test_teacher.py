@@ -21,15 +21,15 @@ OUTPUTS = ["MOKD.OUTPUTS.ENABLED", True]
 # trained network is more than ten times as close in half precision: docs/distillation.md.
 OPTIONS = {
     "float32": (["PRECISION", "float32"], 0.0),
-    "bfloat16": (["PRECISION", "bfloat16"], 0.25),
-    "float16": (["PRECISION", "float16"], 0.05),
+    "bfloat16": (["PRECISION", "bfloat16"], 0.5),
+    "float16": (["PRECISION", "float16"], 0.1),
     "channels_last": (["CHANNELS_LAST", True], 1e-4),
     "compile": (["COMPILE", "aot_eager"], 1e-4),
     "inference_mode": (["INFERENCE_MODE", True], 0.0),
     "all": (
         ["PRECISION", "bfloat16", "CHANNELS_LAST", True, "COMPILE", "aot_eager"]
         + ["INFERENCE_MODE", True],
-        0.25,
+        0.5,
     ),
 }
 
