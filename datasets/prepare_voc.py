@@ -89,13 +89,14 @@ def prepare(
 
 
 def _link(link, folder):
+    target = folder.resolve()  # before anything changes: it may be behind the link itself
     if link.is_symlink():
         link.unlink()
     elif link.exists():
         if link.samefile(folder):  # the images' folder is called that, and has the JSON beside it
             return
         raise FileExistsError(f"{link} exists and is no link: choose another --output.")
-    link.symlink_to(folder.resolve(), target_is_directory=True)
+    link.symlink_to(target, target_is_directory=True)
 
 
 def _read_splits(folder, annotation_folder, splits):

@@ -309,6 +309,10 @@ def test_prepare_voc(tmp_path):
     assert coco["annotations"][0]["category_id"] == 2
     assert '["s_train", ' in tool.config_lines("s", tmp_path / "out", result)
 
+    (root / "images").symlink_to(root / "JPEGImages")  # a user's own link stays a way to the photos
+    tool.prepare(root, root, images="images")
+    assert (root / "images" / "a.png").is_file() and (root / "train.json").is_file()
+
     (root / "ImageSets/Main/val.txt").write_text("b\nc\n")
     with pytest.raises(FileNotFoundError, match="c.xml does not exist, but split 'val' lists it"):
         tool.prepare(root, tmp_path / "out")

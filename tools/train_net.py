@@ -39,7 +39,7 @@ from fvcore.common.checkpoint import Checkpointer
 from mokd_det.config import load_config, stock_config
 from mokd_det.data import check_datasets, register_datasets
 from mokd_det.engine import DistillationTrainer, Trainer, build_trainer, launch
-from mokd_det.evaluation import format_comparison, format_zoo_row, write_results, zoo_row
+from mokd_det.evaluation import finite, format_comparison, format_zoo_row, write_results, zoo_row
 from mokd_det.modeling import load_trained_model, teacher_config
 
 
@@ -58,6 +58,10 @@ def setup(args):
         raise ValueError("--with-teacher evaluates: use it together with --eval-only.")
     if args.with_teacher and not cfg.MOKD.ENABLED:
         raise ValueError("--with-teacher needs a config with MOKD.ENABLED True, which names one.")
+    if args.with_teacher and cfg.MOKD.TEACHER.TORCHSCRIPT.FILE:
+        raise ValueError(
+            "--with-teacher needs a detector: MOKD.TEACHER.TORCHSCRIPT.FILE gives features only."
+        )
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(
             f"MODEL.DEVICE is '{cfg.MODEL.DEVICE}', but torch sees no GPU. Add the override: "
@@ -83,15 +87,15 @@ def evaluate(args, cfg):
     last = Checkpointer(torch.nn.Module(), cfg.OUTPUT_DIR)
     if args.resume and last.has_checkpoint():
         cfg = with_weights(cfg, last.get_checkpoint_file())
-    model = load_trained_model(cfg)
-    results = Trainer.test(cfg, model)
-    if args.with_teacher:
+    if args.with_teacher:  # what may be wrong with it is found before the student is evaluated
         teacher_cfg = teacher_config(cfg)
         teacher_cfg.DATASETS = cfg.DATASETS
         teacher_cfg.OUTPUT_DIR = f"{cfg.OUTPUT_DIR}/teacher"
         PathManager.mkdirs(teacher_cfg.OUTPUT_DIR)
-        option = "MOKD.TEACHER.WEIGHTS"
-        teacher_results = Trainer.test(teacher_cfg, load_trained_model(teacher_cfg, option))
+        teacher = load_trained_model(teacher_cfg, "MOKD.TEACHER.WEIGHTS")
+    results = Trainer.test(cfg, load_trained_model(cfg))
+    if args.with_teacher:
+        teacher_results = Trainer.test(teacher_cfg, teacher)
         if comm.is_main_process():
             print(f"Results: {write_results(teacher_results, teacher_cfg.OUTPUT_DIR)}")
             print(format_comparison({"teacher": teacher_results, "student": results}))
@@ -115,7 +119,7 @@ def write_zoo_row(args, cfg, results):
     loader = Trainer.build_test_loader(cfg, cfg.DATASETS.TEST[0])
     row = zoo_row(cfg, load_trained_model(cfg), results, args.config_file, loader)
     with PathManager.open(f"{cfg.OUTPUT_DIR}/zoo_row.json", "w") as f:
-        json.dump(row, f, indent=2)
+        json.dump(finite(row), f, indent=2)
     print(format_zoo_row(row))
 
 

@@ -3,13 +3,14 @@
 
 from .build import build_evaluator
 from .fast_coco import fast_coco_eval
-from .results import count_parameters, format_comparison, write_results
+from .results import count_parameters, finite, format_comparison, write_results
 from .zoo_row import format_zoo_row, zoo_row
 
 __all__ = [
     "build_evaluator",
     "count_parameters",
     "fast_coco_eval",
+    "finite",
     "format_comparison",
     "format_zoo_row",
     "write_results",

@@ -3,9 +3,10 @@
 
 import json
 import math
+import numbers
 import os
 
-__all__ = ["count_parameters", "format_comparison", "write_results"]
+__all__ = ["count_parameters", "finite", "format_comparison", "write_results"]
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
@@ -30,7 +31,7 @@ def write_results(results, output_dir):
     """
     path = os.path.join(output_dir, "results.json")
     with open(path, "w") as f:
-        json.dump(_finite(results), f, indent=2)
+        json.dump(finite(results), f, indent=2)
     return path
 
 
@@ -54,8 +55,11 @@ def format_comparison(results_by_model):
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _finite(value):
+def finite(value):
+    """Return nested dicts with null (None) for every number that JSON does not have."""
     if isinstance(value, dict):
-        return {key: _finite(v) for key, v in value.items()}
+        return {key: finite(v) for key, v in value.items()}
+    if not isinstance(value, numbers.Real) or isinstance(value, int):
+        return value
     value = float(value)
     return value if math.isfinite(value) else None

@@ -53,7 +53,7 @@ def zoo_row(cfg, model, results, config_file, data_loader, images=10):
         "AP": _precisions(results),
         "config": config_file,
         "weights": weights,
-        "sha256": _sha256(weights) if PathManager.isfile(weights) else None,
+        "sha256": _sha256(weights),
     }
 
 
@@ -124,7 +124,7 @@ def _gflops(model, batch):
 
 def _sha256(path):
     digest = hashlib.sha256()
-    with PathManager.open(path, "rb") as f:
+    with open(PathManager.get_local_path(path), "rb") as f:
         while part := f.read(2**20):
             digest.update(part)
     return digest.hexdigest()

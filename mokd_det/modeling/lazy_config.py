@@ -6,7 +6,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 
 from ..config import find_config
 
-__all__ = ["LazyConfigDetector"]
+__all__ = ["LazyConfigDetector", "load_lazy_config"]
 
 
 @META_ARCH_REGISTRY.register()
@@ -28,8 +28,31 @@ def LazyConfigDetector(cfg):
             f"MODEL.META_ARCHITECTURE is 'LazyConfigDetector', but {option} is empty: name a "
             "Python config of Detectron2 that defines 'model'."
         )
-    path, _ = find_config(cfg.MODEL.LAZY_CONFIG.FILE, option)
-    lazy = LazyConfig.apply_overrides(LazyConfig.load(path), list(cfg.MODEL.LAZY_CONFIG.OVERRIDES))
+    lazy = load_lazy_config(cfg.MODEL.LAZY_CONFIG.FILE, cfg.MODEL.LAZY_CONFIG.OVERRIDES, option)
+    input_format = lazy.model.get("input_format", cfg.INPUT.FORMAT)
+    if input_format != cfg.INPUT.FORMAT:
+        raise ValueError(
+            f"INPUT.FORMAT is '{cfg.INPUT.FORMAT}', but the model of {option} "
+            f"'{cfg.MODEL.LAZY_CONFIG.FILE}' takes '{input_format}': set INPUT.FORMAT to that."
+        )
+    return instantiate(lazy.model)
+
+
+def load_lazy_config(name, overrides, option):
+    """
+    Args:
+        name (str): a Python config, or its name in Detectron2's model zoo.
+        overrides (sequence[str]): "model.num_classes=3", ...
+        option (str): where it was given, for messages.
+
+    Returns:
+        omegaconf.DictConfig: with ``model``.
+
+    Raises:
+        ValueError, FileNotFoundError: no such file, or it holds no ``model``.
+    """
+    path, _ = find_config(name, option)
+    lazy = LazyConfig.apply_overrides(LazyConfig.load(path), list(overrides))
     if "model" not in lazy:
         raise ValueError(f"{option} '{path}' defines no 'model'.")
-    return instantiate(lazy.model)
+    return lazy

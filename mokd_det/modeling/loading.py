@@ -1,6 +1,7 @@
 # Copyright (c) The mokd_det authors.
 """Loading weights so that all of them fit, or none are used."""
 
+import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
 
@@ -26,11 +27,17 @@ class StrictCheckpointer(DetectionCheckpointer):
         return super().load(path, *args, **kwargs)
 
     def _load_model(self, checkpoint):
+        given = dict(checkpoint["model"])
         incompatible = super()._load_model(checkpoint)
         misshaped = [key for key, _, _ in incompatible.incorrect_shapes]
         problems = {
             "missing": [key for key in incompatible.missing_keys if key not in misshaped],
-            "unexpected": list(incompatible.unexpected_keys),
+            # Buffers of older checkpoints; the config says them now.
+            "unexpected": [
+                key
+                for key in incompatible.unexpected_keys
+                if key not in ("pixel_mean", "pixel_std") or not self._is_equal(given[key], key)
+            ],
             "of another shape": [
                 f"{key} (file {tuple(found)}, model {tuple(expected)})"
                 for key, found, expected in incompatible.incorrect_shapes
@@ -45,6 +52,11 @@ class StrictCheckpointer(DetectionCheckpointer):
                 "these weights were trained with."
             )
         return incompatible
+
+    def _is_equal(self, given, key):
+        mine = getattr(self.model, key, None)
+        given = torch.as_tensor(given, dtype=torch.float32).flatten()
+        return mine is not None and torch.allclose(mine.cpu().flatten(), given)
 
 
 def _shortened(keys, most=8):

@@ -51,8 +51,6 @@ class OutputObjective:
             ValueError: outputs of a detector that cannot be read, or of other classes.
         """
         options = cfg.MOKD.OUTPUTS
-        if options.PROPOSALS < 1:
-            raise ValueError(f"MOKD.OUTPUTS.PROPOSALS is {options.PROPOSALS}: expected 1 or more.")
         reader = build_output_reader(student, "student")
         if reader.num_classes != teacher.reader.num_classes:
             raise ValueError(

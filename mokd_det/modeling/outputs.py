@@ -17,6 +17,7 @@ from detectron2.layers import nonzero_tuple
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
+from detectron2.modeling.roi_heads.rotated_fast_rcnn import RROIHeads
 from detectron2.modeling.roi_heads import CascadeROIHeads, Res5ROIHeads, StandardROIHeads
 from detectron2.structures import Boxes
 from torch import nn
@@ -122,7 +123,9 @@ class TwoStageReader(OutputReader):
         super().__init__()
         heads = detector.roi_heads
         self.num_classes = heads.num_classes
-        if isinstance(heads, Res5ROIHeads):
+        # Its head leaves that to its caller.
+        self.mean_over_positions = isinstance(heads, Res5ROIHeads)
+        if self.mean_over_positions:
             self.in_features, self.pooler = heads.in_features, heads.pooler
             stages = [(heads.res5, heads.box_predictor)]
         else:
@@ -146,12 +149,12 @@ class TwoStageReader(OutputReader):
                     b.clip(size)
                 boxes = [b.tensor for b in boxes]
             pooled = box_head(self.pooler(maps, [Boxes(b) for b in boxes]))
-            # Res5ROIHeads' head leaves the mean over positions to its caller.
-            pooled = pooled.mean(dim=[2, 3]) if pooled.dim() == 4 else pooled
+            if self.mean_over_positions:
+                pooled = pooled.mean(dim=[2, 3])
             scores, deltas = predictor(pooled)
             # Boxes stay float32 whatever the deltas are: float16 has steps of a pixel from 1024 on.
             refined = predictor.box2box_transform.apply_deltas(deltas.float(), torch.cat(boxes))
-            refined = refined.view(len(scores), -1, 4)
+            refined = refined.view(len(scores), refined.shape[1] // 4, 4)
             logits.append(scores)
         if getattr(self.box_predictors[0], "use_sigmoid_ce", False):
             if len(logits) > 1:
@@ -263,7 +266,8 @@ def build_output_reader(detector, who):
         ValueError: a detector whose outputs cannot be read.
     """
     heads = getattr(detector, "roi_heads", None)
-    if isinstance(heads, (StandardROIHeads, Res5ROIHeads)):
+    rotated = isinstance(heads, RROIHeads)
+    if isinstance(heads, (StandardROIHeads, Res5ROIHeads)) and not rotated:
         if getattr(detector, "proposal_generator", None) is None and who == "teacher":
             raise ValueError(
                 "MOKD.OUTPUTS.ENABLED True: the teacher has no proposal generator "

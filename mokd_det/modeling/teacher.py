@@ -13,6 +13,7 @@ from detectron2.utils.file_io import PathManager
 
 from ..config import find_config, load_config
 from .acceleration import check_backend, pool_in_float32
+from .lazy_config import load_lazy_config
 from .loading import StrictCheckpointer
 from .outputs import Outputs, build_output_reader
 from .scripted import ScriptedDetector
@@ -88,14 +89,14 @@ class Teacher:
             )
         self.precision = PRECISIONS[precision]
         # A frozen TorchScript module has neither parameters nor buffers, but its detector has.
-        device = next(itertools.chain(model.parameters(), model.buffers())).device.type
+        device = next(itertools.chain(model.parameters(), model.buffers())).device
         self._autocast = contextlib.nullcontext
         if self.precision is not None:
             enabled = self.precision != torch.float32
             dtype = self.precision if enabled else None
-            self._autocast = functools.partial(torch.autocast, device, dtype, enabled=enabled)
-            if enabled:
-                pool_in_float32(self.model)
+            self._autocast = functools.partial(torch.autocast, device.type, dtype, enabled=enabled)
+        if self.precision != torch.float32:  # else it may run under the student's autocast
+            pool_in_float32(self.model)
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         if channels_last:
             self.model.backbone.to(memory_format=torch.channels_last)
@@ -111,12 +112,12 @@ class Teacher:
         self._inference_mode = inference_mode
         self._stream = None
         if stream:
-            if device != "cuda":
+            if device.type != "cuda":
                 raise ValueError(
                     f"MOKD.TEACHER.STREAM True needs a GPU, but MODEL.DEVICE is '{device}': set "
                     "it to False."
                 )
-            self._stream = torch.cuda.Stream()
+            self._stream = torch.cuda.Stream(device)
 
     def feature_shapes(self):
         """Return dict[str, ShapeSpec] of the backbone's feature maps."""
@@ -237,12 +238,16 @@ def teacher_config(cfg):
         teacher_cfg = load_config("", ["MODEL.META_ARCHITECTURE", "LazyConfigDetector"])
         teacher_cfg.MODEL.LAZY_CONFIG.FILE = config_file
         teacher_cfg.MODEL.LAZY_CONFIG.OVERRIDES = list(options.OPTS)
+        lazy = load_lazy_config(config_file, options.OPTS, option)
+        teacher_cfg.INPUT.FORMAT = lazy.model.get("input_format", teacher_cfg.INPUT.FORMAT)
     else:
         teacher_cfg = load_config(config_file, options.OPTS, option=option)
     teacher_cfg.MODEL.DEVICE = cfg.MODEL.DEVICE
     # All weights come from the file below, so none are downloaded for the backbone alone.
     teacher_cfg.MODEL.TORCHVISION.WEIGHTS = ""
-    teacher_cfg.MODEL.WEIGHTS = options.WEIGHTS or zoo_weights or teacher_cfg.MODEL.WEIGHTS
+    if not options.WEIGHTS and zoo_weights and "MODEL.WEIGHTS" not in options.OPTS:
+        teacher_cfg.MODEL.WEIGHTS = zoo_weights
+    teacher_cfg.MODEL.WEIGHTS = options.WEIGHTS or teacher_cfg.MODEL.WEIGHTS
     if not teacher_cfg.MODEL.WEIGHTS:
         raise ValueError(
             "MOKD.TEACHER.WEIGHTS is empty, and so is MODEL.WEIGHTS of "
@@ -279,7 +284,7 @@ def build_teacher(cfg):
     else:
         teacher_cfg = teacher_config(cfg)
         model = build_model(teacher_cfg)
-        input_format = getattr(model, "input_format", None) or teacher_cfg.INPUT.FORMAT
+        input_format = teacher_cfg.INPUT.FORMAT
         for name in ("backbone", "preprocess_image"):
             if not hasattr(model, name):
                 raise ValueError(
@@ -297,7 +302,13 @@ def build_teacher(cfg):
             "teacher: only RGB and BGR can be converted into each other. Train both with the same "
             "format."
         )
-    reads_outputs = cfg.MOKD.OUTPUTS.ENABLED or cfg.MOKD.FEATURES.FOREGROUND == "teacher"
+    features = cfg.MOKD.FEATURES
+    foreground = features.ENABLED and features.FOREGROUND == "teacher"
+    reads_outputs = cfg.MOKD.OUTPUTS.ENABLED or foreground
+    if reads_outputs and cfg.MOKD.OUTPUTS.PROPOSALS < 1:
+        raise ValueError(
+            f"MOKD.OUTPUTS.PROPOSALS is {cfg.MOKD.OUTPUTS.PROPOSALS}: expected 1 or more."
+        )
     return Teacher(
         model,
         input_format,

@@ -2,6 +2,8 @@
 """COCO evaluation by the compiled library, tables of results, and rows of a model zoo."""
 
 import copy
+import hashlib
+import importlib
 import json
 
 import numpy as np
@@ -22,10 +24,12 @@ from mokd_det.evaluation import (
     write_results,
 )
 
-from mokd_det.evaluation.zoo_row import _training_log
 
 from ..conftest import TREES
 from ..data.annotated import KEYPOINTS, annotate
+
+# The package has a function of that name.
+zoo_row_module = importlib.import_module("mokd_det.evaluation.zoo_row")
 
 
 @pytest.fixture
@@ -148,13 +152,21 @@ def test_results_without_a_value_become_null(tmp_path):
 
 def test_time_and_memory_come_from_detectron2s_logs(tmp_path):
     """The line is that of its CommonMetricPrinter on a GPU."""
-    assert _training_log(str(tmp_path)) == {"time": None, "max_mem": None}
+    assert zoo_row_module._training_log(str(tmp_path)) == {"time": None, "max_mem": None}
     entries = [{"iteration": i, "time": t} for i, t in ((19, 0.5), (39, 0.2), (59, 0.3))]
     text = "\n".join(json.dumps(e) for e in [*entries, {"bbox/AP": 1.0}])
     (tmp_path / "metrics.json").write_text(text + "\n")
     line = "d2.utils.events INFO:  eta: 0:01  iter: 19  time: 0.2  lr: 0.02  max_mem: 3071M\n"
     (tmp_path / "log.txt").write_text(line + line.replace("3071", "2971"))
-    assert _training_log(str(tmp_path)) == {"time": 0.3, "max_mem": 3071}
+    assert zoo_row_module._training_log(str(tmp_path)) == {"time": 0.3, "max_mem": 3071}
+
+
+def test_checksum_of_weights_with_an_address(tmp_path, monkeypatch):
+    (tmp_path / "w.pkl").write_bytes(b"weights")
+    local = lambda path: str(tmp_path / "w.pkl")  # noqa: E731
+    monkeypatch.setattr(zoo_row_module.PathManager, "get_local_path", local)
+    wanted = hashlib.sha256(b"weights").hexdigest()
+    assert zoo_row_module._sha256("detectron2://COCO-Detection/w.pkl") == wanted
 
 
 def test_zoo_row_has_what_is_known():

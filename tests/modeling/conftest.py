@@ -27,7 +27,7 @@ def family_cfg(make_cfg, annotated):
     """From a family and overrides to the config of a small student of it."""
 
     def make(family, opts=(), folder="run"):
-        base = "retinanet" if family == "retinanet" else "faster_rcnn"
+        base = "retinanet" if family.startswith("retinanet") else "faster_rcnn"
         return make_cfg(base, [*annotated, *FAMILIES[family], *opts], folder)
 
     return make

@@ -47,6 +47,7 @@ FAMILIES = {
         *("MODEL.ANCHOR_GENERATOR.SIZES", [[16, 32, 64]]),
     ],
     "retinanet": [],
+    "retinanet_BN": ["MODEL.RETINANET.NORM", "BN", "MODEL.FPN.NORM", "BN"],
 }
 
 

@@ -19,6 +19,7 @@ from torch import nn
 from mokd_det.config import load_config
 from mokd_det.data import register_datasets
 from mokd_det.engine import DistillationTrainer, build_trainer
+from mokd_det.modeling import teacher_config
 
 from ..conftest import CONFIGS, TREE_OPTS, TREES
 from .families import FAMILIES, batch_of, step
@@ -328,6 +329,20 @@ def test_detectors_of_python_configs(make_cfg, tmp_path, source):
     cfg = make_cfg("mokd", [*opts, "MOKD.TEACHER.OPTS", ["model.num_classes=1"]], "teacher")
     objectives, _ = step(DistillationTrainer.build_model(cfg), batch_of(cfg))
     assert objectives["features"]["loss_features"].isfinite()
+
+
+def test_channel_order_of_a_python_config(make_cfg, tmp_path):
+    """The model of a Python config says it itself: a student's config must agree, and a teacher's
+    follows."""
+    path = tmp_path / "rgb.py"
+    path.write_text(FCOS + 'model.input_format = "RGB"\n')
+    opts = ["MODEL.META_ARCHITECTURE", "LazyConfigDetector", "MODEL.LAZY_CONFIG.FILE", str(path)]
+    with pytest.raises(ValueError, match="INPUT.FORMAT is 'BGR', but the model of.*takes 'RGB'"):
+        build_model(make_cfg("faster_rcnn", opts))
+    (tmp_path / "none.pth").touch()
+    weights = str(tmp_path / "none.pth")
+    opts = ["MOKD.TEACHER.CONFIG_FILE", str(path), "MOKD.TEACHER.WEIGHTS", weights]
+    assert teacher_config(make_cfg("mokd", opts)).INPUT.FORMAT == "RGB"
 
 
 def test_python_configs_without_a_model_are_refused(make_cfg, tmp_path):

@@ -4,16 +4,18 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from detectron2.layers import ROIAlign
 from detectron2.modeling import build_model
 from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
 from detectron2.modeling.roi_heads import cascade_rcnn, fast_rcnn
 from detectron2.structures import Boxes, pairwise_iou
+from detectron2.utils.events import EventStorage
 
 from mokd_det.modeling import Outputs, build_output_reader
 from mokd_det.modeling.output_losses import box_loss, class_loss
 
 from .families import FAMILIES, batch_of, step
-from mokd_det.engine import DistillationTrainer
+from mokd_det.engine import DistillationTrainer, build_trainer
 
 
 def outputs(logits, exclusive, boxes=None):
@@ -111,7 +113,7 @@ def eval_model(cfg):
     return build_model(cfg).eval()
 
 
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "retinanet"])
+@pytest.mark.parametrize("family", [f for f in FAMILIES if "retinanet" not in f])
 def test_two_stage_reader_says_what_the_detector_says(family_cfg, monkeypatch, family):
     """Before thresholds and NMS, inference has these scores and boxes at its own proposals."""
     cfg = family_cfg(family)
@@ -139,6 +141,52 @@ def test_two_stage_reader_says_what_the_detector_says(family_cfg, monkeypatch, f
     assert read.exclusive and read.logits.shape == scores.shape
     assert torch.allclose(F.softmax(read.logits, 1), scores, atol=1e-6)
     assert torch.allclose(read.boxes.flatten(1), boxes, atol=1e-3)
+
+
+def test_box_head_without_layers(family_cfg):
+    """Its 4-D output is the predictor's to flatten."""
+    head = ["MODEL.ROI_BOX_HEAD.NUM_FC", 0, "MODEL.ROI_BOX_HEAD.NUM_CONV", 1]
+    cfg = family_cfg("faster_rcnn", [*head, "MODEL.ROI_BOX_HEAD.CONV_DIM", 8])
+    model, batch = eval_model(cfg), batch_of(cfg)
+    boxes = [torch.tensor([[0.0, 0.0, 50.0, 50.0]])] * 2
+    with torch.no_grad():
+        features = model.backbone(model.preprocess_image(batch).tensor)
+        read = build_output_reader(model, "student")(features, boxes, [(192, 192)] * 2)
+        pooled = model.roi_heads.box_pooler(
+            [features[f] for f in model.roi_heads.box_in_features], [Boxes(b) for b in boxes]
+        )
+        scores, _ = model.roi_heads.box_predictor(model.roi_heads.box_head(pooled))
+    assert torch.equal(read.logits, scores)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_boxes_at_all(family_cfg, family):
+    cfg = family_cfg(family)
+    model, batch = eval_model(cfg), batch_of(cfg)
+    reader = build_output_reader(model, "teacher")
+    with torch.no_grad():
+        features = model.backbone(model.preprocess_image(batch).tensor)
+        none = reader.locations(features, [torch.zeros(0, 4)] * 2)
+        read = reader(features, none, [(192, 192)] * 2)
+    assert len(read.logits) == len(read.boxes) == 0
+    assert class_loss(read, read) == 0 and box_loss(read, read) == 0
+
+
+def test_boxes_stay_float32_in_a_student_with_mixed_precision(make_cfg, monkeypatch):
+    """Both sides pool at the same boxes: bfloat16 would round them to 4 pixels from 512 on."""
+    seen = []
+    roi_align = ROIAlign.forward
+    monkeypatch.setattr(
+        ROIAlign, "forward", lambda s, x, rois: seen.append(rois.dtype) or roi_align(s, x, rois)
+    )
+    opts = ["MOKD.OUTPUTS.ENABLED", True, "SOLVER.MAX_ITER", 1, "TEST.EVAL_PERIOD", 0]
+    opts += ["SOLVER.AMP.ENABLED", True, "SOLVER.AMP.PRECISION", "bfloat16"]
+    trainer = build_trainer(make_cfg("mokd", opts))
+    trainer.resume_or_load(False)
+    with EventStorage(0):
+        trainer._trainer.iter = 0
+        trainer._trainer.run_step()
+    assert len(seen) >= 3 and set(seen) == {torch.float32}
 
 
 def test_retinanet_reader_says_what_the_detector_says(family_cfg):
@@ -243,6 +291,11 @@ def test_the_students_head_gets_the_weighted_gradient(family_cfg, family, place)
     [
         (["MOKD.OUTPUTS.TEMPERATURE", 0.0], "MOKD.OUTPUTS.TEMPERATURE is 0.0: expected > 0"),
         (["MOKD.OUTPUTS.PROPOSALS", 0], "MOKD.OUTPUTS.PROPOSALS is 0: expected 1 or more"),
+        (
+            ["MOKD.OUTPUTS.ENABLED", False, "MOKD.OUTPUTS.PROPOSALS", 0]
+            + ["MOKD.FEATURES.FOREGROUND", "teacher"],
+            "MOKD.OUTPUTS.PROPOSALS is 0: expected 1 or more",
+        ),
         (["MOKD.OUTPUTS.BOX_WEIGHT", -1.0], "BOX_WEIGHT -1.0: expected numbers >= 0"),
         (
             ["MODEL.ROI_HEADS.NUM_CLASSES", 2],

@@ -11,7 +11,6 @@ from torch import nn
 from mokd_det.config import find_config, load_config
 from mokd_det.engine import DistillationTrainer, build_trainer
 from mokd_det.modeling import Teacher, build_teacher
-from mokd_det.modeling import teacher as teacher_module
 
 from ..conftest import CONFIGS, TREE_OPTS
 from .families import batch_of, step
@@ -240,6 +239,9 @@ def test_zoo_name_is_config_and_weights(make_cfg, monkeypatch, teacher_weights):
     loaded = build_teacher(make_cfg("mokd", opts)).model.state_dict()
     state = torch.load(teacher_weights)["model"]
     assert all(torch.equal(state[key], loaded[key]) for key in state)
+    opts += ["MOKD.TEACHER.OPTS", ["MODEL.WEIGHTS", "mine.pth"]]  # what the user says wins
+    with pytest.raises(FileNotFoundError, match="'mine.pth' does not exist"):
+        build_teacher(make_cfg("mokd", opts))
 
 
 def test_zoo_names_of_the_installed_detectron2():
@@ -263,6 +265,7 @@ def test_old_zoo_weights_load_strictly(make_cfg, tmp_path):
     model = DistillationTrainer.build_model(make_cfg("retinanet", ["MOKD.ENABLED", True])).student
     state = {k: v.numpy() for k, v in model.state_dict().items()}
     state["anchor_generator.cell_anchors.0"] = torch.zeros(3, 4).numpy()
+    state["pixel_mean"] = model.pixel_mean.numpy()  # once a part of the state
     with open(tmp_path / "old.pkl", "wb") as f:
         pickle.dump({"model": state, "__author__": "Detectron2 Model Zoo"}, f)
     opts = ["MOKD.ENABLED", True, "MOKD.TEACHER.CONFIG_FILE", CONFIGS["retinanet"]]
@@ -271,6 +274,11 @@ def test_old_zoo_weights_load_strictly(make_cfg, tmp_path):
     for key, value in teacher.model.state_dict().items():
         assert torch.equal(value, model.state_dict()[key]), key
     assert isinstance(teacher, Teacher) and cfg.MODEL.META_ARCHITECTURE == "RetinaNet"
+    state["pixel_mean"] = state["pixel_mean"] + 1  # of other images
+    with open(tmp_path / "old.pkl", "wb") as f:
+        pickle.dump({"model": state, "__author__": "Detectron2 Model Zoo"}, f)
+    with pytest.raises(ValueError, match="unexpected: pixel_mean"):
+        build_teacher(make_cfg("retinanet", opts))
 
 
 def test_stream_waits_for_the_teacher(make_cfg, monkeypatch):
@@ -302,4 +310,3 @@ def test_stream_waits_for_the_teacher(make_cfg, monkeypatch):
     assert calls == order
     kept = {id(t) for t in recorded}
     assert {id(t) for t in [*view.features.values(), *view.proposals]} <= kept
-    assert teacher_module._tensors(view)
