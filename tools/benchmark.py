@@ -48,7 +48,7 @@ from detectron2.utils.events import EventStorage, get_event_storage
 from torch import nn
 
 from mokd_det.balancing import Boundary, build_boundary
-from mokd_det.config import load_config
+from mokd_det.config import find_config, get_cfg, load_config
 from mokd_det.engine import BalancedTrainer, DistillationTrainer
 from mokd_det.modeling import build_teacher
 
@@ -132,8 +132,11 @@ def random_batch(cfg, height, width, count):
 def build(cfg):
     """The distillation model of a config with random weights on both sides."""
     cfg.MODEL.WEIGHTS = cfg.MODEL.TORCHVISION.WEIGHTS = ""
-    teacher_file = cfg.MOKD.TEACHER.CONFIG_FILE
-    teacher = load_config(teacher_file, cfg.MOKD.TEACHER.OPTS, option="MOKD.TEACHER.CONFIG_FILE")
+    option = "MOKD.TEACHER.CONFIG_FILE"
+    if not cfg.MOKD.TEACHER.CONFIG_FILE.endswith(".yaml"):
+        raise ValueError(f"The benchmark needs a teacher with a .yaml config in {option}.")
+    teacher_file, _ = find_config(cfg.MOKD.TEACHER.CONFIG_FILE, option)
+    teacher = load_config(teacher_file, cfg.MOKD.TEACHER.OPTS, option=option)
     teacher.MODEL.DEVICE = cfg.MODEL.DEVICE
     teacher.MODEL.WEIGHTS = teacher.MODEL.TORCHVISION.WEIGHTS = ""
     with tempfile.NamedTemporaryFile(suffix=".pth") as weights:
@@ -203,6 +206,8 @@ def compare_teachers(cfg, model, batch, rounds):
         for name, options in TEACHER_OPTIONS.items():
             opts = [f"MOKD.TEACHER.{v}" if i % 2 == 0 else v for i, v in enumerate(options)]
             option_cfg = cfg.clone()
+            for key in ("PRECISION", "CHANNELS_LAST", "COMPILE", "INFERENCE_MODE", "STREAM"):
+                option_cfg.MOKD.TEACHER[key] = get_cfg().MOKD.TEACHER[key]
             option_cfg.merge_from_list([*opts, "MOKD.TEACHER.WEIGHTS", weights.name])
             try:
                 teacher = build_teacher(option_cfg)

@@ -21,7 +21,8 @@ def inheritable_names(student, teacher, prefixes):
         has one of the same name and shape. They are logged, and so is what does not fit.
 
     Raises:
-        ValueError: nothing of a prefix fits.
+        ValueError: nothing of a prefix fits, or it has the layer that sees the images, and those
+            are normalised in different ways.
     """
     source, target = teacher.state_dict(), student.state_dict()
     inherited = []
@@ -40,11 +41,28 @@ def inheritable_names(student, teacher, prefixes):
                 + (", ".join(rest[:5]) or "the student has no such name")
                 + ". Remove it, or give both sides the same shapes."
             )
+        first = [n for n in fits if target[n].dim() == 4 and target[n].shape[1] == 3]
+        if first and not _same_input(student, teacher):
+            raise ValueError(
+                f"MOKD.INHERIT has '{prefix}', and with it '{first[0]}', which sees the images: "
+                "student and teacher have other channel orders or normalisation. Give both the "
+                "same INPUT.FORMAT, MODEL.PIXEL_MEAN and PIXEL_STD, or leave that part out."
+            )
         logger.info(f"Inherited from the teacher: {', '.join(fits)}")
         if rest:
             logger.info(f"Not inherited: {', '.join(rest)}")
         inherited += [name for name in fits if name not in inherited]
     return inherited
+
+
+def _same_input(student, teacher):
+    # Where a model does not say what it sees, nothing can be compared.
+    formats = {getattr(model, "input_format", None) for model in (student, teacher)} - {None}
+    means = [getattr(model, "pixel_mean", None) for model in (student, teacher)]
+    stds = [getattr(model, "pixel_std", None) for model in (student, teacher)]
+    return len(formats) < 2 and all(
+        any(x is None for x in pair) or torch.equal(*pair) for pair in (means, stds)
+    )
 
 
 @torch.no_grad()

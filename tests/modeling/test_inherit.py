@@ -64,3 +64,14 @@ def test_what_does_not_fit_is_listed(make_cfg, teacher_weights, caplog):
         inheritable_names(student, teacher, ["neck"])
     with pytest.raises(ValueError, match="MOKD.INHERIT has 'neck'"):  # before training
         build_trainer(make_cfg("mokd", ["MOKD.INHERIT", ["neck"]]))
+
+
+def test_the_layer_that_sees_the_images_needs_the_same_images(make_cfg):
+    student = build_model(make_cfg("faster_rcnn"))
+    same = build_model(make_cfg("faster_rcnn"))
+    stem = "backbone.bottom_up.stem.conv1.weight"
+    assert stem in inheritable_names(student, same, ["backbone.bottom_up"])
+    other = build_model(make_cfg("faster_rcnn", ["MODEL.PIXEL_STD", [1.0, 1.0, 1.0]]))
+    with pytest.raises(ValueError, match=f"'{stem}', which sees the images"):
+        inheritable_names(student, other, ["backbone.bottom_up"])
+    assert inheritable_names(student, other, ["backbone.bottom_up.res4"])
