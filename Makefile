@@ -29,7 +29,7 @@ demo: env
 	$(BIN)/python tools/quick_start.py
 
 test: env
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
 
 lint: env
 	$(BIN)/ruff check mokd_det tools datasets tests

@@ -21,9 +21,10 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 
 @pytest.fixture(autouse=True)
-def at_root(monkeypatch):
-    """Paths in configs count from the checkout."""
+def at_root_with_a_seed(monkeypatch):
+    """Paths in configs count from the checkout; random numbers are the same in every run."""
     monkeypatch.chdir(ROOT)
+    seed_all_rng(0)
 
 
 TREE_OPTS = [

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 # Copyright (c) The mokd_det authors.
 """
-Train or evaluate a detector, with distillation if the config has MOKD.ENABLED True.
+Train or evaluate a detector or classifier, with distillation if the config has MOKD.ENABLED True.
 
 Examples:
   # train the teacher, then distil the student
@@ -83,7 +83,7 @@ def with_weights(cfg, weights):
 
 
 def evaluate(args, cfg):
-    """Evaluate the plain detector of ``cfg`` on DATASETS.TEST (with --resume: its last weights)."""
+    """Evaluate the plain model of ``cfg`` on DATASETS.TEST (with --resume: its last weights)."""
     last = Checkpointer(torch.nn.Module(), cfg.OUTPUT_DIR)
     if args.resume and last.has_checkpoint():
         cfg = with_weights(cfg, last.get_checkpoint_file())

@@ -20,6 +20,14 @@ def add_mokd_config(cfg):
     # ---------------------------------------------------------------------------------------- #
     cfg.DATASETS.COCO = []
 
+    # Data sets for classification, by name: a list of [name, path]. The path is a folder with a
+    # folder of images for each class, or a packed .npz (datasets/README.md). "imagenet_train" and
+    # "imagenet_val" are there: datasets://imagenet/train and /val.
+    cfg.DATASETS.CLASSIFICATION = []
+    # What to do with an image file that cannot be read, for classification: "error" (names it) or
+    # "skip" (another image takes its place in training, none in evaluation; they are counted).
+    cfg.DATASETS.BROKEN_IMAGES = "error"
+
     # Random colours in training: contrast and each channel's brightness are multiplied by factors
     # in [1 - j, 1 + j]. 0 is off, as in Detectron2. For data of another camera, sun or season.
     cfg.INPUT.COLOR_JITTER = 0.0
@@ -32,6 +40,38 @@ def add_mokd_config(cfg):
     cfg.INPUT.LSJ.SIZE = 1024
     # Range of the factor, in units of the one that fits the image into SIZE x SIZE.
     cfg.INPUT.LSJ.SCALE = [0.1, 2.0]
+
+    # ---------------------------------------------------------------------------------------- #
+    # Images for classification, by torchvision's transforms. INPUT.FORMAT is "RGB" then, and
+    # INPUT.RANDOM_FLIP counts as for detectors.
+    # ---------------------------------------------------------------------------------------- #
+    cfg.INPUT.CLASSIFICATION = CN()
+    # Side of the square images in training and in evaluation, in pixels.
+    cfg.INPUT.CLASSIFICATION.SIZE_TRAIN = 224
+    cfg.INPUT.CLASSIFICATION.SIZE_TEST = 224
+    # In evaluation the shorter side is resized to this before the centre is cropped.
+    cfg.INPUT.CLASSIFICATION.RESIZE_TEST = 256
+    # "bilinear" or "bicubic".
+    cfg.INPUT.CLASSIFICATION.INTERPOLATION = "bilinear"
+    # In training: "resized" (a crop with an area in the range SCALE, in units of the image's, and
+    # an aspect ratio in the range RATIO, resized), or "padded" (for small images: the image with
+    # its shorter side resized to SIZE_TRAIN, padded by PADDING pixels, cropped).
+    cfg.INPUT.CLASSIFICATION.CROP = "resized"
+    cfg.INPUT.CLASSIFICATION.SCALE = [0.08, 1.0]
+    cfg.INPUT.CLASSIFICATION.RATIO = [0.75, 1.3333333]
+    cfg.INPUT.CLASSIFICATION.PADDING = 4
+    # "", "autoaugment", "randaugment", "trivialaugment" or "augmix"; MAGNITUDE is randaugment's.
+    cfg.INPUT.CLASSIFICATION.AUTO_AUGMENT = ""
+    cfg.INPUT.CLASSIFICATION.MAGNITUDE = 9
+    # Probability that a random rectangle is replaced by the mean colour.
+    cfg.INPUT.CLASSIFICATION.ERASING = 0.0
+    # Images of a batch are mixed in pairs, and so are their labels: the parameter of the Beta
+    # distribution, 0 is off. With both, each batch gets one of them.
+    cfg.INPUT.CLASSIFICATION.MIXUP = 0.0
+    cfg.INPUT.CLASSIFICATION.CUTMIX = 0.0
+    # Each image comes this many times in a row in the stream that the processes share, and a
+    # permutation covers that part of the set (Hoffer et al. 2020, as in DeiT). 1 is off.
+    cfg.DATALOADER.REPEATED_AUGMENTATION = 1
 
     # For MODEL.META_ARCHITECTURE "LazyConfigDetector": a Python config of Detectron2 (file, or name
     # in the model zoo), whose "model" is the detector, and overrides ["model.num_classes=3", ...].
@@ -61,9 +101,35 @@ def add_mokd_config(cfg):
     cfg.MODEL.TORCHVISION.NODES = []
 
     # ---------------------------------------------------------------------------------------- #
+    # For MODEL.META_ARCHITECTURE "Classifier": the network. It wants INPUT.FORMAT "RGB" and, for
+    # torchvision's weights, MODEL.PIXEL_MEAN and PIXEL_STD as above (configs/Base-Classifier.yaml).
+    # ---------------------------------------------------------------------------------------- #
+    cfg.MODEL.CLASSIFIER = CN()
+    # Any classification model of torchvision, "timm.X" for timm's X (extra "timm"), or a name
+    # registered in mokd_det.modeling.CLASSIFIERS.
+    cfg.MODEL.CLASSIFIER.NAME = "resnet18"
+    # "": random; "DEFAULT" or the name of a weight enum: torchvision downloads them (timm:
+    # "DEFAULT"); else a file. If it has another number of classes, the last layer starts random.
+    cfg.MODEL.CLASSIFIER.WEIGHTS = ""
+    cfg.MODEL.CLASSIFIER.NUM_CLASSES = 1000
+    # Name of the submodule whose input are the features before the classifier ("pre_logits") and
+    # whose output are the logits. Empty: "fc", "classifier", "head" or "heads".
+    cfg.MODEL.CLASSIFIER.HEAD = ""
+    # Further arguments of the network's constructor, e.g. {dropout: 0.2}.
+    cfg.MODEL.CLASSIFIER.OPTIONS = CN(new_allowed=True)
+    # Share of each target that is spread evenly over all classes.
+    cfg.MODEL.CLASSIFIER.LABEL_SMOOTHING = 0.0
+
+    # ---------------------------------------------------------------------------------------- #
     # How a step is computed, with and without a teacher. Anything but the defaults uses our step
     # instead of Detectron2's also if MOKD.ENABLED is False: for a twin trained in the same way.
     # ---------------------------------------------------------------------------------------- #
+    # What SOLVER.MAX_ITER, STEPS, WARMUP_ITERS and CHECKPOINT_PERIOD, and TEST.EVAL_PERIOD count:
+    # "iteration", or "epoch" (as many images as the training set has).
+    cfg.SOLVER.UNIT = "iteration"
+    # "SGD" (Detectron2's) or "AdamW", with MOMENTUM or BETAS.
+    cfg.SOLVER.OPTIMIZER = "SGD"
+    cfg.SOLVER.BETAS = [0.9, 0.999]
     # Gradient accumulation: the batch of SOLVER.IMS_PER_BATCH images is processed in this many
     # parts, one after the other. Learning rate and schedule stay those of the whole batch.
     cfg.SOLVER.MICRO_BATCHES = 1
@@ -78,14 +144,19 @@ def add_mokd_config(cfg):
     # A backend of torch.compile for the backbone, "inductor" being the usual one. "": off.
     cfg.MODEL.BACKBONE.COMPILE = ""
 
+    # Evaluation of classifiers: images a batch and process; whether to report every class.
+    cfg.TEST.BATCH_SIZE = 64
+    cfg.TEST.PER_CLASS = False
+
     # ---------------------------------------------------------------------------------------- #
     # Distillation. MODEL stays the student's ordinary config.
     # ---------------------------------------------------------------------------------------- #
     cfg.MOKD = CN()
     # False is stock Detectron2, bit for bit.
     cfg.MOKD.ENABLED = False
-    # The registered meta-architecture that holds student and teacher.
-    cfg.MOKD.META_ARCHITECTURE = "DistillationModel"
+    # The registered meta-architecture that holds student and teacher. Empty: "DistillationModel"
+    # for detectors, "ClassifierDistillationModel" for classifiers.
+    cfg.MOKD.META_ARCHITECTURE = ""
 
     cfg.MOKD.TEACHER = CN()
     # The teacher's own config file (.yaml, or Detectron2's .py), or its name in Detectron2's model
@@ -106,6 +177,12 @@ def add_mokd_config(cfg):
     cfg.MOKD.TEACHER.TORCHSCRIPT.PIXEL_MEAN = [123.675, 116.28, 103.53]
     cfg.MOKD.TEACHER.TORCHSCRIPT.PIXEL_STD = [58.395, 57.12, 57.375]
     cfg.MOKD.TEACHER.TORCHSCRIPT.SIZE_DIVISIBILITY = 32
+    # Instead of a config, for classifiers: the teacher's MODEL.CLASSIFIER.NAME. TEACHER.WEIGHTS is
+    # then "DEFAULT", the name of a weight enum, or a file. It sees images as those weights want
+    # (from a file: as ImageNet's weights do).
+    cfg.MOKD.TEACHER.CLASSIFIER = ""
+    # Classifiers: side of the images that the teacher sees, in pixels. 0: the student's.
+    cfg.MOKD.TEACHER.IMAGE_SIZE = 0
     # The teacher at speed; what each may change is a test of ours (docs/distillation.md).
     # Autocast: "float16", "bfloat16", "float32", or "": as the student's (SOLVER.AMP).
     cfg.MOKD.TEACHER.PRECISION = ""
@@ -128,6 +205,8 @@ def add_mokd_config(cfg):
     # Level map: student's feature names, and the teacher's feature for each (same length).
     # Empty: every name that both have; if there is none, those of equal stride. Strides and
     # channels may differ.
+    # Classifiers: names of submodules whose output is matched, or "pre_logits", the input of the
+    # classifier's head. Empty: "pre_logits" (models whose head has hidden layers: the last map).
     cfg.MOKD.FEATURES.STUDENT = []
     cfg.MOKD.FEATURES.TEACHER = []
     # Registered in mokd_det.subspace.PROJECTORS.
@@ -149,6 +228,7 @@ def add_mokd_config(cfg):
 
     # Matching the detectors' outputs, classes and boxes, at the teacher's proposals: the objective
     # "outputs". Both sides R-CNNs or RetinaNets (also one of each), with the same classes.
+    # Classifiers: the logits, by their Kullback-Leibler divergence.
     cfg.MOKD.OUTPUTS = CN()
     cfg.MOKD.OUTPUTS.ENABLED = False
     # The teacher's best proposals of each image; a RetinaNet student is compared at the anchors

@@ -109,24 +109,32 @@ def stock_config(cfg):
 
     Returns:
         CfgNode: a new one with Detectron2's keys only. A student whose backbone is a torchvision
-        model keeps ``MODEL.TORCHVISION``, one of a Python config ``MODEL.LAZY_CONFIG``: they need
-        mokd_det's registered builders all the same.
+        model keeps ``MODEL.TORCHVISION``, one of a Python config ``MODEL.LAZY_CONFIG``, and a
+        classifier what describes it and its images: they need mokd_det all the same.
     """
     stock = cfg.clone()
     stock.defrost()
     del stock["MOKD"]
-    del stock.DATASETS["COCO"]
     del stock.INPUT["COLOR_JITTER"]
     del stock.INPUT["LSJ"]
-    for key in ("MICRO_BATCHES", "EMA_DECAY"):
+    for key in ("COCO", "BROKEN_IMAGES"):
+        del stock.DATASETS[key]
+    for key in ("UNIT", "OPTIMIZER", "BETAS", "MICRO_BATCHES", "EMA_DECAY"):
         del stock.SOLVER[key]
     del stock.SOLVER.AMP["PRECISION"]
+    del stock.DATALOADER["REPEATED_AUGMENTATION"]
     for key in ("CHECKPOINTING", "COMPILE"):
         del stock.MODEL.BACKBONE[key]
     if stock.MODEL.META_ARCHITECTURE != "LazyConfigDetector":
         del stock.MODEL["LAZY_CONFIG"]
     if "torchvision" not in stock.MODEL.BACKBONE.NAME:
         del stock.MODEL["TORCHVISION"]
+    if stock.MODEL.META_ARCHITECTURE != "Classifier":
+        del stock.MODEL["CLASSIFIER"]
+        del stock.INPUT["CLASSIFICATION"]
+        del stock.DATASETS["CLASSIFICATION"]
+        for key in ("BATCH_SIZE", "PER_CLASS"):
+            del stock.TEST[key]
     return stock
 
 

@@ -1,19 +1,22 @@
 # Copyright (c) The mokd_det authors.
-"""Data sets from the config, VOC reading, and a training loader that can resume."""
+"""Data sets from the config, VOC reading, and training loaders that can resume."""
 
 from .augmentation import RandomChannelGain, build_train_mapper
-from .catalog import check_datasets, register_datasets
+from .catalog import check_classes, check_datasets, register_datasets
 from .loader import ResumableLoader, build_resumable_train_loader, isolated_rng
 from .paths import datasets_root, local_path
+from .schedule import schedule_in_iterations
 
 __all__ = [
     "RandomChannelGain",
     "ResumableLoader",
     "build_resumable_train_loader",
     "build_train_mapper",
+    "check_classes",
     "check_datasets",
     "datasets_root",
     "isolated_rng",
     "local_path",
     "register_datasets",
+    "schedule_in_iterations",
 ]

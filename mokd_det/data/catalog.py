@@ -9,19 +9,25 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.utils.file_io import PathManager
 
+from .classification.sources import class_names, open_source
 from .paths import datasets_root, local_path
 
-__all__ = ["register_datasets", "check_datasets"]
+__all__ = ["register_datasets", "check_classes", "check_datasets"]
+
+IMAGENET = [[f"imagenet_{split}", f"datasets://imagenet/{split}"] for split in ("train", "val")]
 
 
 def register_datasets(cfg):
     """
-    Register every set of ``cfg.DATASETS.COCO`` under its name. The same name may be registered
-    again with the same files (a second run in one process), not with others.
+    Register every set of ``cfg.DATASETS.COCO`` and ``cfg.DATASETS.CLASSIFICATION`` under its name,
+    and ImageNet. The same name may be registered again with the same files (a second run in one
+    process), not with others.
 
     Raises:
         ValueError: a malformed entry, or a name that stands for other files already.
     """
+    for entry in [*IMAGENET, *cfg.DATASETS.CLASSIFICATION]:
+        _register_classification(entry)
     for entry in cfg.DATASETS.COCO:
         if len(entry) != 3 or not all(isinstance(part, str) and part for part in entry):
             raise ValueError(
@@ -42,6 +48,66 @@ def register_datasets(cfg):
         register_coco_instances(name, {}, json_file, image_root)
         if cfg.MODEL.KEYPOINT_ON:
             _set_keypoint_metadata(name, json_file)
+
+
+def _register_classification(entry):
+    if len(entry) != 2 or not all(isinstance(part, str) and part for part in entry):
+        raise ValueError(
+            f"DATASETS.CLASSIFICATION has the entry {entry!r}: expected [name, path of a folder of "
+            "class folders or of a packed .npz]."
+        )
+    name, path = entry[0], local_path(entry[1])
+    if name in DatasetCatalog.list():
+        known = MetadataCatalog.get(name)
+        # Only ImageNet's path may move, with DETECTRON2_DATASETS.
+        if known.get("image_path") != path and entry not in IMAGENET:
+            raise ValueError(
+                f"DATASETS.CLASSIFICATION: the name '{name}' is taken by another data set "
+                f"({known.get('image_path', 'not for classification')}). Choose another name."
+            )
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+    DatasetCatalog.register(name, lambda: open_source(path))
+    MetadataCatalog.get(name).set(evaluator_type="classification", image_path=path)
+
+
+def check_classes(cfg):
+    """
+    Check the data sets of a classifier against it, by the names of their classes.
+
+    Raises:
+        ValueError: a set for detection, sets of different classes, or another number of classes
+            than the classifier's.
+        FileNotFoundError: a folder without class folders.
+    """
+    first = None
+    for option in ("TRAIN", "TEST"):
+        for name in cfg.DATASETS[option]:
+            if MetadataCatalog.get(name).get("evaluator_type") != "classification":
+                raise ValueError(
+                    f"DATASETS.{option} names '{name}', which is no set for classification, but "
+                    "MODEL.META_ARCHITECTURE is 'Classifier': name one of DATASETS.CLASSIFICATION."
+                )
+            classes = class_names(MetadataCatalog.get(name).image_path)
+            if first is None:
+                first = name, classes
+            if classes != first[1]:
+                raise ValueError(
+                    f"DATASETS.{option}: '{name}' has other classes ({_listed(classes)}) than "
+                    f"'{first[0]}' ({_listed(first[1])}), so their labels mean different things."
+                )
+            if len(classes) != cfg.MODEL.CLASSIFIER.NUM_CLASSES:
+                raise ValueError(
+                    f"MODEL.CLASSIFIER.NUM_CLASSES is {cfg.MODEL.CLASSIFIER.NUM_CLASSES}, but "
+                    f"'{name}' has {len(classes)} classes ({_listed(classes)}): set it to "
+                    f"{len(classes)}."
+                )
+            MetadataCatalog.get(name).classes = classes
+
+
+def _listed(names, most=5):
+    rest = ", ..." if len(names) > most else ""
+    return f"{len(names)}: {', '.join(map(str, names[:most]))}{rest}"
 
 
 def _set_keypoint_metadata(name, json_file):
@@ -85,7 +151,8 @@ def check_datasets(names, option):
             hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
             raise ValueError(
                 f"{option} names '{name}', which is not registered.{hint} Add an entry "
-                f"['{name}', JSON file, image folder] to DATASETS.COCO, or register it in Python."
+                f"['{name}', JSON file, image folder] to DATASETS.COCO (classification: "
+                f"['{name}', path] to DATASETS.CLASSIFICATION), or register it in Python."
             )
         metadata = MetadataCatalog.get(name)
         remedy = _remedy(name)
@@ -100,6 +167,12 @@ def check_datasets(names, option):
                 f"{option}: the images of '{name}' are missing: expected the folder "
                 f"{os.path.abspath(image_root)}. {remedy}"
             )
+        image_path = metadata.get("image_path")
+        if image_path is not None and not os.path.exists(image_path):
+            raise FileNotFoundError(
+                f"{option}: the images of '{name}' are missing: expected "
+                f"{os.path.abspath(image_path)}. {remedy}"
+            )
 
 
 def _remedy(name):
@@ -113,5 +186,12 @@ def _remedy(name):
             f"https://cocodataset.org/#download and unpack them in '{datasets_root() / 'coco'}', "
             "which then has annotations/, train2017/ and val2017/. Or name a data set of yours in "
             "DATASETS.COCO, DATASETS.TRAIN and DATASETS.TEST."
+        )
+    if name.startswith("imagenet_"):
+        remedy += (
+            " ImageNet (ILSVRC 2012): download its training and validation images from "
+            f"https://image-net.org and sort both into a folder for each class in "
+            f"'{datasets_root() / 'imagenet'}', which then has train/n01440764/ ... and "
+            "val/n01440764/ ..."
         )
     return remedy

@@ -110,7 +110,16 @@ class ResumableLoader:
     """
 
     def __init__(
-        self, elements, mapper, make_sampler, seed, batch_size, groups=None, num_workers=0
+        self,
+        elements,
+        mapper,
+        make_sampler,
+        seed,
+        batch_size,
+        groups=None,
+        num_workers=0,
+        collate=trivial_batch_collator,
+        pin_memory=False,
     ):
         """
         Args:
@@ -121,6 +130,9 @@ class ResumableLoader:
             batch_size (int): of this rank.
             groups (list or None): a group for each element; a batch holds one group only.
             num_workers (int): of processes.
+            collate (callable): from a list of samples to a batch; whatever it draws at random it
+                must take from the samples.
+            pin_memory (bool): of the batches, which a GPU then reads by itself.
         """
         self.elements = elements
         self.mapper = mapper
@@ -129,6 +141,8 @@ class ResumableLoader:
         self.batch_size = batch_size
         self.groups = groups
         self.num_workers = num_workers
+        self.collate = collate
+        self.pin_memory = pin_memory
         self.start = 0
 
     def __iter__(self):
@@ -137,7 +151,8 @@ class ResumableLoader:
             _SeededDataset(self.elements, self.mapper, self.seed),
             batch_sampler=_BatchStream(sampler, self.batch_size, self.groups, self.start),
             num_workers=self.num_workers,
-            collate_fn=trivial_batch_collator,
+            collate_fn=self.collate,
+            pin_memory=self.pin_memory,
             # A data loader draws from torch's global generator when it starts, unless it has one.
             generator=torch.Generator(),
         )
@@ -166,20 +181,8 @@ def build_resumable_train_loader(cfg, mapper=None):
         ValueError: a sampler that Detectron2 does not have, or a batch that the ranks cannot
             share equally.
     """
-    ranks = comm.get_world_size()
-    if cfg.SOLVER.IMS_PER_BATCH % ranks:
-        raise ValueError(
-            f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, which {ranks} processes cannot "
-            "share equally."
-        )
-    elements = get_detection_dataset_dicts(
-        cfg.DATASETS.TRAIN,
-        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-        min_keypoints=(
-            cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
-        ),
-        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
-    )
+    batch_size = images_per_process(cfg)
+    elements = training_elements(cfg)
     groups = None
     if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
         groups = [int(element["width"] > element["height"]) for element in elements]
@@ -188,9 +191,33 @@ def build_resumable_train_loader(cfg, mapper=None):
         mapper or DatasetMapper(cfg, is_train=True),
         functools.partial(_make_sampler, cfg, elements),
         comm.shared_random_seed(),
-        cfg.SOLVER.IMS_PER_BATCH // ranks,
+        batch_size,
         groups,
         cfg.DATALOADER.NUM_WORKERS,
+    )
+
+
+def images_per_process(cfg):
+    """Return the part of ``SOLVER.IMS_PER_BATCH`` of each process; ValueError if it is no whole
+    number."""
+    ranks = comm.get_world_size()
+    if cfg.SOLVER.IMS_PER_BATCH % ranks:
+        raise ValueError(
+            f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, which {ranks} processes cannot "
+            "share equally."
+        )
+    return cfg.SOLVER.IMS_PER_BATCH // ranks
+
+
+def training_elements(cfg):
+    """Return Detectron2's dicts of the images in ``DATASETS.TRAIN``, after its filters."""
+    return get_detection_dataset_dicts(
+        cfg.DATASETS.TRAIN,
+        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        min_keypoints=(
+            cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
+        ),
+        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
     )
 
 

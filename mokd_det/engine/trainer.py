@@ -16,8 +16,11 @@ from detectron2.utils.logger import setup_logger
 from ..data import (
     build_resumable_train_loader,
     build_train_mapper,
+    check_classes,
     check_datasets,
+    classification,
     register_datasets,
+    schedule_in_iterations,
 )
 from ..evaluation import build_evaluator
 from ..modeling import (
@@ -26,8 +29,10 @@ from ..modeling import (
     check_acceleration,
     copy_weights,
     inheritable_names,
+    is_classifier,
 )
 from .average import AverageCheckpointer, WeightAverage
+from .optimizer import build_optimizer
 from .step import PRECISIONS, BalancedTrainer
 from .writers import BalanceWriter
 
@@ -38,17 +43,28 @@ logger = logging.getLogger(__name__)
 
 class Trainer(DefaultTrainer):
     """
-    Detectron2's default trainer with the evaluators of its ``tools/train_net.py`` and data sets
-    from the config. Training itself is Detectron2's own, bit for bit.
+    Detectron2's default trainer with the evaluators of its ``tools/train_net.py``, and data sets,
+    optimizer and schedules in epochs from the config. Training itself is Detectron2's own, bit for
+    bit.
     """
 
     def __init__(self, cfg):
         prepare_datasets(cfg)
-        super().__init__(cfg)
+        super().__init__(schedule_in_iterations(cfg))
 
     @classmethod
     def build_train_loader(cls, cfg):
         return build_detection_train_loader(cfg, mapper=build_train_mapper(cfg))
+
+    @classmethod
+    def build_test_loader(cls, cfg, dataset_name):
+        if is_classifier(cfg):
+            return classification.build_test_loader(cfg, dataset_name)
+        return super().build_test_loader(cfg, dataset_name)
+
+    @classmethod
+    def build_optimizer(cls, cfg, model):
+        return build_optimizer(cfg, model)
 
     @classmethod
     def build_evaluator(cls, cfg, dataset_name):
@@ -67,8 +83,8 @@ class Trainer(DefaultTrainer):
 class DistillationTrainer(Trainer):
     """
     The default trainer for ``cfg.MOKD.ENABLED``: hooks, schedule, evaluation and logs are
-    Detectron2's, the model, the loader and the step are ours. Also for a student alone, if its
-    config asks for a step that Detectron2 does not have.
+    Detectron2's, the model, the loader and the step are ours. Also for a student alone, if it is a
+    classifier or its config asks for a step that Detectron2 does not have.
 
     The checkpoint's ``model`` is the plain student under stock keys, its running mean if there is
     one (the weights that training goes on with are then in ``student``); projectors have an entry
@@ -82,6 +98,7 @@ class DistillationTrainer(Trainer):
             setup_logger()
         check_supported(cfg)
         prepare_datasets(cfg)
+        cfg = schedule_in_iterations(cfg)
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
 
         model = self.build_model(cfg)
@@ -126,7 +143,9 @@ class DistillationTrainer(Trainer):
             model = SupervisedModel.from_config(cfg)
             logger.info(f"Model:\n{model.student}")
             return model
-        name = cfg.MOKD.META_ARCHITECTURE
+        name = cfg.MOKD.META_ARCHITECTURE or (
+            "ClassifierDistillationModel" if is_classifier(cfg) else "DistillationModel"
+        )
         if name not in META_ARCH_REGISTRY:
             raise ValueError(f"MOKD.META_ARCHITECTURE '{name}' is not in META_ARCH_REGISTRY.")
         model = META_ARCH_REGISTRY.get(name)(cfg)
@@ -139,6 +158,8 @@ class DistillationTrainer(Trainer):
 
     @classmethod
     def build_train_loader(cls, cfg):
+        if is_classifier(cfg):
+            return classification.build_train_loader(cfg)
         return build_resumable_train_loader(cfg, mapper=build_train_mapper(cfg))
 
     def build_writers(self):
@@ -189,7 +210,8 @@ def needs_own_step(cfg):
     """Whether options of the step are set that Detectron2's trainers do not know."""
     amp = cfg.SOLVER.AMP
     return bool(
-        cfg.SOLVER.MICRO_BATCHES != 1
+        is_classifier(cfg)
+        or cfg.SOLVER.MICRO_BATCHES != 1
         or cfg.SOLVER.EMA_DECAY
         or (amp.ENABLED and amp.PRECISION != "float16")
         or cfg.MODEL.BACKBONE.CHECKPOINTING
@@ -203,6 +225,8 @@ def prepare_datasets(cfg):
     check_datasets(cfg.DATASETS.TRAIN, "DATASETS.TRAIN")
     if cfg.DATASETS.TEST:
         check_datasets(cfg.DATASETS.TEST, "DATASETS.TEST")
+    if is_classifier(cfg):
+        check_classes(cfg)
 
 
 def check_supported(cfg):

@@ -2,11 +2,13 @@
 """Evaluators by data set, results that a machine can read, and rows of a model zoo."""
 
 from .build import build_evaluator
+from .classification import ClassificationEvaluator
 from .fast_coco import fast_coco_eval
 from .results import count_parameters, finite, format_comparison, write_results
 from .zoo_row import format_zoo_row, zoo_row
 
 __all__ = [
+    "ClassificationEvaluator",
     "build_evaluator",
     "count_parameters",
     "fast_coco_eval",

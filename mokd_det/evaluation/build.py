@@ -13,6 +13,8 @@ from detectron2.evaluation import (
     SemSegEvaluator,
 )
 
+from .classification import ClassificationEvaluator
+
 __all__ = ["build_evaluator"]
 
 
@@ -37,6 +39,9 @@ def build_evaluator(cfg, dataset_name):
         "lvis": [lambda: LVISEvaluator(dataset_name, output_dir=folder)],
         "pascal_voc": [lambda: PascalVOCDetectionEvaluator(dataset_name)],
         "sem_seg": [lambda: SemSegEvaluator(dataset_name, output_dir=folder)],
+        "classification": [
+            lambda: ClassificationEvaluator(dataset_name, folder, cfg.TEST.PER_CLASS)
+        ],
     }
     build["coco_panoptic_seg"] = [
         *build["coco"],

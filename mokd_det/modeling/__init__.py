@@ -1,20 +1,24 @@
 # Copyright (c) The mokd_det authors.
-"""Detectron2 side: the distillation model, its teacher, and torchvision models as backbones."""
+"""Detectron2 side: the distillation models, their teachers, torchvision's networks in them."""
 
 from .acceleration import accelerate_student, check_acceleration
+from .classification import CLASSIFIERS, Classifier, is_classifier
 from .distillation_model import DistillationModel
 from .feature_objective import FeatureObjective, build_level_map
 from .inherit import copy_weights, inheritable_names
 from .lazy_config import LazyConfigDetector
-from .loading import StrictCheckpointer, load_trained_model
+from .loading import StrictCheckpointer
 from .output_objective import OutputObjective
 from .outputs import Outputs, build_output_reader
 from .state import RestoredState, module_numbers, set_module_numbers
 from .supervised_model import SupervisedModel
-from .teacher import Teacher, TeacherView, build_teacher, teacher_config
+from .teacher import Teacher, TeacherView, build_teacher
 from .torchvision_backbone import TorchvisionBackbone
+from .trained import load_trained_model, teacher_config
 
 __all__ = [
+    "CLASSIFIERS",
+    "Classifier",
     "DistillationModel",
     "FeatureObjective",
     "LazyConfigDetector",
@@ -33,6 +37,7 @@ __all__ = [
     "check_acceleration",
     "copy_weights",
     "inheritable_names",
+    "is_classifier",
     "load_trained_model",
     "module_numbers",
     "set_module_numbers",

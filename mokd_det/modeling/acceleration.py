@@ -18,6 +18,11 @@ def check_acceleration(cfg):
         ValueError: options of ``MODEL.BACKBONE`` that do not work together.
     """
     options = cfg.MODEL.BACKBONE
+    if cfg.MODEL.META_ARCHITECTURE == "Classifier" and (options.CHECKPOINTING or options.COMPILE):
+        raise ValueError(
+            "MODEL.BACKBONE.CHECKPOINTING and MODEL.BACKBONE.COMPILE are for detectors: features "
+            "of a classifier are read inside its network. Set them to False and ''."
+        )
     if not options.COMPILE:
         return
     check_backend(options.COMPILE, "MODEL.BACKBONE.COMPILE")

@@ -126,11 +126,6 @@ class DistillationModel(nn.Module):
         losses = {}
 
         def on_features(features):
-            if not isinstance(features, dict):
-                raise TypeError(
-                    f"The student's backbone ({type(self.student.backbone).__name__}) returned a "
-                    f"{type(features).__name__}: distillation needs dict[str, Tensor]."
-                )
             self.teacher.wait(view)
             names, maps = list(features), list(features.values())
             extra = {}
@@ -150,9 +145,16 @@ class DistillationModel(nn.Module):
                 losses["outputs"] = self.outputs(*copies["outputs"], view, self.teacher)
             return copies["task"][0]
 
-        with replace_features(self.student.backbone, on_features):
+        with self.replace_features(on_features):
             task = self.student(batched_inputs)
         return {"task": task, **losses}
+
+    def replace_features(self, function):
+        """
+        Return a context in which the student's shared features, dict[str, Tensor], go through
+        ``function`` on their way to the heads.
+        """
+        return replace_features(self.student.backbone, function)
 
 
 def _check_student(student, name):

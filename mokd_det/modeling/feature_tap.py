@@ -19,6 +19,7 @@ def replace_features(module, function):
         function (callable): from the module's output to what the caller of the module gets.
 
     Raises:
+        TypeError: the output is no dict.
         RuntimeError: the module did not run exactly once inside the context. A distillation that
             is silently absent, or counts a feature twice, would go unnoticed otherwise.
     """
@@ -27,6 +28,11 @@ def replace_features(module, function):
     def hook(_module, _inputs, output):
         nonlocal calls
         calls += 1
+        if not isinstance(output, dict):
+            raise TypeError(
+                f"The student's backbone ({type(module).__name__}) returned a "
+                f"{type(output).__name__}: distillation needs dict[str, Tensor]."
+            )
         return function(output)
 
     handle = module.register_forward_hook(hook)

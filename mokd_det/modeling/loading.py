@@ -3,9 +3,8 @@
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.modeling import build_model
 
-__all__ = ["StrictCheckpointer", "load_trained_model"]
+__all__ = ["StrictCheckpointer"]
 
 
 class StrictCheckpointer(DetectionCheckpointer):
@@ -62,27 +61,3 @@ class StrictCheckpointer(DetectionCheckpointer):
 def _shortened(keys, most=8):
     rest = f", ... ({len(keys)} in all)" if len(keys) > most else ""
     return ", ".join(keys[:most]) + rest
-
-
-def load_trained_model(cfg, option="MODEL.WEIGHTS"):
-    """
-    Build the plain detector of a config (the student, if it distils) with its trained weights.
-
-    Args:
-        cfg (CfgNode): with ``MODEL.WEIGHTS``.
-        option (str): the config key they were given with, for messages.
-
-    Returns:
-        nn.Module: in eval mode.
-
-    Raises:
-        ValueError: no weights given, or they do not fit.
-    """
-    if not cfg.MODEL.WEIGHTS:
-        raise ValueError("MODEL.WEIGHTS is empty: add MODEL.WEIGHTS /path/to/model.pth")
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.TORCHVISION.WEIGHTS = ""  # MODEL.WEIGHTS holds the backbone as well
-    model = build_model(cfg)
-    StrictCheckpointer(model, option=option).load(cfg.MODEL.WEIGHTS, checkpointables=[])
-    return model.eval()

@@ -1,10 +1,7 @@
 # Copyright (c) The mokd_det authors.
-"""The frozen teacher: its own config, its own weights, its own preprocessing."""
+"""The frozen detector: its own config, its own weights, its own preprocessing."""
 
-import contextlib
 import dataclasses
-import functools
-import itertools
 import os
 
 import torch
@@ -12,20 +9,14 @@ from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 
 from ..config import find_config, load_config
-from .acceleration import check_backend, pool_in_float32
+from .acceleration import pool_in_float32
+from .frozen_teacher import FrozenTeacher, speed_options
 from .lazy_config import load_lazy_config
 from .loading import StrictCheckpointer
 from .outputs import Outputs, build_output_reader
 from .scripted import ScriptedDetector
 
 __all__ = ["Teacher", "TeacherView", "build_teacher", "teacher_config"]
-
-PRECISIONS = {
-    "": None,
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
 
 
 @dataclasses.dataclass
@@ -48,76 +39,31 @@ class TeacherView:
     targets: Outputs | None = None
 
 
-class Teacher:
-    """
-    A detector that is only ever run, in eval mode and without gradients.
+class Teacher(FrozenTeacher):
+    """A frozen detector."""
 
-    Deliberately no ``nn.Module``: whatever holds a Teacher shows none of it in ``parameters()``,
-    ``state_dict()``, the optimizer or DistributedDataParallel.
-    """
-
-    def __init__(
-        self,
-        model,
-        input_format,
-        *,
-        proposals=0,
-        precision="",
-        channels_last=False,
-        compile="",
-        inference_mode=False,
-        stream=False,
-    ):
+    def __init__(self, model, input_format, *, proposals=0, **options):
         """
         Args:
             model (nn.Module): a Detectron2 detector with ``backbone`` and ``preprocess_image``.
             input_format (str): the channel order it was trained with, "RGB" or "BGR".
             proposals (int): most boxes an image at which its outputs are read; 0: features only.
-            precision, channels_last, compile, inference_mode, stream: see ``MOKD.TEACHER``.
+            options: of :class:`FrozenTeacher`.
 
         Raises:
             ValueError: an option that this model or machine does not have.
         """
-        self.model = model.eval().requires_grad_(False)
+        if options.get("compile") and isinstance(model, ScriptedDetector):
+            raise ValueError(
+                f"MOKD.TEACHER.COMPILE is '{options['compile']}', but a TorchScript file is "
+                "compiled already: set it to ''."
+            )
+        super().__init__(model, model.backbone, **options)
         self.input_format = input_format
         self.proposals = proposals
         self.reader = build_output_reader(model, "teacher") if proposals else None
-        if precision not in PRECISIONS:
-            raise ValueError(
-                f"MOKD.TEACHER.PRECISION is '{precision}': expected one of "
-                f"{', '.join(map(repr, PRECISIONS))}."
-            )
-        self.precision = PRECISIONS[precision]
-        # A frozen TorchScript module has neither parameters nor buffers, but its detector has.
-        device = next(itertools.chain(model.parameters(), model.buffers())).device
-        self._autocast = contextlib.nullcontext
-        if self.precision is not None:
-            enabled = self.precision != torch.float32
-            dtype = self.precision if enabled else None
-            self._autocast = functools.partial(torch.autocast, device.type, dtype, enabled=enabled)
         if self.precision != torch.float32:  # else it may run under the student's autocast
             pool_in_float32(self.model)
-        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        if channels_last:
-            self.model.backbone.to(memory_format=torch.channels_last)
-        if compile:
-            check_backend(compile, "MOKD.TEACHER.COMPILE")
-            if isinstance(model, ScriptedDetector):
-                raise ValueError(
-                    f"MOKD.TEACHER.COMPILE is '{compile}', but a TorchScript file is compiled "
-                    "already: set it to ''."
-                )
-            backbone = self.model.backbone
-            backbone.forward = torch.compile(backbone.forward, backend=compile)
-        self._inference_mode = inference_mode
-        self._stream = None
-        if stream:
-            if device.type != "cuda":
-                raise ValueError(
-                    f"MOKD.TEACHER.STREAM True needs a GPU, but MODEL.DEVICE is '{device}': set "
-                    "it to False."
-                )
-            self._stream = torch.cuda.Stream(device)
 
     def feature_shapes(self):
         """Return dict[str, ShapeSpec] of the backbone's feature maps."""
@@ -136,11 +82,7 @@ class Teacher:
             TeacherView: under the teacher's own normalisation and padding. On a stream of its
             own, its tensors are ready after :meth:`wait`.
         """
-        if self._stream is None:
-            return self._run(self._view, batched_inputs, input_format)
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            return self._run(self._view, batched_inputs, input_format)
+        return self._run_beside(self._view, batched_inputs, input_format)
 
     def _view(self, batched_inputs, input_format):
         if input_format != self.input_format:
@@ -156,14 +98,6 @@ class Teacher:
             # The student's side may have another precision, and no autocast to bridge it.
             view.features = {name: x.float() for name, x in features.items()}
         return view
-
-    def wait(self, view):
-        """Make the current CUDA stream wait for a view."""
-        if self._stream is not None:
-            current = torch.cuda.current_stream()
-            current.wait_stream(self._stream)
-            for tensor in _tensors(view):
-                tensor.record_stream(current)
 
     def outputs(self, view, boxes):
         """
@@ -184,36 +118,6 @@ class Teacher:
         boxes = outputs.boxes_of(classes).split(counts)
         return [b[c > threshold] for b, c in zip(boxes, confidence.split(counts))]
 
-    def _run(self, function, *args):
-        # Again at every step: nothing that walks over modules may have left it in train mode.
-        self.model.eval()
-        mode = torch.inference_mode if self._inference_mode else torch.no_grad
-        with mode(), self._autocast():
-            result = function(*args)
-        # Tensors made in inference mode can never take part in a backward pass, not even as
-        # constants.
-        return _changed(result, torch.clone) if self._inference_mode else result
-
-
-def _changed(value, function):
-    """``value`` with ``function`` applied to every tensor inside."""
-    if isinstance(value, torch.Tensor):
-        return function(value)
-    if isinstance(value, dict):
-        return {key: _changed(v, function) for key, v in value.items()}
-    if isinstance(value, (list, tuple)) and not isinstance(value, torch.Size):
-        return type(value)(_changed(v, function) for v in value)
-    if dataclasses.is_dataclass(value):
-        values = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-        return dataclasses.replace(value, **_changed(values, function))
-    return value
-
-
-def _tensors(value):
-    found = []
-    _changed(value, found.append)
-    return found
-
 
 def teacher_config(cfg):
     """
@@ -227,6 +131,11 @@ def teacher_config(cfg):
         ValueError, FileNotFoundError: config or weights are not given or missing.
     """
     options = cfg.MOKD.TEACHER
+    if options.CLASSIFIER:
+        raise ValueError(
+            f"MOKD.TEACHER.CLASSIFIER is '{options.CLASSIFIER}', but the student is no classifier "
+            "(MODEL.META_ARCHITECTURE): name a detector in MOKD.TEACHER.CONFIG_FILE."
+        )
     if not options.CONFIG_FILE:
         raise ValueError(
             "MOKD.TEACHER.CONFIG_FILE is empty: name the config file that the teacher was "
@@ -313,9 +222,5 @@ def build_teacher(cfg):
         model,
         input_format,
         proposals=cfg.MOKD.OUTPUTS.PROPOSALS if reads_outputs else 0,
-        precision=options.PRECISION,
-        channels_last=options.CHANNELS_LAST,
-        compile=options.COMPILE,
-        inference_mode=options.INFERENCE_MODE,
-        stream=options.STREAM,
+        **speed_options(cfg),
     )

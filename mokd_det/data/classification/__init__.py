@@ -1,0 +1,19 @@
+# Copyright (c) The mokd_det authors.
+"""Images with one label each: data sets, augmentation, batches and loaders."""
+
+from .batch import Batch
+from .loader import build_test_loader, build_train_loader
+from .sources import ClassFolders, PackedImages, open_source, write_packed
+from .transforms import BatchMixing, build_transform
+
+__all__ = [
+    "Batch",
+    "BatchMixing",
+    "ClassFolders",
+    "PackedImages",
+    "build_test_loader",
+    "build_train_loader",
+    "build_transform",
+    "open_source",
+    "write_packed",
+]

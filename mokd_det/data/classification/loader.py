@@ -1,0 +1,209 @@
+# Copyright (c) The mokd_det authors.
+"""Loaders of labelled images: the resumable stream of training, and evaluation's."""
+
+import functools
+import itertools
+
+import numpy as np
+import torch
+from detectron2.data import DatasetCatalog
+from detectron2.data.samplers import InferenceSampler, TrainingSampler
+from detectron2.utils import comm
+from PIL import Image
+from torch.utils.data import ConcatDataset, DataLoader
+
+from ..loader import ResumableLoader, images_per_process, isolated_rng
+from .batch import Batch
+from .transforms import BatchMixing, build_transform
+
+__all__ = ["ImageMapper", "RepeatedAugmentationSampler", "build_test_loader", "build_train_loader"]
+
+BROKEN = ("error", "skip")
+
+
+class ImageMapper:
+    """Reads the image of a source's element and transforms it."""
+
+    def __init__(self, transform, broken="error"):
+        """
+        Args:
+            transform (callable): from an RGB PIL image to a (3, S, S) uint8 tensor.
+            broken (str): "error" or "skip", see ``DATASETS.BROKEN_IMAGES``.
+
+        Raises:
+            ValueError: another ``broken``.
+        """
+        if broken not in BROKEN:
+            raise ValueError(
+                f"DATASETS.BROKEN_IMAGES is '{broken}': expected one of "
+                f"{', '.join(map(repr, BROKEN))}."
+            )
+        self.transform = transform
+        self.skips = broken == "skip"
+        # Of all worker processes together.
+        self._skipped = torch.zeros(1, dtype=torch.int64).share_memory_()
+
+    @property
+    def skipped(self):
+        """int: images that could not be read so far, in this process and its workers."""
+        return int(self._skipped)
+
+    def __call__(self, element):
+        """
+        Args:
+            element (dict): of a source.
+
+        Returns:
+            dict or None: ``image``, ``label``, ``name`` and ``seed``, a random number; None for an
+            image that cannot be read and is skipped.
+
+        Raises:
+            ValueError: an image that cannot be read and is not skipped; names it.
+        """
+        try:
+            image = read_image(element)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            if self.skips:
+                self._skipped += 1
+                return None
+            raise ValueError(
+                f"The image {element.get('file_name', element['name'])} cannot be read: {error}. "
+                "Mend or remove it, or set DATASETS.BROKEN_IMAGES to 'skip'."
+            ) from error
+        return {
+            "image": self.transform(image),
+            "label": element["label"],
+            "name": element["name"],
+            "seed": int(torch.randint(2**31, ())),
+        }
+
+
+def read_image(element):
+    """Return the RGB PIL image of a source's element."""
+    if "image" in element:
+        return Image.fromarray(np.asarray(element["image"])).convert("RGB")
+    # An own handle, which PIL would leave open for a broken file.
+    with open(element["file_name"], "rb") as file:
+        return Image.open(file).convert("RGB")
+
+
+def make_batch(samples, mixing=None):
+    """
+    Args:
+        samples (list[dict or None]): of an :class:`ImageMapper`; None are left out.
+        mixing (BatchMixing or None):
+
+    Returns:
+        Batch
+    """
+    samples = [sample for sample in samples if sample is not None]
+    if not samples:
+        return Batch(torch.zeros(0, 3, 1, 1, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64))
+    images = torch.stack([sample["image"] for sample in samples])
+    targets = torch.tensor([sample["label"] for sample in samples])
+    if mixing is not None:
+        with isolated_rng(samples[0]["seed"]):
+            images, targets = mixing(images, targets)
+    return Batch(images, targets, [sample["name"] for sample in samples])
+
+
+class RepeatedAugmentationSampler(TrainingSampler):
+    """
+    Detectron2's infinite stream, in which each image comes several times in a row, to be augmented
+    differently on different processes or in one batch (Hoffer et al. 2020; DeiT's recipe). A
+    permutation stays as long as the set, so it covers only a part of the images.
+    """
+
+    def __init__(self, size, repeats, seed=None):
+        """
+        Args:
+            size (int): of the set.
+            repeats (int): of each image.
+            seed (int): of the order; equal on all ranks.
+
+        Raises:
+            ValueError: fewer than one repeat.
+        """
+        super().__init__(size, seed=seed)
+        if repeats < 1:
+            raise ValueError(
+                f"DATALOADER.REPEATED_AUGMENTATION is {repeats}: expected 1 (off) or more."
+            )
+        self.repeats = repeats
+
+    def _infinite_indices(self):
+        indices = super()._infinite_indices()
+        while True:
+            permutation = itertools.islice(indices, self._size)
+            repeated = (index for index in permutation for _ in range(self.repeats))
+            yield from itertools.islice(repeated, self._size)
+            for _ in permutation:  # the part that the repeats left out
+                pass
+
+
+def build_train_loader(cfg):
+    """
+    Args:
+        cfg (CfgNode): of a classifier.
+
+    Returns:
+        ResumableLoader: of :class:`Batch`; its ``mapper`` counts what it skips.
+
+    Raises:
+        ValueError: an option out of its range, or a batch that the processes cannot share.
+    """
+    batch_size = images_per_process(cfg)
+    options = cfg.INPUT.CLASSIFICATION
+    transform = build_transform(cfg, is_train=True)
+    mixing = BatchMixing(options.MIXUP, options.CUTMIX, cfg.MODEL.CLASSIFIER.NUM_CLASSES)
+    sources = ConcatDataset([DatasetCatalog.get(name) for name in cfg.DATASETS.TRAIN])
+    repeats = cfg.DATALOADER.REPEATED_AUGMENTATION
+    return ResumableLoader(
+        sources,
+        ImageMapper(transform, cfg.DATASETS.BROKEN_IMAGES),
+        lambda seed: RepeatedAugmentationSampler(len(sources), repeats, seed),
+        comm.shared_random_seed(),
+        batch_size,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        collate=functools.partial(make_batch, mixing=mixing),
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+class _Mapped(torch.utils.data.Dataset):
+    def __init__(self, source, mapper):
+        self.source = source
+        self.mapper = mapper
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, index):
+        return self.mapper(self.source[index])
+
+
+def build_test_loader(cfg, name):
+    """
+    Args:
+        cfg (CfgNode): of a classifier.
+        name (str): of a registered data set.
+
+    Returns:
+        DataLoader: of :class:`Batch`, over this process's share of the images: every image once,
+        in one process only.
+
+    Raises:
+        ValueError: an option out of its range.
+    """
+    if cfg.TEST.BATCH_SIZE < 1:
+        raise ValueError(f"TEST.BATCH_SIZE is {cfg.TEST.BATCH_SIZE}: expected 1 or more.")
+    source = DatasetCatalog.get(name)
+    mapper = ImageMapper(build_transform(cfg, is_train=False), cfg.DATASETS.BROKEN_IMAGES)
+    return DataLoader(
+        _Mapped(source, mapper),
+        batch_size=cfg.TEST.BATCH_SIZE,
+        sampler=InferenceSampler(len(source)),
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        collate_fn=make_batch,
+        pin_memory=torch.cuda.is_available(),
+    )

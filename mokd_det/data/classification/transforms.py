@@ -1,0 +1,145 @@
+# Copyright (c) The mokd_det authors.
+"""Augmentation for classification, by torchvision's transforms."""
+
+import torch
+from torch import nn
+from torchvision.transforms import InterpolationMode, v2
+
+__all__ = ["BatchMixing", "build_transform"]
+
+INTERPOLATIONS = {
+    "bilinear": InterpolationMode.BILINEAR,
+    "bicubic": InterpolationMode.BICUBIC,
+}
+CROPS = ("resized", "padded")
+
+
+def build_transform(cfg, is_train):
+    """
+    Args:
+        cfg (CfgNode): ``INPUT.CLASSIFICATION``, ``INPUT.RANDOM_FLIP``; the mean colour.
+        is_train (bool): with augmentation.
+
+    Returns:
+        nn.Module: from an RGB PIL image to a (3, S, S) uint8 tensor. Evaluation computes what
+        torchvision's presets for its weights do, up to their normalisation.
+
+    Raises:
+        ValueError: an option out of its range.
+    """
+    options = cfg.INPUT.CLASSIFICATION
+    _check(cfg)
+    interpolation = INTERPOLATIONS[options.INTERPOLATION]
+    if not is_train:
+        return v2.Compose(
+            [
+                v2.Resize(options.RESIZE_TEST, interpolation),
+                v2.CenterCrop(options.SIZE_TEST),
+                v2.PILToTensor(),
+            ]
+        )
+    mean = [round(value) for value in cfg.MODEL.PIXEL_MEAN]
+    if options.CROP == "resized":
+        crop = [
+            v2.RandomResizedCrop(
+                options.SIZE_TRAIN, tuple(options.SCALE), tuple(options.RATIO), interpolation
+            )
+        ]
+    else:
+        crop = [
+            v2.Resize(options.SIZE_TRAIN, interpolation),
+            v2.RandomCrop(options.SIZE_TRAIN, options.PADDING),
+        ]
+    flips = {
+        "none": [],
+        "horizontal": [v2.RandomHorizontalFlip()],
+        "vertical": [v2.RandomVerticalFlip()],
+    }
+    automatic = {
+        "": lambda: [],
+        "autoaugment": lambda: [v2.AutoAugment(interpolation=interpolation)],
+        "randaugment": lambda: [
+            v2.RandAugment(magnitude=options.MAGNITUDE, interpolation=interpolation)
+        ],
+        "trivialaugment": lambda: [v2.TrivialAugmentWide(interpolation=interpolation)],
+        "augmix": lambda: [v2.AugMix(interpolation=interpolation)],
+    }
+    steps = [*crop, *flips[cfg.INPUT.RANDOM_FLIP], *automatic[options.AUTO_AUGMENT]()]
+    steps.append(v2.PILToTensor())
+    if options.ERASING:
+        steps.append(v2.RandomErasing(options.ERASING, value=mean))
+    return v2.Compose(steps)
+
+
+class BatchMixing(nn.Module):
+    """Mixup (Zhang et al. 2018) and CutMix (Yun et al. 2019), one of them for each batch."""
+
+    def __init__(self, mixup, cutmix, num_classes):
+        """
+        Args:
+            mixup, cutmix (float): parameters of their Beta distributions; 0 is off.
+            num_classes (int): of the probabilities that labels become.
+
+        Raises:
+            ValueError: negative parameters, or fewer than two classes.
+        """
+        super().__init__()
+        for option, value in (("MIXUP", mixup), ("CUTMIX", cutmix)):
+            if not 0 <= value < float("inf"):
+                raise ValueError(
+                    f"INPUT.CLASSIFICATION.{option} is {value}: expected a number >= 0."
+                )
+        ways = [
+            way(alpha=alpha, num_classes=num_classes)
+            for way, alpha in ((v2.MixUp, mixup), (v2.CutMix, cutmix))
+            if alpha
+        ]
+        self.way = v2.RandomChoice(ways) if ways else None
+
+    def forward(self, images, labels):
+        """
+        Args:
+            images (Tensor): (N, 3, H, W) uint8.
+            labels (Tensor): (N,) int64.
+
+        Returns:
+            tuple[Tensor]: as given if both are off; else float32 images and (N, C) probabilities.
+        """
+        if self.way is None:
+            return images, labels
+        return self.way(images.to(torch.float32), labels)
+
+
+def _check(cfg):
+    options = cfg.INPUT.CLASSIFICATION
+
+    def refuse(option, expected, section="INPUT.CLASSIFICATION"):
+        node = cfg.INPUT if section == "INPUT" else options
+        raise ValueError(f"{section}.{option} is {node[option]!r}: expected {expected}.")
+
+    if cfg.INPUT.FORMAT != "RGB":
+        refuse("FORMAT", "'RGB' for a classifier, with MODEL.PIXEL_MEAN in that order", "INPUT")
+    if cfg.INPUT.RANDOM_FLIP not in ("none", "horizontal", "vertical"):
+        refuse("RANDOM_FLIP", "'none', 'horizontal' or 'vertical'", "INPUT")
+    for option in ("SIZE_TRAIN", "SIZE_TEST", "RESIZE_TEST"):
+        if options[option] < 1:
+            refuse(option, "a number of pixels > 0")
+    if options.RESIZE_TEST < options.SIZE_TEST:
+        refuse("RESIZE_TEST", f"SIZE_TEST ({options.SIZE_TEST}) or more")
+    if options.INTERPOLATION not in INTERPOLATIONS:
+        refuse("INTERPOLATION", f"one of {', '.join(map(repr, INTERPOLATIONS))}")
+    if options.CROP not in CROPS:
+        refuse("CROP", f"one of {', '.join(map(repr, CROPS))}")
+    if len(options.SCALE) != 2 or not 0 < options.SCALE[0] <= options.SCALE[1] <= 1:
+        refuse("SCALE", "[low, high] with 0 < low <= high <= 1")
+    if len(options.RATIO) != 2 or not 0 < options.RATIO[0] <= options.RATIO[1]:
+        refuse("RATIO", "[low, high] with 0 < low <= high")
+    if options.PADDING < 0:
+        refuse("PADDING", "a number of pixels >= 0")
+    known = ("", "autoaugment", "randaugment", "trivialaugment", "augmix")
+    if options.AUTO_AUGMENT not in known:
+        refuse("AUTO_AUGMENT", f"one of {', '.join(map(repr, known))}")
+    if not 0 <= options.MAGNITUDE <= 30:
+        refuse("MAGNITUDE", "an integer from 0 to 30")
+    if not 0 <= options.ERASING <= 1:
+        refuse("ERASING", "a probability")

@@ -1,0 +1,48 @@
+# Copyright (c) The mokd_det authors.
+"""Optimizers of the config."""
+
+import torch
+from detectron2.solver import build_optimizer as build_detectron2_optimizer
+from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
+
+__all__ = ["build_optimizer"]
+
+OPTIMIZERS = ("SGD", "AdamW")
+
+
+def build_optimizer(cfg, model):
+    """
+    Args:
+        cfg (CfgNode): ``SOLVER``. Weight decay of norms and biases can be their own
+            (``WEIGHT_DECAY_NORM``, ``WEIGHT_DECAY_BIAS``), as Detectron2's SGD has it.
+        model (nn.Module):
+
+    Returns:
+        Optimizer: "SGD" is Detectron2's own.
+
+    Raises:
+        ValueError: another optimizer, or betas out of range.
+    """
+    solver = cfg.SOLVER
+    if solver.OPTIMIZER not in OPTIMIZERS:
+        raise ValueError(
+            f"SOLVER.OPTIMIZER is '{solver.OPTIMIZER}': expected one of "
+            f"{', '.join(map(repr, OPTIMIZERS))}."
+        )
+    if solver.OPTIMIZER == "SGD":
+        return build_detectron2_optimizer(cfg, model)
+    if len(solver.BETAS) != 2 or not all(0 <= beta < 1 for beta in solver.BETAS):
+        raise ValueError(f"SOLVER.BETAS is {list(solver.BETAS)}: expected two numbers in [0, 1).")
+    parameters = get_default_optimizer_params(
+        model,
+        base_lr=solver.BASE_LR,
+        weight_decay_norm=solver.WEIGHT_DECAY_NORM,
+        bias_lr_factor=solver.BIAS_LR_FACTOR,
+        weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
+    )
+    return maybe_add_gradient_clipping(cfg, torch.optim.AdamW)(
+        parameters,
+        lr=solver.BASE_LR,
+        betas=tuple(solver.BETAS),
+        weight_decay=solver.WEIGHT_DECAY,
+    )

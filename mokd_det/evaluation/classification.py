@@ -1,0 +1,100 @@
+# Copyright (c) The mokd_det authors.
+"""Top-1 and top-5 accuracy."""
+
+import itertools
+import json
+import logging
+import os
+
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.utils import comm
+
+__all__ = ["ClassificationEvaluator"]
+
+logger = logging.getLogger(__name__)
+
+TOP = 5
+
+
+class ClassificationEvaluator(DatasetEvaluator):
+    """
+    Accuracy of a classifier in percent. With several processes every image counts once: each has
+    its own share of them, and predictions are gathered.
+    """
+
+    def __init__(self, dataset_name, output_dir=None, per_class=False):
+        """
+        Args:
+            dataset_name (str): a registered set for classification.
+            output_dir (str or None): folder for ``predictions.json``, a list with ``name``,
+                ``label``, ``classes`` (the most probable first) and their ``scores`` for every
+                image.
+            per_class (bool): also ``top1-<class>`` for every class.
+        """
+        self.dataset_name = dataset_name
+        self.output_dir = output_dir
+        self.per_class = per_class
+        self.reset()
+
+    def reset(self):
+        self._predictions = []
+
+    def process(self, inputs, outputs):
+        """
+        Args:
+            inputs (Batch): with names; targets are labels.
+            outputs (Tensor): (N, C) logits.
+        """
+        scores = outputs.float().softmax(dim=1)
+        scores, classes = scores.topk(min(TOP, scores.shape[1]), dim=1)
+        rows = zip(inputs.names, inputs.targets.tolist(), classes.tolist(), scores.tolist())
+        keys = ("name", "label", "classes", "scores")
+        self._predictions += [dict(zip(keys, row)) for row in rows]
+
+    def evaluate(self):
+        """
+        Returns:
+            dict: ``{"classification": {"top1", "top5" (with more than 5 classes), "images",
+            "skipped"}}``, in the first process; ``images`` counts those evaluated, ``skipped``
+            those that could not be read.
+
+        Raises:
+            ValueError: no image at all.
+        """
+        comm.synchronize()
+        gathered = comm.gather(self._predictions)
+        if not comm.is_main_process():
+            return {}
+        predictions = list(itertools.chain(*gathered))
+        if not predictions:
+            raise ValueError(f"'{self.dataset_name}' has no image that could be evaluated.")
+        labels = torch.tensor([p["label"] for p in predictions])
+        right = torch.tensor([p["classes"] for p in predictions]) == labels[:, None]
+        top1 = right[:, 0].double()
+        results = {"top1": 100 * top1.mean().item()}
+        classes = MetadataCatalog.get(self.dataset_name).get("classes", [])
+        if len(classes) > TOP:
+            results["top5"] = 100 * right.any(dim=1).double().mean().item()
+        results["images"] = len(predictions)
+        results["skipped"] = len(DatasetCatalog.get(self.dataset_name)) - len(predictions)
+        if results["skipped"]:
+            logger.warning(
+                f"{results['skipped']} images of '{self.dataset_name}' could not be read and do "
+                "not count."
+            )
+        if self.per_class:
+            for label in labels.unique().tolist():
+                mean = top1[labels == label].mean().item()
+                results[f"top1-{classes[label]}"] = 100 * mean
+            self._print_classes(results)
+        if self.output_dir:
+            os.makedirs(self.output_dir, exist_ok=True)
+            with open(os.path.join(self.output_dir, "predictions.json"), "w") as f:
+                json.dump(predictions, f)
+        return {"classification": results}
+
+    def _print_classes(self, results):
+        rows = [f"{k[5:]}: {v:.2f}" for k, v in results.items() if k.startswith("top1-")]
+        logger.info(f"Top-1 of every class of '{self.dataset_name}':\n" + "\n".join(rows))

@@ -1,0 +1,256 @@
+#!/usr/bin/env python
+# Copyright (c) The mokd_det authors.
+"""
+Run a study, methods x seeds, and make its table.
+
+Examples:
+  python tools/study.py studies/fashion_mnist.yaml --run --jobs 2
+  python tools/study.py studies/fashion_mnist.yaml --run --only scratch --only mokd
+  python tools/study.py studies/fashion_mnist.yaml --summarize
+
+Every run is one call of tools/train_net.py, on one thread. Its results are kept in
+studies/NAME/METHOD-SEED.json; a run whose file is there is not run again, so a study that was
+stopped goes on. The table (mean, standard deviation, paired difference to the baseline with its
+95 % interval) is printed and written to studies/NAME/table.md and table.json.
+
+A study file:
+  teacher: CONFIG              # trained first, once, unless its weights are there
+  seeds: [1, 2, 3]
+  baseline: scratch            # differences are to this method, seed by seed
+  metrics: [SET/TASK/METRIC]   # of results.json
+  opts: [KEY, VALUE, ...]      # overrides of every run
+  methods:
+    scratch: {config: CONFIG}
+    mokd: {config: CONFIG, opts: [KEY, VALUE, ...], seeds: [1]}   # seeds: if not all
+
+Seeds give initial weights, order of the data and augmentation, alike for every method.
+"""
+
+import argparse
+import concurrent.futures
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mokd_det  # noqa: F401  (first: mends Detectron2 where it needs it)
+import yaml
+from scipy.stats import t as student_t
+
+from mokd_det.config import load_config
+
+ROOT = Path(__file__).resolve().parent.parent
+KEYS = {"teacher", "seeds", "baseline", "metrics", "opts", "methods"}
+
+
+def load_study(path):
+    """
+    Args:
+        path (str): of the study file.
+
+    Returns:
+        dict: with all keys, and ``folder`` and ``name``.
+
+    Raises:
+        ValueError: an unknown or missing key.
+    """
+    path = Path(path)
+    study = yaml.safe_load(path.read_text())
+    if unknown := set(study) - KEYS:
+        raise ValueError(f"{path}: unknown {sorted(unknown)}; expected some of {sorted(KEYS)}.")
+    if missing := {"seeds", "baseline", "metrics", "methods"} - set(study):
+        raise ValueError(f"{path}: {sorted(missing)} are missing.")
+    if study["baseline"] not in study["methods"]:
+        raise ValueError(f"{path}: the baseline '{study['baseline']}' is none of its methods.")
+    for name, method in study["methods"].items():
+        if unknown := set(method) - {"config", "opts", "seeds"}:
+            raise ValueError(f"{path}: method '{name}' has unknown {sorted(unknown)}.")
+        if "config" not in method:
+            raise ValueError(f"{path}: method '{name}' has no config.")
+    return {"teacher": "", "opts": [], **study, "folder": path.with_suffix(""), "name": path.stem}
+
+
+def runs_of(study, only=()):
+    """Return (method, seed) of all runs; the first seed of every method comes first."""
+    if unknown := set(only) - set(study["methods"]):
+        raise ValueError(f"--only {sorted(unknown)}: the methods are {list(study['methods'])}.")
+    seeds = {
+        name: method.get("seeds", study["seeds"])
+        for name, method in study["methods"].items()
+        if not only or name in only
+    }
+    return [
+        (name, own[i])
+        for i in range(max(map(len, seeds.values())))
+        for name, own in seeds.items()
+        if i < len(own)
+    ]
+
+
+def train(config, opts, output):
+    """Run tools/train_net.py; return seconds. RuntimeError if it fails, with the end of its log."""
+    command = [sys.executable, "tools/train_net.py", "--config-file", config]
+    command += [str(opt) for opt in opts] + ["OUTPUT_DIR", str(output)]
+    start = time.time()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{(done.stdout + done.stderr)[-3000:]}")
+    return time.time() - start
+
+
+def train_teacher(study):
+    """Train the teacher unless its weights are there already."""
+    if not study["teacher"]:
+        return
+    output = ROOT / load_config(str(ROOT / study["teacher"])).OUTPUT_DIR
+    if not (output / "model_final.pth").is_file():
+        print(f"teacher: {study['teacher']}", flush=True)
+        train(study["teacher"], [], output)
+        (study["folder"]).mkdir(parents=True, exist_ok=True)
+        results = json.loads((output / "results.json").read_text())
+        (study["folder"] / "teacher.json").write_text(json.dumps({"results": results}, indent=1))
+
+
+def run_one(study, name, seed):
+    """Run one method with one seed and keep its results; return what was done."""
+    record = study["folder"] / f"{name}-{seed}.json"
+    if record.is_file():
+        return f"{name} seed {seed}: there already"
+    method = study["methods"][name]
+    opts = [*study["opts"], *method.get("opts", []), "SEED", seed]
+    output = ROOT / "output" / "studies" / study["name"] / f"{name}-{seed}"
+    seconds = train(method["config"], opts, output)
+    results = json.loads((output / "results.json").read_text())
+    content = {"method": name, "seed": seed, "config": method["config"], "opts": opts}
+    content |= {"seconds": round(seconds, 1), "results": results}
+    part = record.with_suffix(".part")
+    part.write_text(json.dumps(content, indent=1))
+    os.replace(part, record)  # a record is either absent or whole
+    values = ", ".join(f"{m}: {metric_of(results, m):.2f}" for m in study["metrics"])
+    return f"{name} seed {seed}: {values} ({seconds:.0f} s)"
+
+
+def run(study, jobs, only):
+    """Run what is missing. SystemExit at the end if any run failed."""
+    study["folder"].mkdir(parents=True, exist_ok=True)
+    train_teacher(study)
+    failed = 0
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        todo = [pool.submit(run_one, study, *item) for item in runs_of(study, only)]
+        for done in concurrent.futures.as_completed(todo):
+            try:
+                print(done.result(), flush=True)
+            except RuntimeError as error:
+                failed += 1
+                print(error, file=sys.stderr, flush=True)
+    if failed:
+        raise SystemExit(f"{failed} runs failed, see above; the others are kept.")
+
+
+def metric_of(results, metric):
+    """Return results["a"]["b"]["c"] for "a/b/c"."""
+    for key in metric.split("/"):
+        results = results[key]
+    return results
+
+
+def read_records(study):
+    """Return dict: method -> seed -> results, of the runs that are there."""
+    records = {}
+    for name, seed in runs_of(study):
+        path = study["folder"] / f"{name}-{seed}.json"
+        if path.is_file():
+            records.setdefault(name, {})[seed] = json.loads(path.read_text())["results"]
+    return records
+
+
+def interval(values):
+    """Half of the 95 % confidence interval of a mean (Student's t); NaN for a single value."""
+    if len(values) < 2:
+        return math.nan
+    quantile = student_t.ppf(0.975, len(values) - 1)
+    return float(quantile) * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def summarize(study):
+    """
+    Returns:
+        list[dict]: for each method and metric ``values`` by seed, ``mean``, ``std``,
+        ``difference`` (mean of the paired differences to the baseline) and ``interval``, half of
+        its 95 % interval; None where there is too little to say.
+    """
+    records = read_records(study)
+    rows = []
+    for name, by_seed in records.items():
+        for metric in study["metrics"]:
+            values = {seed: metric_of(results, metric) for seed, results in by_seed.items()}
+            base = {
+                seed: metric_of(results, metric)
+                for seed, results in records.get(study["baseline"], {}).items()
+            }
+            pairs = [values[seed] - base[seed] for seed in values if seed in base]
+            is_base = name == study["baseline"]
+            rows.append(
+                {
+                    "method": name,
+                    "metric": metric,
+                    "seeds": len(values),
+                    "values": values,
+                    "mean": statistics.mean(values.values()),
+                    "std": statistics.stdev(values.values()) if len(values) > 1 else None,
+                    "difference": statistics.mean(pairs) if pairs and not is_base else None,
+                    "interval": interval(pairs) if len(pairs) > 1 and not is_base else None,
+                }
+            )
+    return rows
+
+
+def format_table(study, rows):
+    """Return the rows as a Markdown table, one line a method."""
+    head = ["method", "seeds"]
+    for metric in study["metrics"]:
+        head += [metric, f"difference to {study['baseline']}"]
+    lines = [head, ["---"] * len(head)]
+    for name in dict.fromkeys(row["method"] for row in rows):
+        own = {row["metric"]: row for row in rows if row["method"] == name}
+        cells = [name, str(max(row["seeds"] for row in own.values()))]
+        for metric in study["metrics"]:
+            row = own[metric]
+            std = "" if row["std"] is None else f" (std {row['std']:.2f})"
+            cells.append(f"{row['mean']:.2f}{std}")
+            difference = "" if row["difference"] is None else f"{row['difference']:+.2f}"
+            spread = "" if row["interval"] is None else f" ± {row['interval']:.2f}"
+            cells.append(difference + spread)
+        lines.append(cells)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("study", help="a study file")
+    parser.add_argument("--run", action="store_true", help="run what is missing")
+    parser.add_argument("--summarize", action="store_true", help="only make the table")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side (%(default)s)")
+    parser.add_argument("--only", action="append", default=[], help="a method; may be repeated")
+    args = parser.parse_args()
+    if args.run == args.summarize:
+        parser.error("give one of --run and --summarize")
+    study = load_study(args.study)
+    if args.run:
+        run(study, args.jobs, args.only)
+    rows = summarize(study)
+    table = format_table(study, rows)
+    (study["folder"] / "table.json").write_text(json.dumps(rows, indent=1))
+    (study["folder"] / "table.md").write_text(table + "\n")
+    print(table)
+
+
+if __name__ == "__main__":
+    main()
