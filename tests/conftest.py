@@ -11,10 +11,11 @@ from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
 
 from mokd_det import modeling  # noqa: F401  (registers meta-architecture and backbones)
-from mokd_det.config import load_config
+from mokd_det.config import load_config, merge_overrides
 
 ROOT = Path(__file__).parent.parent
 TREES = Path(__file__).parent / "data" / "trees"
+DIGITS = Path(__file__).parent / "data" / "digits"
 
 # Sums are split over threads, so a fixed number of them makes float results repeatable.
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
@@ -86,6 +87,64 @@ def make_cfg(tmp_path, teacher_weights):
         cfg.MOKD.TEACHER.CONFIG_FILE = CONFIGS["teacher"]
         cfg.MOKD.TEACHER.WEIGHTS = teacher_weights
         cfg.merge_from_list(list(opts))
+        return cfg
+
+    return make
+
+
+DIGIT_OPTS = [
+    "DATASETS.CLASSIFICATION",
+    [[f"tests_digits_{s}", str(DIGITS / f"{s}.npz")] for s in ("train", "val")],
+    "DATASETS.TRAIN",
+    ("tests_digits_train",),
+    "DATASETS.TEST",
+    ("tests_digits_val",),
+    "SOLVER.UNIT",
+    "iteration",
+    "SOLVER.IMS_PER_BATCH",
+    8,
+    "SOLVER.MAX_ITER",
+    3,
+    "SOLVER.WARMUP_ITERS",
+    0,
+    "SEED",
+    7,
+]
+
+
+@pytest.fixture(scope="session")
+def digits_teacher_weights(tmp_path_factory):
+    """The digits' teacher with random weights, as a checkpoint file."""
+    path = tmp_path_factory.mktemp("digits") / "teacher.pth"
+    seed_all_rng(3)
+    torch.save(
+        {"model": build_model(load_config(str(ROOT / "configs/Digits/teacher.yaml"))).state_dict()},
+        path,
+    )
+    return str(path)
+
+
+@pytest.fixture
+def make_digits_cfg(tmp_path, digits_teacher_weights):
+    """
+    From (overrides, folder name) to the config of the digits' student with its teacher (MOKD.ENABLED
+    is in the overrides), on the packed digits of tests/data.
+    """
+
+    def make(opts=(), folder="run"):
+        output = tmp_path / folder
+        output.mkdir(exist_ok=True)
+        cfg = load_config(
+            "configs/Digits/student_mokd.yaml",
+            [
+                *DIGIT_OPTS,
+                "OUTPUT_DIR",
+                str(output),
+                "MOKD.TEACHER.WEIGHTS",
+                digits_teacher_weights,
+            ],
+        )
+        merge_overrides(cfg, opts)
         return cfg
 
     return make

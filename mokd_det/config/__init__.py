@@ -2,6 +2,13 @@
 """The options of mokd_det, and how configs are read."""
 
 from .defaults import add_mokd_config
-from .loading import find_config, get_cfg, load_config, stock_config
+from .loading import find_config, get_cfg, load_config, merge_overrides, stock_config
 
-__all__ = ["add_mokd_config", "find_config", "get_cfg", "load_config", "stock_config"]
+__all__ = [
+    "add_mokd_config",
+    "find_config",
+    "get_cfg",
+    "load_config",
+    "merge_overrides",
+    "stock_config",
+]

@@ -12,7 +12,7 @@ from detectron2.utils.file_io import PathManager
 
 from .defaults import add_mokd_config
 
-__all__ = ["find_config", "get_cfg", "load_config", "stock_config"]
+__all__ = ["find_config", "get_cfg", "load_config", "merge_overrides", "stock_config"]
 
 
 def get_cfg():
@@ -57,13 +57,40 @@ def load_config(config_file, opts=(), option="--config-file"):
         if loaded.get("VERSION", cfg.VERSION) == cfg.VERSION:  # Detectron2 upgrades older ones
             _check_keys(loaded, cfg, f"{option} '{config_file}'")
         cfg.merge_from_file(config_file, allow_unsafe=False)
+    merge_overrides(cfg, opts)
+    return cfg
+
+
+def merge_overrides(cfg, opts, source="override"):
+    """
+    Merge [KEY, VALUE, ...] into a config, in place. The value of a key that holds arguments of
+    something else (MODEL.CLASSIFIER.OPTIONS) is a dict, or one as YAML: "{image_size: 32}".
+
+    Args:
+        cfg (CfgNode): of :func:`get_cfg`.
+        opts (sequence): overrides.
+        source (str): where they were given, for messages.
+
+    Raises:
+        ValueError: a key that does not exist, overrides that are no pairs, or no dict.
+    """
     opts = list(opts)
     if len(opts) % 2:
-        raise ValueError(f"Overrides must be pairs KEY VALUE, but there are {len(opts)}: {opts}.")
-    for key in opts[::2]:
-        _check_key(key, cfg, "override")
+        raise ValueError(
+            f"{source[0].upper()}{source[1:]}s must be pairs KEY VALUE, but there are {len(opts)}: "
+            f"{opts}."
+        )
+    for i in range(0, len(opts), 2):
+        node = _check_key(opts[i], cfg, source)
+        if isinstance(node, CfgNode) and node.is_new_allowed():
+            value = yaml.safe_load(opts[i + 1]) if isinstance(opts[i + 1], str) else opts[i + 1]
+            if not isinstance(value, dict):
+                raise ValueError(
+                    f"{source}: {opts[i]} is {opts[i + 1]!r}: expected a dict, such as "
+                    "'{name: value}'."
+                )
+            opts[i + 1] = CfgNode(value)
     cfg.merge_from_list(opts)
-    return cfg
 
 
 def find_config(name, option):

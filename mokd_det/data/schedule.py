@@ -25,13 +25,18 @@ def schedule_in_iterations(cfg):
         of N images in batches of B, ``ceil(E N / B)``.
 
     Raises:
-        ValueError: another unit.
+        ValueError: another unit, or a warm-up that never ends.
     """
     unit = cfg.SOLVER.UNIT
     if unit not in UNITS:
         raise ValueError(f"SOLVER.UNIT is '{unit}': expected one of {', '.join(map(repr, UNITS))}.")
     if unit == "iteration":
         return cfg
+    if cfg.SOLVER.WARMUP_ITERS >= cfg.SOLVER.MAX_ITER:
+        raise ValueError(
+            f"SOLVER.UNIT is 'epoch', so SOLVER.WARMUP_ITERS {cfg.SOLVER.WARMUP_ITERS} (Detectron2's "
+            f"default: 1000) of MAX_ITER {cfg.SOLVER.MAX_ITER} are epochs: set it to fewer, or 0."
+        )
     images, batch = _training_images(cfg), cfg.SOLVER.IMS_PER_BATCH
 
     def iterations(epochs):

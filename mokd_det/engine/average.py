@@ -5,6 +5,8 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from ..modeling import stock_module
+
 __all__ = ["AverageCheckpointer", "WeightAverage"]
 
 
@@ -62,10 +64,12 @@ class AverageCheckpointer(DetectionCheckpointer):
             student (nn.Module): that trains.
             average (WeightAverage or None): of it.
         """
-        self.student, self.average = student, average
+        self.student, self.average = stock_module(student), average
+        model = self.student
         if average is not None:
-            checkpointables["student"] = student
-        super().__init__(average.model if average else student, save_dir, **checkpointables)
+            model = stock_module(average.model)
+            checkpointables["student"] = self.student
+        super().__init__(model, save_dir, **checkpointables)
 
     def load(self, path, checkpointables=None):
         self._resumes = checkpointables is None
@@ -79,5 +83,5 @@ class AverageCheckpointer(DetectionCheckpointer):
             )
         incompatible = super()._load_model(checkpoint)
         if self.average is not None:
-            self.student.load_state_dict(self.average.model.state_dict())
+            self.student.load_state_dict(self.model.state_dict())
         return incompatible

@@ -8,13 +8,19 @@ from detectron2.solver.build import get_default_optimizer_params, maybe_add_grad
 __all__ = ["build_optimizer"]
 
 OPTIMIZERS = ("SGD", "AdamW")
+# Of torchvision's and timm's transformers.
+EMBEDDINGS = (
+    *("class_token", "pos_embedding", "cls_token", "pos_embed", "dist_token"),
+    "relative_position_bias_table",
+)
 
 
 def build_optimizer(cfg, model):
     """
     Args:
         cfg (CfgNode): ``SOLVER``. Weight decay of norms and biases can be their own
-            (``WEIGHT_DECAY_NORM``, ``WEIGHT_DECAY_BIAS``), as Detectron2's SGD has it.
+            (``WEIGHT_DECAY_NORM``, ``WEIGHT_DECAY_BIAS``), as Detectron2's SGD has it; AdamW takes
+            that of biases for transformers' tokens and positions as well.
         model (nn.Module):
 
     Returns:
@@ -33,12 +39,17 @@ def build_optimizer(cfg, model):
         return build_detectron2_optimizer(cfg, model)
     if len(solver.BETAS) != 2 or not all(0 <= beta < 1 for beta in solver.BETAS):
         raise ValueError(f"SOLVER.BETAS is {list(solver.BETAS)}: expected two numbers in [0, 1).")
+    # As biases: they are added to activations, too.
+    embeddings = {}
+    if solver.WEIGHT_DECAY_BIAS is not None:
+        embeddings = {name: {"weight_decay": solver.WEIGHT_DECAY_BIAS} for name in EMBEDDINGS}
     parameters = get_default_optimizer_params(
         model,
         base_lr=solver.BASE_LR,
         weight_decay_norm=solver.WEIGHT_DECAY_NORM,
         bias_lr_factor=solver.BIAS_LR_FACTOR,
         weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
+        overrides=embeddings,
     )
     return maybe_add_gradient_clipping(cfg, torch.optim.AdamW)(
         parameters,

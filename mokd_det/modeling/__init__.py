@@ -2,7 +2,7 @@
 """Detectron2 side: the distillation models, their teachers, torchvision's networks in them."""
 
 from .acceleration import accelerate_student, check_acceleration
-from .classification import CLASSIFIERS, Classifier, is_classifier
+from .classification import CLASSIFIERS, Classifier, is_classifier, stock_module
 from .distillation_model import DistillationModel
 from .feature_objective import FeatureObjective, build_level_map
 from .inherit import copy_weights, inheritable_names
@@ -41,5 +41,6 @@ __all__ = [
     "load_trained_model",
     "module_numbers",
     "set_module_numbers",
+    "stock_module",
     "teacher_config",
 ]

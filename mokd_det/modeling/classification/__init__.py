@@ -1,7 +1,7 @@
 # Copyright (c) The mokd_det authors.
 """Classifiers: torchvision's, timm's and one's own, as students and as teachers."""
 
-from .classifier import Classifier, is_classifier, load_trained_classifier
+from .classifier import Classifier, is_classifier, load_trained_classifier, stock_module
 from .distillation import ClassifierDistillationModel
 from .networks import CLASSIFIERS, build_network
 from .objectives import ClassifierFeatureObjective, LogitObjective
@@ -27,4 +27,5 @@ __all__ = [
     "classifier_teacher_config",
     "is_classifier",
     "load_trained_classifier",
+    "stock_module",
 ]

@@ -11,7 +11,7 @@ from ..loading import StrictCheckpointer
 from .networks import build_network
 from .taps import PRE_LOGITS
 
-__all__ = ["Classifier", "default_tap", "is_classifier", "load_trained_classifier"]
+__all__ = ["Classifier", "default_tap", "is_classifier", "load_trained_classifier", "stock_module"]
 
 HEADS = ("fc", "classifier", "head", "heads")
 # Weight of the heads for training only, of GoogLeNet (Szegedy et al. 2015) and Inception.
@@ -21,6 +21,11 @@ AUXILIARY = 0.3
 def is_classifier(cfg):
     """Return whether a config is that of a classifier."""
     return cfg.MODEL.META_ARCHITECTURE == "Classifier"
+
+
+def stock_module(model):
+    """Return the module whose state a checkpoint of a student holds under stock keys."""
+    return model.network if isinstance(model, Classifier) else model
 
 
 @META_ARCH_REGISTRY.register()
@@ -165,7 +170,7 @@ def load_trained_classifier(cfg, option="MODEL.WEIGHTS"):
         )
     model = Classifier(cfg, strict=True).to(cfg.MODEL.DEVICE)
     if cfg.MODEL.WEIGHTS:
-        checkpointer = StrictCheckpointer(model, option=option)
+        checkpointer = StrictCheckpointer(model.network, option=option)
         checkpointer.load(cfg.MODEL.WEIGHTS, checkpointables=[])
     return model.eval()
 

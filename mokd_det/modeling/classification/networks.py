@@ -28,6 +28,21 @@ TIMM_PREFIX = "timm."
 IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
 
+@CLASSIFIERS.register("vit_tiny_16")
+def vit_tiny_16(num_classes, image_size=224, **options):
+    """torchvision's vision transformer at the size of DeiT-Ti (Touvron et al. 2021): 5.7 M."""
+    return torchvision.models.VisionTransformer(
+        image_size=image_size,
+        patch_size=16,
+        num_layers=12,
+        num_heads=3,
+        hidden_dim=192,
+        mlp_dim=768,
+        num_classes=num_classes,
+        **options,
+    )
+
+
 def build_network(name, num_classes, weights="", strict=True, options=None, option=None):
     """
     Args:

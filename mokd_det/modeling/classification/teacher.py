@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from detectron2.utils.file_io import PathManager
 
-from ...config import find_config, load_config
+from ...config import find_config, load_config, merge_overrides
 from ..frozen_teacher import FrozenTeacher, speed_options
 from .classifier import is_classifier, load_trained_classifier
 from .networks import input_normalisation
@@ -126,7 +126,7 @@ def classifier_teacher_config(cfg):
         teacher_cfg.MODEL.CLASSIFIER.NUM_CLASSES = cfg.MODEL.CLASSIFIER.NUM_CLASSES
         mean, std = input_normalisation(options.CLASSIFIER, options.WEIGHTS)
         teacher_cfg.MODEL.PIXEL_MEAN, teacher_cfg.MODEL.PIXEL_STD = mean, std
-        teacher_cfg.merge_from_list(list(options.OPTS))
+        merge_overrides(teacher_cfg, options.OPTS, "MOKD.TEACHER.OPTS: override")
     else:
         option = "MOKD.TEACHER.CONFIG_FILE"
         config_file, _ = find_config(options.CONFIG_FILE, option)
