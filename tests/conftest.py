@@ -127,8 +127,8 @@ def digits_teacher_weights(tmp_path_factory):
 @pytest.fixture
 def make_digits_cfg(tmp_path, digits_teacher_weights):
     """
-    From (overrides, folder name) to the config of the digits' student with its teacher (MOKD.ENABLED
-    is in the overrides), on the packed digits of tests/data.
+    From (overrides, folder name) to the config of the digits' student and its teacher, on the
+    packed digits of tests/data.
     """
 
     def make(opts=(), folder="run"):

@@ -102,7 +102,6 @@ def check_classes(cfg):
                     f"'{name}' has {len(classes)} classes ({_listed(classes)}): set it to "
                     f"{len(classes)}."
                 )
-            MetadataCatalog.get(name).classes = classes
 
 
 def _listed(names, most=5):

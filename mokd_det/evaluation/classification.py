@@ -7,7 +7,7 @@ import logging
 import os
 
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 
@@ -73,12 +73,12 @@ class ClassificationEvaluator(DatasetEvaluator):
         labels = torch.tensor([p["label"] for p in predictions])
         right = torch.tensor([p["classes"] for p in predictions]) == labels[:, None]
         top1 = right[:, 0].double()
+        source = DatasetCatalog.get(self.dataset_name)
         results = {"top1": 100 * top1.mean().item()}
-        classes = MetadataCatalog.get(self.dataset_name).get("classes", [])
-        if len(classes) > TOP:
+        if len(source.classes) > TOP:
             results["top5"] = 100 * right.any(dim=1).double().mean().item()
         results["images"] = len(predictions)
-        results["skipped"] = len(DatasetCatalog.get(self.dataset_name)) - len(predictions)
+        results["skipped"] = len(source) - len(predictions)
         if results["skipped"]:
             logger.warning(
                 f"{results['skipped']} images of '{self.dataset_name}' could not be read and do "
@@ -87,7 +87,7 @@ class ClassificationEvaluator(DatasetEvaluator):
         if self.per_class:
             for label in labels.unique().tolist():
                 mean = top1[labels == label].mean().item()
-                results[f"top1-{classes[label]}"] = 100 * mean
+                results[f"top1-{source.classes[label]}"] = 100 * mean
             self._print_classes(results)
         if self.output_dir:
             os.makedirs(self.output_dir, exist_ok=True)

@@ -3,7 +3,7 @@
 
 import numpy as np
 import pytest
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog
 from PIL import Image
 
 from mokd_det.config import load_config
@@ -109,7 +109,7 @@ def test_sets_of_the_config_are_registered_again_and_again():
     for _ in range(2):
         check(digits_cfg())
     assert len(DatasetCatalog.get("tests_digits_train")) == 60
-    assert MetadataCatalog.get("tests_digits_val").classes == list("0123456789")
+    assert DatasetCatalog.get("tests_digits_val").classes == list("0123456789")
 
 
 def test_another_number_of_classes_than_the_classifiers_is_an_error():

@@ -1,0 +1,356 @@
+# Copyright (c) The mokd_det authors.
+"""Training classifiers, by equality with what it must equal."""
+
+import json
+import math
+
+import mokd_det  # noqa: F401  (first: the other processes have no conftest)
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torchvision
+from detectron2.data import DatasetCatalog
+from detectron2.evaluation import inference_on_dataset
+from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
+from detectron2.utils.events import EventStorage
+
+from mokd_det.config import load_config
+from mokd_det.data import register_datasets, schedule_in_iterations
+from mokd_det.data.classification import Batch, build_test_loader, build_train_loader
+from mokd_det.engine import BalancedTrainer, DistillationTrainer, build_trainer
+from mokd_det.engine.optimizer import build_optimizer
+from mokd_det.engine.trainer import wrap_distributed
+from mokd_det.evaluation import ClassificationEvaluator
+from mokd_det.modeling import Classifier, load_trained_model
+
+from ..conftest import DIGIT_OPTS, ROOT
+
+MIXED = ["INPUT.CLASSIFICATION.MIXUP", 0.8, "INPUT.CLASSIFICATION.CUTMIX", 1.0]
+SMALL = ["MOKD.FEATURES.DIM", 32, "INPUT.CLASSIFICATION.SIZE_TRAIN", 32]
+OFF = ["MOKD.ENABLED", False]
+
+
+def train(cfg, resume=False):
+    seed_all_rng(cfg.SEED)
+    trainer = build_trainer(cfg)
+    trainer.resume_or_load(resume)
+    trainer.train()
+    return trainer
+
+
+def saved(cfg, entry="model"):
+    return torch.load(f"{cfg.OUTPUT_DIR}/model_final.pth", weights_only=True)[entry]
+
+
+def assert_equal_states(first, second):
+    assert first.keys() == second.keys()
+    for key in first:
+        assert torch.equal(first[key], second[key]), key
+
+
+@pytest.mark.parametrize("mixed", [[], MIXED], ids=["labels", "mixed"])
+def test_without_a_teacher_it_is_a_plain_torch_loop_bit_for_bit(make_digits_cfg, mixed):
+    opts = [*OFF, *mixed, "SOLVER.OPTIMIZER", "AdamW", "MODEL.CLASSIFIER.LABEL_SMOOTHING", 0.1]
+    cfg = make_digits_cfg(opts)
+    trainer = train(cfg)
+
+    seed_all_rng(cfg.SEED)
+    network = torchvision.models.shufflenet_v2_x0_5(num_classes=10).train()
+    norms = {
+        p
+        for m in network.modules()
+        if isinstance(m, torch.nn.BatchNorm2d)
+        for p in m.parameters(recurse=False)
+    }
+    decays = [p for p in network.parameters() if p not in norms]
+    optimizer = torch.optim.AdamW(
+        [{"params": decays, "weight_decay": 5e-4}, {"params": list(norms), "weight_decay": 0.0}],
+        lr=cfg.SOLVER.BASE_LR,
+    )
+    loader = build_train_loader(cfg)
+    loader.seed = trainer._trainer.seed
+    mean = torch.tensor(cfg.MODEL.PIXEL_MEAN).view(3, 1, 1)
+    std = torch.tensor(cfg.MODEL.PIXEL_STD).view(3, 1, 1)
+    for iteration, batch in zip(range(3), loader):
+        for group in optimizer.param_groups:
+            group["lr"] = cfg.SOLVER.BASE_LR * 0.5 * (1 + math.cos(math.pi * iteration / 3))
+        logits = network((batch.images - mean) / std)
+        loss = torch.nn.functional.cross_entropy(logits, batch.targets, label_smoothing=0.1)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert_equal_states(saved(cfg), network.state_dict())
+
+
+def test_the_checkpoint_is_torchvisions_and_has_no_teacher(make_digits_cfg):
+    cfg = make_digits_cfg(SMALL)
+    train(cfg)
+    checkpoint = torch.load(f"{cfg.OUTPUT_DIR}/model_final.pth", weights_only=True)
+    assert set(checkpoint) == {"model", "projectors", "trainer", "iteration"}
+    network = torchvision.models.shufflenet_v2_x0_5(num_classes=10)
+    network.load_state_dict(checkpoint["model"], strict=True)
+    batch = next(iter(build_test_loader(cfg, "tests_digits_val")))
+    cfg.MODEL.WEIGHTS = f"{cfg.OUTPUT_DIR}/model_final.pth"
+    model = load_trained_model(cfg)
+    with torch.no_grad():
+        expected = network.eval()(model.preprocess(batch.images))
+        assert torch.equal(model(batch), expected)
+
+
+@pytest.mark.parametrize(
+    "opts",
+    [
+        [],
+        [*MIXED, "DATALOADER.REPEATED_AUGMENTATION", 2],
+        ["SOLVER.EMA_DECAY", 0.9, "SOLVER.OPTIMIZER", "AdamW"],
+        ["MOKD.BALANCING.RULE", "famo", "MODEL.CLASSIFIER.NAME", "mobilenet_v3_small"],
+        ["DATALOADER.NUM_WORKERS", 2],
+    ],
+    ids=["plain", "mixed", "average", "famo", "workers"],
+)
+def test_resumed_equals_uninterrupted(make_digits_cfg, opts):
+    opts = [*SMALL, *opts, "SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 2]
+    whole = make_digits_cfg(opts, "whole")
+    train(whole)
+
+    class Stopped(Exception):
+        pass
+
+    cfg = make_digits_cfg(opts, "stopped")
+    seed_all_rng(cfg.SEED)
+    first = build_trainer(cfg)
+    step = first._trainer.run_step
+
+    def stop_after_two():
+        if first.iter == 2:
+            raise Stopped
+        step()
+
+    first._trainer.run_step = stop_after_two
+    with pytest.raises(Stopped):
+        first.train()
+    cfg.SEED = 12345  # the checkpoint's seed counts
+    assert train(cfg, resume=True).start_iter == 2
+    assert_equal_states(saved(whole), saved(cfg))
+
+
+def test_a_resumed_epoch_goes_on_where_it_stopped(make_digits_cfg):
+    """The images of an epoch are each seen once, though the run stopped in its middle."""
+    cfg = make_digits_cfg([*OFF, "SOLVER.IMS_PER_BATCH", 10])
+    register_datasets(cfg)
+    seen = []
+    for start, count in ((0, 2), (2, 4)):
+        loader = build_train_loader(cfg)
+        loader.seed, loader.start = 3, start
+        seen += [name for _, batch in zip(range(count), loader) for name in batch.names]
+    assert len(seen) == len(set(seen)) == 60
+
+
+@pytest.mark.parametrize(
+    "opts",
+    [
+        ["SOLVER.AMP.ENABLED", True, "SOLVER.AMP.PRECISION", "bfloat16"],
+        ["SOLVER.MICRO_BATCHES", 4],
+        ["SOLVER.EMA_DECAY", 0.99],
+        ["MOKD.BALANCING.PLACE", "parameters"],
+        ["MOKD.BALANCING.PLACE", "parameters", "MOKD.BALANCING.LAYERS", ["conv5"]],
+        ["MOKD.BALANCING.PLACE", "parameters", "MOKD.BALANCING.GRAM", "signal"]
+        + ["SOLVER.MICRO_BATCHES", 2, "MOKD.BALANCING.SMOOTHING", 0.9],
+        ["MOKD.BALANCING.RULE", "famo", "MOKD.BALANCING.RESCALE", "sum"],
+        ["MOKD.TEACHER.IMAGE_SIZE", 48],
+        ["SOLVER.CLIP_GRADIENTS.ENABLED", True, "SOLVER.OPTIMIZER", "AdamW"],
+    ],
+    ids=lambda opts: " ".join(map(str, opts[:2])),
+)
+def test_options_of_the_step_suit_classifiers(make_digits_cfg, opts):
+    cfg = make_digits_cfg([*SMALL, *opts, "SOLVER.MAX_ITER", 1])  # logs are medians over steps
+    trainer = train(cfg)
+    with open(f"{cfg.OUTPUT_DIR}/metrics.json") as f:
+        scalars = {k: v for line in f for k, v in json.loads(line).items()}
+    parts = [scalars[name] for name in ("loss_cls", "loss_features", "loss_logits")]
+    assert scalars["total_loss"] == pytest.approx(sum(parts), rel=1e-3)
+    place = trainer._trainer.boundary.place
+    assert f"balance/{place}/cosine_outputs" in scalars
+    assert set(trainer._last_eval_results["classification"]) == {
+        *("top1", "top5", "images", "skipped"),
+    }
+
+
+def test_accumulation_is_the_big_batch_where_nothing_depends_on_it(make_digits_cfg):
+    opts = [*SMALL, "MOKD.BALANCING.PLACE", "parameters", "MODEL.CLASSIFIER.NAME", "squeezenet1_1"]
+    opts += ["MODEL.CLASSIFIER.OPTIONS", "{dropout: 0.0}", "MOKD.FEATURES.ENABLED", False]
+    opts += ["INPUT.CLASSIFICATION.SIZE_TRAIN", 48, "SOLVER.MAX_ITER", 1, "SOLVER.BASE_LR", 0.01]
+    whole, parts = make_digits_cfg(opts, "whole"), make_digits_cfg(opts, "parts")
+    parts.SOLVER.MICRO_BATCHES = 4
+    train(whole), train(parts)
+    for key, value in saved(whole).items():
+        assert torch.allclose(value, saved(parts)[key], rtol=1e-4, atol=1e-5), key
+
+
+def test_epochs_become_iterations(make_digits_cfg):
+    opts = ["SOLVER.UNIT", "epoch", "SOLVER.IMS_PER_BATCH", 8, "SOLVER.MAX_ITER", 10]
+    opts += ["SOLVER.STEPS", (3, 9), "SOLVER.WARMUP_ITERS", 1, "SOLVER.CHECKPOINT_PERIOD", 2]
+    cfg = make_digits_cfg([*opts, "TEST.EVAL_PERIOD", 5])
+    register_datasets(cfg)
+    found = schedule_in_iterations(cfg)
+    # 60 images in batches of 8
+    assert (found.SOLVER.MAX_ITER, found.SOLVER.STEPS) == (75, (23, 68))
+    assert (found.SOLVER.WARMUP_ITERS, found.SOLVER.CHECKPOINT_PERIOD) == (8, 15)
+    assert (found.TEST.EVAL_PERIOD, found.SOLVER.UNIT) == (38, "iteration")
+    assert schedule_in_iterations(found) is found
+    assert cfg.SOLVER.MAX_ITER == 10
+    cfg.SOLVER.WARMUP_ITERS = 1000
+    with pytest.raises(ValueError, match="WARMUP_ITERS 1000 .* of MAX_ITER 10 are epochs"):
+        schedule_in_iterations(cfg)
+    cfg.SOLVER.UNIT = "step"
+    with pytest.raises(ValueError, match="SOLVER.UNIT is 'step': expected one of 'iteration', 'ep"):
+        schedule_in_iterations(cfg)
+
+
+def test_epochs_of_detectors(make_cfg):
+    opts = ["SOLVER.UNIT", "epoch", "SOLVER.MAX_ITER", 1, "SOLVER.CHECKPOINT_PERIOD", 1]
+    cfg = make_cfg("faster_rcnn", [*opts, "TEST.EVAL_PERIOD", 0])
+    assert train(cfg).max_iter == 3  # 6 tiles in batches of 2
+
+
+def test_weight_decay_is_split_by_the_kind_of_parameter():
+    opts = ["MODEL.CLASSIFIER.NAME", "vit_tiny_16", "MODEL.CLASSIFIER.OPTIONS", "{image_size: 32}"]
+    opts += ["SOLVER.OPTIMIZER", "AdamW", "SOLVER.WEIGHT_DECAY", 0.05]
+    opts += ["SOLVER.WEIGHT_DECAY_NORM", 0.01, "SOLVER.WEIGHT_DECAY_BIAS", 0.0]
+    cfg = load_config("configs/Digits/student_scratch.yaml", opts)
+    model = Classifier(cfg)
+    optimizer = build_optimizer(cfg, model)
+    assert isinstance(optimizer, torch.optim.AdamW)
+    decay = {p: g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    network = model.network
+    assert len(decay) == len(list(model.parameters()))
+    assert decay[network.conv_proj.weight] == decay[network.heads.head.weight] == 0.05
+    assert decay[network.conv_proj.bias] == decay[network.class_token] == 0
+    assert decay[network.encoder.pos_embedding] == 0
+    assert decay[network.encoder.ln.weight] == 0.01
+    cfg.SOLVER.BETAS = [0.9, 1.0]
+    with pytest.raises(ValueError, match="SOLVER.BETAS is"):
+        build_optimizer(cfg, model)
+    cfg.SOLVER.OPTIMIZER = "Adam"
+    with pytest.raises(ValueError, match="SOLVER.OPTIMIZER is 'Adam': expected one of 'SGD'"):
+        build_optimizer(cfg, model)
+
+
+def test_training_starts_from_weights_of_other_classes(make_digits_cfg, tmp_path):
+    source = torchvision.models.shufflenet_v2_x0_5(num_classes=1000)
+    torch.save(source.state_dict(), tmp_path / "w.pth")
+    cfg = make_digits_cfg([*OFF, "MODEL.CLASSIFIER.WEIGHTS", str(tmp_path / "w.pth")])
+    model = DistillationTrainer.build_model(cfg)
+    assert torch.equal(model.student.network.conv1[0].weight, source.conv1[0].weight)
+
+
+def test_inheriting_uses_the_networks_own_names(make_digits_cfg):
+    opts = ["MODEL.CLASSIFIER.NAME", "resnet34", "MOKD.INHERIT", ["layer1.0", "fc"]]
+    trainer = build_trainer(make_digits_cfg([*SMALL, *opts]))
+    trainer.resume_or_load(False)
+    student, teacher = trainer.model.student.network, trainer.model.teacher.model.network
+    assert torch.equal(student.fc.weight, teacher.fc.weight)
+    assert torch.equal(student.layer1[0].conv1.weight, teacher.layer1[0].conv1.weight)
+    assert not torch.equal(student.layer1[1].conv1.weight, teacher.layer1[1].conv1.weight)
+
+
+# Two processes: the step of one on the joined batch. BatchNorm would see parts of it, so the
+# student has none; squeezenet's dropout is off for the same reason.
+RANK_CASES = {
+    "features": [],
+    "parameters": ["MOKD.BALANCING.PLACE", "parameters"],
+    "anchored": ["MOKD.BALANCING.RULE", "anchored"],
+}
+RANK_OPTS = [
+    *(*DIGIT_OPTS, "MODEL.CLASSIFIER.NAME", "squeezenet1_1", "SOLVER.BASE_LR", 0.005),
+    *("MODEL.CLASSIFIER.OPTIONS", "{dropout: 0.0}", "MOKD.FEATURES.DIM", 32),
+]
+
+
+class Constant:
+    seed = 0
+
+    def __init__(self, batch):
+        self.batch = batch
+
+    def __iter__(self):
+        while True:
+            yield self.batch
+
+
+def steps(opts, weights, rank=None):
+    opts = [*RANK_OPTS, *opts, "MOKD.TEACHER.WEIGHTS", weights]
+    cfg = load_config(str(ROOT / "configs/Digits/student_mokd.yaml"), opts)
+    cfg.MOKD.TEACHER.CONFIG_FILE = str(ROOT / "configs/Digits/teacher.yaml")
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (8, 3, 48, 48), generator=generator, dtype=torch.uint8)
+    batch = Batch(images, torch.arange(8))
+    batch = batch if rank is None else batch[4 * rank : 4 * rank + 4]
+    seed_all_rng(rank or 0)
+    model = DistillationTrainer.build_model(cfg)
+    wrapped, optimizer = wrap_distributed(model), build_optimizer(cfg, model)
+    trainer = BalancedTrainer(wrapped, Constant(batch), optimizer, 0)
+    decided = []
+    with EventStorage(0):
+        for trainer.iter in range(3):
+            trainer.run_step()
+            decided.append(trainer.boundary.last.weights)
+    return torch.stack(decided), model.student.state_dict()
+
+
+def evaluated(rank=None):
+    """Evaluation of the digits by a fixed rule, which is right for some of them."""
+    cfg = load_config(
+        str(ROOT / "configs/Digits/teacher.yaml"), [*DIGIT_OPTS, "TEST.BATCH_SIZE", 7]
+    )
+    register_datasets(cfg)
+
+    def model(batch):
+        scores = torch.nn.functional.one_hot(batch.targets, 10).float()
+        wrong = torch.tensor([int(name.split("#")[1]) % 3 == 0 for name in batch.names])
+        scores[wrong] = scores[wrong].roll(1, 1) + 0.1 * scores[wrong]
+        return scores
+
+    loader = build_test_loader(cfg, "tests_digits_val")
+    return inference_on_dataset(model, loader, ClassificationEvaluator("tests_digits_val"))
+
+
+def worker(rank, folder, weights):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    if hasattr(comm, "create_local_process_group"):
+        comm.create_local_process_group(2)
+    else:
+        comm._LOCAL_PROCESS_GROUP = dist.new_group([0, 1])
+    results = {name: steps(opts, weights, rank) for name, opts in RANK_CASES.items()}
+    results["evaluation"] = evaluated(rank)
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory, digits_teacher_weights):
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(worker, args=(str(folder), digits_teacher_weights), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", RANK_CASES)
+def test_two_ranks_equal_one(two_ranks, digits_teacher_weights, name):
+    weights, state = steps(RANK_CASES[name], digits_teacher_weights)
+    first, second = (results[name] for results in two_ranks)
+    assert torch.equal(first[0], second[0])
+    assert torch.allclose(first[0], weights, rtol=1e-3, atol=1e-6)
+    for key, value in state.items():
+        assert torch.equal(first[1][key], second[1][key]), key
+        assert torch.allclose(first[1][key], value, rtol=1e-3, atol=1e-4), key
+
+
+def test_evaluation_on_two_ranks_counts_every_image_once(two_ranks):
+    single = evaluated()
+    assert two_ranks[0]["evaluation"] == single and two_ranks[1]["evaluation"] in ({}, None)
+    assert single["classification"]["images"] == 40 == len(DatasetCatalog.get("tests_digits_val"))
+    assert single["classification"]["top1"] == pytest.approx(100 * 26 / 40)
+    assert single["classification"]["top5"] == 100
