@@ -5,10 +5,11 @@ BIN := $(VENV)/bin
 UV := $(BIN)/uv
 UV_VERSION := 0.13.9
 
-.PHONY: help env demo test lint pins clean
+.PHONY: help env demo demo-classification test lint pins clean
 
 help:
 	@echo "make demo   from nothing to a distilled tree detector (about 17 minutes on 2 CPU cores)"
+	@echo "make demo-classification   the same for digits, three seeds (about 4 minutes)"
 	@echo "make test   the test suite"
 	@echo "make env    only the set-up, in $(VENV)"
 	@echo "make lint   ruff over the code"
@@ -28,6 +29,9 @@ $(VENV)/installed: requirements.txt setup.cfg pyproject.toml Makefile
 demo: env
 	$(BIN)/python tools/quick_start.py
 
+demo-classification: env
+	$(BIN)/python tools/quick_start_classification.py
+
 test: env
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
 
@@ -36,7 +40,7 @@ lint: env
 
 pins: env
 	$(UV) pip compile --universal --python-version 3.10 --upgrade --no-annotate --no-header --quiet \
-	    --extra detectron2 --extra balancers --extra dev pyproject.toml -o requirements.txt
+	    --extra detectron2 --extra balancers --extra studies --extra dev pyproject.toml -o requirements.txt
 	sed -i.bak "1i # Pinned environment of 'make env'. Remade by: make pins" requirements.txt && rm requirements.txt.bak
 
 clean:

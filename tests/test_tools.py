@@ -178,7 +178,7 @@ def test_student_and_teacher_are_evaluated_in_one_call(trained, tmp_path):
     row = json.loads((tmp_path / "zoo_row.json").read_text())
     assert row["parameters"] == 971_712 and row["name"] == "student_mokd"
     assert row["gflops"] > 0.1 and row["inference_seconds_per_image"] > 0
-    assert row["AP"] == {"box AP": results["bbox"]["AP"]} and len(row["sha256"]) == 64
+    assert row["accuracy"] == {"box AP": results["bbox"]["AP"]} and len(row["sha256"]) == 64
     assert row["train_seconds_per_iteration"] is None  # it was not trained in this folder
     assert f"| [student_mokd]({CONFIGS['mokd']}) |" in done.stdout
 
@@ -230,7 +230,7 @@ def test_tiny_coco_trains_evaluates_and_prints_its_zoo_row(tmp_path):
     row = json.loads((tmp_path / "run" / "zoo_row.json").read_text())
     assert "| Name | schedule | train s/iter | inference s/im |" in done.stdout
     assert f"]({COCO_CONFIG}) | 2 x 2 images |" in done.stdout
-    assert 41e6 < row["parameters"] < 42e6 and "box AP" in row["AP"]
+    assert 41e6 < row["parameters"] < 42e6 and "box AP" in row["accuracy"]
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert {"AP", "AP50", "AP75", "APs", "APm", "APl"} <= set(results["bbox"])
     shutil.rmtree(tmp_path / "run")  # hundreds of MB

@@ -9,12 +9,13 @@ Examples:
   python tools/study.py studies/fashion_mnist.yaml --summarize
 
 Every run is one call of tools/train_net.py, on one thread. Its results are kept in
-studies/NAME/METHOD-SEED.json; a run whose file is there is not run again, so a study that was
-stopped goes on. The table (mean, standard deviation, paired difference to the baseline with its
-95 % interval) is printed and written to studies/NAME/table.md and table.json.
+studies/NAME/METHOD-SEED.json (or in the folder --output); a run whose file is there is not run
+again, so a study that was stopped goes on. The table (mean, standard deviation, paired difference
+to the baseline with its 95 % interval) is printed and written beside them to table.md and
+table.json.
 
 A study file:
-  teacher: CONFIG              # trained first, once, unless its weights are there
+  teacher: CONFIG              # trained once, unless its weights are there
   seeds: [1, 2, 3]
   baseline: scratch            # differences are to this method, seed by seed
   metrics: [SET/TASK/METRIC]   # of results.json
@@ -91,6 +92,11 @@ def runs_of(study, only=()):
     ]
 
 
+def record_of(study, name, seed):
+    """The file of one run's results."""
+    return study["folder"] / f"{name}-{seed}.json".replace(" ", "_").replace(":", "_")
+
+
 def train(config, opts, output):
     """Run tools/train_net.py; return seconds. RuntimeError if it fails, with the end of its log."""
     command = [sys.executable, "tools/train_net.py", "--config-file", config]
@@ -104,33 +110,44 @@ def train(config, opts, output):
 
 
 def train_teacher(study):
-    """Train the teacher unless its weights are there already."""
+    """Train the teacher unless its weights are there already, and keep its results."""
     if not study["teacher"]:
         return
     output = ROOT / load_config(str(ROOT / study["teacher"])).OUTPUT_DIR
     if not (output / "model_final.pth").is_file():
-        print(f"teacher: {study['teacher']}", flush=True)
-        train(study["teacher"], [], output)
-        (study["folder"]).mkdir(parents=True, exist_ok=True)
-        results = json.loads((output / "results.json").read_text())
-        (study["folder"] / "teacher.json").write_text(json.dumps({"results": results}, indent=1))
+        seconds = train(study["teacher"], [], output)
+        print(f"teacher: {study['teacher']} ({seconds:.0f} s)", flush=True)
+    results = json.loads((output / "results.json").read_text())
+    write_json(study["folder"] / "teacher.json", {"config": study["teacher"], "results": results})
+
+
+def write_json(path, content):
+    """Within one folder, so the file is either absent or whole."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(content, indent=1))
+    os.replace(part, path)
+
+
+def distils(study, name):
+    """Whether a method needs the teacher."""
+    method = study["methods"][name]
+    opts = [str(opt) for opt in (*study["opts"], *method.get("opts", []))]
+    return load_config(str(ROOT / method["config"]), opts).MOKD.ENABLED
 
 
 def run_one(study, name, seed):
     """Run one method with one seed and keep its results; return what was done."""
-    record = study["folder"] / f"{name}-{seed}.json"
+    record = record_of(study, name, seed)
     if record.is_file():
         return f"{name} seed {seed}: there already"
     method = study["methods"][name]
     opts = [*study["opts"], *method.get("opts", []), "SEED", seed]
-    output = ROOT / "output" / "studies" / study["name"] / f"{name}-{seed}"
+    output = ROOT / "output" / "studies" / study["name"] / f"{name}-{seed}".replace(" ", "_")
     seconds = train(method["config"], opts, output)
     results = json.loads((output / "results.json").read_text())
     content = {"method": name, "seed": seed, "config": method["config"], "opts": opts}
     content |= {"seconds": round(seconds, 1), "results": results}
-    part = record.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=1))
-    os.replace(part, record)  # a record is either absent or whole
+    write_json(record, content)
     values = ", ".join(f"{m}: {metric_of(results, m):.2f}" for m in study["metrics"])
     return f"{name} seed {seed}: {values} ({seconds:.0f} s)"
 
@@ -138,10 +155,19 @@ def run_one(study, name, seed):
 def run(study, jobs, only):
     """Run what is missing. SystemExit at the end if any run failed."""
     study["folder"].mkdir(parents=True, exist_ok=True)
-    train_teacher(study)
+    runs = runs_of(study, only)
+    waits = {name: distils(study, name) for name in dict.fromkeys(name for name, _ in runs)}
     failed = 0
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        todo = [pool.submit(run_one, study, *item) for item in runs_of(study, only)]
+        teacher = pool.submit(train_teacher, study) if any(waits.values()) else None
+
+        def one(name, seed):
+            if waits[name]:
+                teacher.result()
+            return run_one(study, name, seed)
+
+        # Those without a teacher run beside its training.
+        todo = [pool.submit(one, *item) for item in sorted(runs, key=lambda item: waits[item[0]])]
         for done in concurrent.futures.as_completed(todo):
             try:
                 print(done.result(), flush=True)
@@ -163,7 +189,7 @@ def read_records(study):
     """Return dict: method -> seed -> results, of the runs that are there."""
     records = {}
     for name, seed in runs_of(study):
-        path = study["folder"] / f"{name}-{seed}.json"
+        path = record_of(study, name, seed)
         if path.is_file():
             records.setdefault(name, {})[seed] = json.loads(path.read_text())["results"]
     return records
@@ -238,11 +264,14 @@ def main():
     parser.add_argument("--run", action="store_true", help="run what is missing")
     parser.add_argument("--summarize", action="store_true", help="only make the table")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side (%(default)s)")
+    parser.add_argument("--output", help="folder of the results (studies/NAME)")
     parser.add_argument("--only", action="append", default=[], help="a method; may be repeated")
     args = parser.parse_args()
     if args.run == args.summarize:
         parser.error("give one of --run and --summarize")
     study = load_study(args.study)
+    if args.output:
+        study["folder"] = Path(args.output)
     if args.run:
         run(study, args.jobs, args.only)
     rows = summarize(study)

@@ -19,6 +19,10 @@ Examples:
   python tools/train_net.py --config-file configs/Quick-Start/student_mokd.yaml --eval-only \\
       --with-teacher --zoo-row MODEL.WEIGHTS output/quick_start/student_mokd/model_final.pth
 
+  # classifiers alike; also with torchvision's own weights, to check their published accuracy
+  python tools/train_net.py --config-file configs/ImageNet-Classification/resnet18.yaml \\
+      --eval-only MODEL.CLASSIFIER.WEIGHTS IMAGENET1K_V1
+
   # several processes: --num-gpus N, or torchrun (also on the CPU)
   torchrun --nproc-per-node 2 tools/train_net.py --config-file ...
 
@@ -34,13 +38,14 @@ import torch
 from detectron2.engine import default_argument_parser, default_setup
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
+from detectron2.utils.logger import setup_logger
 from fvcore.common.checkpoint import Checkpointer
 
 from mokd_det.config import load_config, stock_config
-from mokd_det.data import check_datasets, register_datasets
+from mokd_det.data import check_classes, check_datasets, register_datasets
 from mokd_det.engine import DistillationTrainer, Trainer, build_trainer, launch
 from mokd_det.evaluation import finite, format_comparison, format_zoo_row, write_results, zoo_row
-from mokd_det.modeling import load_trained_model, teacher_config
+from mokd_det.modeling import is_classifier, load_trained_model, teacher_config
 
 
 def setup(args):
@@ -52,6 +57,8 @@ def setup(args):
         check_datasets(cfg.DATASETS.TRAIN, "DATASETS.TRAIN")
     if args.eval_only or cfg.DATASETS.TEST:
         check_datasets(cfg.DATASETS.TEST, "DATASETS.TEST")
+    if is_classifier(cfg):
+        check_classes(cfg, ("TEST",) if args.eval_only else ("TRAIN", "TEST"))
     if args.zoo_row and not cfg.DATASETS.TEST:
         raise ValueError("--zoo-row needs DATASETS.TEST, which is empty: name a data set.")
     if args.with_teacher and not args.eval_only:
@@ -72,6 +79,7 @@ def setup(args):
         raise FileNotFoundError(f"MODEL.WEIGHTS '{weights}' does not exist.")
     cfg.freeze()
     default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="mokd_det", abbrev_name="mokd")
     return cfg
 
 
@@ -116,7 +124,10 @@ def train(args, cfg):
 
 
 def write_zoo_row(args, cfg, results):
-    loader = Trainer.build_test_loader(cfg, cfg.DATASETS.TEST[0])
+    one_by_one = cfg.clone()
+    one_by_one.defrost()
+    one_by_one.TEST.BATCH_SIZE = 1
+    loader = Trainer.build_test_loader(one_by_one, cfg.DATASETS.TEST[0])
     row = zoo_row(cfg, load_trained_model(cfg), results, args.config_file, loader)
     with PathManager.open(f"{cfg.OUTPUT_DIR}/zoo_row.json", "w") as f:
         json.dump(finite(row), f, indent=2)

@@ -71,9 +71,13 @@ def _register_classification(entry):
     MetadataCatalog.get(name).set(evaluator_type="classification", image_path=path)
 
 
-def check_classes(cfg):
+def check_classes(cfg, options=("TRAIN", "TEST")):
     """
     Check the data sets of a classifier against it, by the names of their classes.
+
+    Args:
+        cfg (CfgNode): of a classifier.
+        options (sequence[str]): keys of ``cfg.DATASETS`` with names of sets that exist.
 
     Raises:
         ValueError: a set for detection, sets of different classes, or another number of classes
@@ -81,7 +85,7 @@ def check_classes(cfg):
         FileNotFoundError: a folder without class folders.
     """
     first = None
-    for option in ("TRAIN", "TEST"):
+    for option in options:
         for name in cfg.DATASETS[option]:
             if MetadataCatalog.get(name).get("evaluator_type") != "classification":
                 raise ValueError(

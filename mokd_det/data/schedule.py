@@ -34,8 +34,9 @@ def schedule_in_iterations(cfg):
         return cfg
     if cfg.SOLVER.WARMUP_ITERS >= cfg.SOLVER.MAX_ITER:
         raise ValueError(
-            f"SOLVER.UNIT is 'epoch', so SOLVER.WARMUP_ITERS {cfg.SOLVER.WARMUP_ITERS} (Detectron2's "
-            f"default: 1000) of MAX_ITER {cfg.SOLVER.MAX_ITER} are epochs: set it to fewer, or 0."
+            f"SOLVER.UNIT is 'epoch', so SOLVER.WARMUP_ITERS {cfg.SOLVER.WARMUP_ITERS} "
+            f"(Detectron2's default: 1000) of MAX_ITER {cfg.SOLVER.MAX_ITER} are epochs: set it to "
+            "fewer, or 0."
         )
     images, batch = _training_images(cfg), cfg.SOLVER.IMS_PER_BATCH
 

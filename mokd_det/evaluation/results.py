@@ -9,6 +9,7 @@ import os
 __all__ = ["count_parameters", "finite", "format_comparison", "write_results"]
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+CLASSIFICATION_METRICS = ("top1", "top5")
 
 
 def count_parameters(model):
@@ -44,14 +45,16 @@ def format_comparison(results_by_model):
     Returns:
         str: a Markdown table with a line for each data set, task and model.
     """
-    lines = [["data set", "task", "model", *METRICS], ["---"] * (3 + len(METRICS))]
+    rows = []
     for model, results in results_by_model.items():
         nested = all(isinstance(v, dict) for task in results.values() for v in task.values())
         for data_set, tasks in (results if nested else {"": results}).items():
-            for task, metrics in tasks.items():
-                values = [f"{metrics[m]:.2f}" if m in metrics else "" for m in METRICS]
-                lines.append([data_set, task, model, *values])
-    lines[2:] = sorted(lines[2:], key=lambda line: line[:2])
+            rows += [(data_set, task, model, metrics) for task, metrics in tasks.items()]
+    rows.sort(key=lambda row: row[:2])
+    found = [m for m in (*METRICS, *CLASSIFICATION_METRICS) if any(m in row[3] for row in rows)]
+    lines = [["data set", "task", "model", *found], ["---"] * (3 + len(found))]
+    for *head, metrics in rows:
+        lines.append([*head, *(f"{metrics[m]:.2f}" if m in metrics else "" for m in found)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -18,7 +18,13 @@ from .results import count_parameters
 __all__ = ["format_zoo_row", "zoo_row"]
 
 WARM_UP = 2  # images
-TASKS = {"bbox": "box AP", "segm": "mask AP", "keypoints": "keypoint AP"}
+# Task -> title and metric.
+TASKS = {
+    "bbox": ("box AP", "AP"),
+    "segm": ("mask AP", "AP"),
+    "keypoints": ("keypoint AP", "AP"),
+    "classification": ("top-1", "top1"),
+}
 
 
 @torch.no_grad()
@@ -26,7 +32,7 @@ def zoo_row(cfg, model, results, config_file, data_loader, images=10):
     """
     Args:
         cfg (CfgNode): of the run; its ``OUTPUT_DIR`` holds the logs of training, if there was any.
-        model (nn.Module): the plain detector, on its device.
+        model (nn.Module): the plain detector or classifier, on its device.
         results (dict): of its evaluation, see :func:`write_results`.
         config_file (str): for the record.
         data_loader (iterable): of ``DATASETS.TEST``, one image at a time.
@@ -36,24 +42,26 @@ def zoo_row(cfg, model, results, config_file, data_loader, images=10):
         dict: ``name``, ``schedule``; ``train_seconds_per_iteration`` (median) and
         ``train_memory_gb`` (GPU only), None if not known; ``inference_seconds_per_image``
         (median), ``parameters``, ``gflops`` (multiply-adds, as fvcore counts; mean over images),
-        an ``AP`` for each task and data set, ``config``, ``weights`` and their ``sha256``.
+        ``accuracy``, AP for each task and data set or top-1, ``config``, ``weights`` and their
+        ``sha256`` (None for weights that torchvision names).
     """
     model.eval()
     batches = list(itertools.islice(data_loader, WARM_UP + images))
     log = _training_log(cfg.OUTPUT_DIR)
     weights = cfg.MODEL.WEIGHTS
+    unit = "epochs" if cfg.SOLVER.UNIT == "epoch" else f"x {cfg.SOLVER.IMS_PER_BATCH} images"
     return {
         "name": os.path.splitext(os.path.basename(config_file))[0],
-        "schedule": f"{cfg.SOLVER.MAX_ITER} x {cfg.SOLVER.IMS_PER_BATCH} images",
+        "schedule": f"{cfg.SOLVER.MAX_ITER} {unit}",
         "train_seconds_per_iteration": log["time"],
         "train_memory_gb": log["max_mem"] and log["max_mem"] / 1024,
         "inference_seconds_per_image": _inference_seconds(model, batches),
         "parameters": count_parameters(model),
         "gflops": statistics.mean(_gflops(model, batch) for batch in batches[-images:]),
-        "AP": _precisions(results),
+        "accuracy": _accuracies(results),
         "config": config_file,
-        "weights": weights,
-        "sha256": _sha256(weights),
+        "weights": weights or cfg.MODEL.CLASSIFIER.WEIGHTS,
+        "sha256": _sha256(weights) if weights else None,
     }
 
 
@@ -67,20 +75,20 @@ def format_zoo_row(row):
         "inference s/im": number(row["inference_seconds_per_image"], ".3f"),
         "train mem (GB)": number(row["train_memory_gb"], ".1f"),
         "params (M)": number(row["parameters"] / 1e6, ".2f"),
-        "GFLOPs": number(row["gflops"], ".1f"),
-        **{key: number(value, ".1f") for key, value in row["AP"].items()},
+        "GFLOPs": number(row["gflops"], ".3g"),
+        **{key: number(value, ".1f") for key, value in row["accuracy"].items()},
         "weights": row["weights"],
     }
     lines = [cells.keys(), [":---:"] * len(cells), cells.values()]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _precisions(results):
-    """AP by task, and by data set if there are several."""
+def _accuracies(results):
+    """By task, and by data set if there are several."""
     by_set = results if not set(results) & set(TASKS) else {"": results}
     return {
-        f"{title} {name}".strip(): by_set[name][task]["AP"]
-        for task, title in TASKS.items()
+        f"{title} {name}".strip(): by_set[name][task][metric]
+        for task, (title, metric) in TASKS.items()
         for name in by_set
         if task in by_set[name]
     }

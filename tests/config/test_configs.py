@@ -3,9 +3,11 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torchvision
 from detectron2 import model_zoo
 from detectron2.modeling import build_model
 from detectron2.modeling.backbone.resnet import BottleneckBlock
@@ -13,16 +15,21 @@ from detectron2.modeling.backbone.resnet import BottleneckBlock
 from mokd_det.config import load_config
 from mokd_det.data import register_datasets
 from mokd_det.data.augmentation import build_train_mapper
+from mokd_det.data.classification import PackedImages, write_packed
 from mokd_det.engine import DistillationTrainer, Trainer, build_trainer
+from mokd_det.modeling import is_classifier
+from mokd_det.modeling.trained import teacher_config
 
-from ..conftest import ROOT, TREES
+from ..conftest import DIGITS, ROOT, TREES
 from ..data.annotated import coco_layout
 
-CONFIGS = sorted(
+FILES = sorted(
     str(path.relative_to(ROOT))
     for path in (ROOT / "configs").rglob("*.yaml")
     if not path.name.startswith("Base-")
 )
+CLASSIFIERS = [path for path in FILES if is_classifier(load_config(str(ROOT / path)))]
+CONFIGS = [path for path in FILES if path not in CLASSIFIERS]
 # Small images and few boxes: the networks are those of the file.
 SMALL = [
     *("MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.TORCHVISION.WEIGHTS", ""),
@@ -104,6 +111,79 @@ def test_builds_trains_and_evaluates(config_file, data_sets, random_weights, tmp
     assert trainer.iter == 2
     tasks = {"bbox", "segm"} if cfg.MODEL.MASK_ON else {"bbox"}
     assert set(trainer._last_eval_results) == tasks
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    """From a number of classes to a packed set of digits that has as many."""
+    root = tmp_path_factory.mktemp("labelled")
+
+    def make(classes):
+        path = root / f"{classes}.npz"
+        digits = PackedImages(str(DIGITS / "train.npz"))
+        names = [f"class {i}" for i in range(classes)]
+        write_packed(str(path), digits.images, digits.labels, names)
+        name = f"tests_labelled_{classes}"
+        return ["DATASETS.CLASSIFICATION", [[name, str(path)]], "DATASETS.TRAIN", (name,)] + [
+            *("DATASETS.TEST", (name,)),
+        ]
+
+    return make
+
+
+@pytest.mark.parametrize("config_file", CLASSIFIERS)
+def test_classifiers_train_and_evaluate(config_file, labelled, tmp_path, monkeypatch):
+    """The schedule is one epoch of the file's recipe, in batches of 8 small images."""
+    given = load_config(config_file)
+    assert given.OUTPUT_DIR != "./output", "runs must not share a folder"
+    classes = given.MODEL.CLASSIFIER.NUM_CLASSES
+    assert classes == (1000 if "ImageNet" in config_file else 10)
+    size = min(given.INPUT.CLASSIFICATION.SIZE_TRAIN, 64)
+    opts = ["MODEL.DEVICE", "cpu", "DATALOADER.NUM_WORKERS", 0, "OUTPUT_DIR", str(tmp_path)]
+    opts += ["SOLVER.IMS_PER_BATCH", 8, "SOLVER.MAX_ITER", 1, "SOLVER.STEPS", ()]
+    opts += ["SOLVER.WARMUP_ITERS", 0, "INPUT.CLASSIFICATION.SIZE_TRAIN", size]
+    opts += ["INPUT.CLASSIFICATION.SIZE_TEST", size, "INPUT.CLASSIFICATION.RESIZE_TEST", size]
+    if given.MODEL.CLASSIFIER.NAME.startswith("vit_"):
+        opts += ["MODEL.CLASSIFIER.OPTIONS", {"image_size": size}]
+    cfg = load_config(config_file, [*opts, *labelled(classes)])
+    if cfg.MOKD.ENABLED:
+        monkeypatch.setattr("mokd_det.modeling.classification.networks._load", lambda *args: None)
+        monkeypatch.setattr(
+            "mokd_det.modeling.classification.networks._torchvision_weights", no_download
+        )
+        if cfg.MOKD.TEACHER.CONFIG_FILE:
+            weights = tmp_path / "teacher.pth"
+            teacher = load_config(cfg.MOKD.TEACHER.CONFIG_FILE)
+            torch.save({"model": build_model(teacher).state_dict()}, weights)
+            cfg.MOKD.TEACHER.WEIGHTS = str(weights)
+        assert teacher_config(cfg).MODEL.CLASSIFIER.NAME != cfg.MODEL.CLASSIFIER.NAME
+    trainer = build_trainer(cfg)
+    monkeypatch.setattr(trainer.checkpointer, "save", lambda *args, **kwargs: None)
+    trainer.max_iter = 2  # of the 8 of an epoch
+    trainer.resume_or_load(False)
+    trainer.train()
+    assert trainer.iter == 2
+    assert trainer._last_eval_results["classification"]["images"] == 60
+
+
+def no_download(name, weights, option):
+    """The real enum member, whose state nothing is loaded from."""
+    member = torchvision.models.get_model_weights(name)[weights]
+    return SimpleNamespace(
+        get_state_dict=lambda **options: {}, meta=member.meta, transforms=member.transforms
+    )
+
+
+@pytest.mark.parametrize("path", [c for c in CLASSIFIERS if "/mokd_" in c])
+def test_distilled_classifier_is_its_twin_plus_a_teacher(path):
+    cfg = load_config(path)
+    student = Path(path).stem.split("_to_")[1]
+    twin = load_config(str(Path(path).parent / f"{student}.yaml"))
+    assert cfg.MOKD.ENABLED and not twin.MOKD.ENABLED
+    for key in ("MODEL", "DATASETS", "SOLVER", "INPUT", "DATALOADER"):
+        assert cfg[key] == twin[key]
+    weights = torchvision.models.get_model_weights(cfg.MOKD.TEACHER.CLASSIFIER)
+    assert cfg.MOKD.TEACHER.WEIGHTS in weights.__members__
 
 
 ZOO = {
