@@ -47,8 +47,9 @@ class ClassificationEvaluator(DatasetEvaluator):
             inputs (Batch): with names; targets are labels.
             outputs (Tensor): (N, C) logits.
         """
-        scores = outputs.float().softmax(dim=1)
-        scores, classes = scores.topk(min(TOP, scores.shape[1]), dim=1)
+        # Of the logits: their softmax rounds close ones to ties.
+        classes = outputs.topk(min(TOP, outputs.shape[1]), dim=1).indices
+        scores = outputs.float().softmax(dim=1).gather(1, classes)
         rows = zip(inputs.names, inputs.targets.tolist(), classes.tolist(), scores.tolist())
         keys = ("name", "label", "classes", "scores")
         self._predictions += [dict(zip(keys, row)) for row in rows]

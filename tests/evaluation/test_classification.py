@@ -66,6 +66,13 @@ def test_predictions_are_kept(tmp_path):
     assert predictions[0]["scores"][0] == pytest.approx(logits[0].softmax(0).max().item())
 
 
+def test_logits_that_are_close_are_no_ties():
+    evaluator = ClassificationEvaluator("tests_digits_val")
+    logits = (1 + 1e-7 * torch.arange(10.0))[None]  # equal after a softmax
+    evaluator.process(Batch(torch.zeros(1, 3, 1, 1), torch.tensor([9]), ["x"]), logits)
+    assert evaluator.evaluate()["classification"]["top1"] == 100
+
+
 def test_no_image_at_all():
     evaluator = ClassificationEvaluator("tests_digits_val")
     with pytest.raises(ValueError, match="'tests_digits_val' has no image that could be"):

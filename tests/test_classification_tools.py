@@ -1,0 +1,317 @@
+# Copyright (c) The mokd_det authors.
+"""The command line for classifiers, and the study runner."""
+
+import json
+import math
+import statistics
+import sys
+from types import SimpleNamespace
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+
+from mokd_det.config import load_config
+from mokd_det.data import check_classes, register_datasets
+from mokd_det.engine import Trainer
+from mokd_det.modeling import load_trained_model
+
+from .conftest import DIGIT_OPTS, ROOT, TREES
+from .test_tools import load_script, run
+
+STUDENT = "configs/Digits/student_mokd.yaml"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, digits_teacher_weights):
+    output = tmp_path_factory.mktemp("cli")
+    opts = [*DIGIT_OPTS, "MOKD.TEACHER.WEIGHTS", digits_teacher_weights, "OUTPUT_DIR", output]
+    done = run("tools/train_net.py", "--config-file", STUDENT, "--zoo-row", *opts)
+    return output, opts, done.stdout
+
+
+def test_train_net_trains_evaluates_and_prints_the_zoo_row(trained):
+    output, _, stdout = trained
+    results = json.loads((output / "results.json").read_text())["classification"]
+    assert set(results) == {"top1", "top5", "images", "skipped"} and results["images"] == 40
+    assert (
+        len(json.loads((output / "inference/tests_digits_val/predictions.json").read_text())) == 40
+    )
+    row = json.loads((output / "zoo_row.json").read_text())
+    assert row["parameters"] == 352_042 and row["accuracy"] == {"top-1": results["top1"]}
+    assert row["schedule"] == "3 x 8 images" and 0 < row["gflops"] < 0.01
+    assert f"| [student_mokd]({STUDENT}) | 3 x 8 images |" in stdout
+    # What mokd_det logs itself is in the log, too.
+    assert "Objectives: task, features, outputs" in (output / "log.txt").read_text()
+    network = torchvision.models.shufflenet_v2_x0_5(num_classes=10)
+    network.load_state_dict(torch.load(output / "model_final.pth", weights_only=True)["model"])
+    kept = load_config(str(output / "student.yaml"))
+    kept.MODEL.WEIGHTS = str(output / "model_final.pth")
+    assert load_trained_model(kept).num_classes == 10
+
+
+def test_evaluation_beside_the_teacher_and_of_every_class(trained, tmp_path):
+    output, opts, _ = trained
+    opts = [*opts[:-1], tmp_path, "MODEL.WEIGHTS", output / "model_final.pth"]
+    args = ["--config-file", STUDENT, "--eval-only", "--with-teacher", *opts]
+    done = run("tools/train_net.py", *args, "TEST.PER_CLASS", "True")
+    lines = done.stdout.splitlines()
+    table = lines.index("| data set | task | model | top1 | top5 |")
+    assert lines[table + 2].startswith("|  | classification | teacher |")
+    first, second = (
+        json.loads((folder / "results.json").read_text())["classification"]
+        for folder in (output, tmp_path)
+    )
+    assert first.items() <= second.items()
+    assert sum(second[f"top1-{i}"] for i in range(10)) == pytest.approx(10 * second["top1"])
+    assert "Top-1 of every class of 'tests_digits_val':" in done.stdout
+
+
+def test_stock_weights_on_imagenets_layout_as_plain_torchvision(tmp_path, monkeypatch):
+    """Image by image, with a thousand classes of which a few have images."""
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    root = tmp_path / "imagenet" / "val"
+    for label in range(1000):
+        (root / f"n{label:08d}").mkdir(parents=True)
+    files = []
+    for label, file in zip(range(7, 1000, 150), sorted(TREES.rglob("*.jpg"))):
+        image = Image.open(file)
+        for i, size in enumerate([(300, 260), (256, 256)]):
+            files.append(root / f"n{label:08d}" / f"ILSVRC2012_val_{i}.JPEG")
+            image.resize(size).save(files[-1])
+    torch.manual_seed(0)
+    stock = torchvision.models.mobilenet_v3_small().eval()
+    torch.save(stock.state_dict(), tmp_path / "w.pth")
+
+    opts = ["MODEL.DEVICE", "cpu", "DATALOADER.NUM_WORKERS", 0, "OUTPUT_DIR", str(tmp_path)]
+    opts += ["MODEL.CLASSIFIER.WEIGHTS", str(tmp_path / "w.pth")]
+    cfg = load_config("configs/ImageNet-Classification/mobilenet_v3_small.yaml", opts)
+    register_datasets(cfg)
+    check_classes(cfg, ("TEST",))  # without a training set
+    results = Trainer.test(cfg, load_trained_model(cfg))
+    found = json.loads((tmp_path / "inference/imagenet_val/predictions.json").read_text())
+
+    preset = torchvision.models.MobileNet_V3_Small_Weights.IMAGENET1K_V1.transforms()
+    folder = torchvision.datasets.ImageFolder(str(root), allow_empty=True)
+    right = []
+    assert [str(root / p["name"]) for p in found] == [path for path, _ in folder.samples]
+    for (image, label), prediction in zip(folder, found):
+        with torch.no_grad():
+            logits = stock(preset(image)[None])
+        assert prediction["label"] == label
+        assert prediction["classes"] == logits.topk(5).indices[0].tolist()
+        right.append(prediction["classes"][0] == label)
+    assert results["classification"]["top1"] == 100 * statistics.mean(right)
+    assert results["classification"]["images"] == len(files)
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(ROOT / "tools"), *sys.path])
+    return load_script("tools/benchmark_classification.py")
+
+
+def test_benchmark(make_digits_cfg, benchmark, monkeypatch):
+    monkeypatch.setattr(
+        benchmark.distillation, "build_classifier_teacher", benchmark.random_teacher
+    )
+    cfg = make_digits_cfg(["MOKD.FEATURES.DIM", 32])
+    result = benchmark.compare_steps(SimpleNamespace(size=32, batch=4, rounds=2), cfg)
+    assert set(result) == {"student", "fixed", "balanced", "all", "torchdistill"}
+    theirs = result.pop("torchdistill")
+    assert "not installed" in theirs["error"] if "error" in theirs else theirs["seconds"] > 0
+    for entry in result.values():
+        assert entry["images_per_second"] == pytest.approx(4 / entry["seconds"])
+
+
+def test_benchmark_of_the_loader(make_digits_cfg, benchmark):
+    cfg = make_digits_cfg(["DATALOADER.NUM_WORKERS", 1])
+    found = benchmark.measure_loader(SimpleNamespace(rounds=2), cfg)
+    assert found["images_per_second"] > 0 and found["workers"] == 1
+
+
+def test_benchmark_needs_a_distilled_classifier(benchmark, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["benchmark", "--config-file", "configs/Digits/teacher.yaml"])
+    with pytest.raises(ValueError, match="with MOKD.ENABLED True"):
+        benchmark.main()
+
+
+STUDY = """
+teacher: configs/Digits/teacher.yaml
+seeds: [1, 2, 3]
+baseline: plain
+metrics: ["a/b/top1"]
+opts: [TEST.BATCH_SIZE, 4]
+methods:
+  plain: {config: configs/Digits/student_scratch.yaml}
+  with teacher: {config: configs/Digits/student_mokd.yaml, opts: [MOKD.OUTPUTS.TEMPERATURE, 2.0]}
+  once: {config: configs/Digits/student_mokd.yaml, seeds: [2]}
+"""
+VALUES = {"plain": [50.0, 52.0, 60.0], "with teacher": [53.0, 56.0, 62.0], "once": [0, 55.0]}
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    """The tool, the loaded study, and the calls of train_net.py that it made."""
+    tool = load_script("tools/study.py")
+    path = tmp_path / "my_study.yaml"
+    path.write_text(STUDY)
+    loaded = tool.load_study(path)
+    calls = []
+
+    def train(config, opts, output):
+        calls.append((config, list(opts), output.name))
+        output.mkdir(parents=True, exist_ok=True)
+        if "SEED" not in opts:
+            value = 90.0
+        else:
+            value = VALUES[output.name.rsplit("-", 1)[0].replace("_", " ")][opts[-1] - 1]
+        (output / "results.json").write_text(json.dumps({"a": {"b": {"top1": value}}}))
+        (output / "model_final.pth").touch()
+        return 1.0
+
+    monkeypatch.setattr(tool, "train", train)
+    monkeypatch.setattr(tool, "ROOT", tmp_path)
+    monkeypatch.setattr(
+        tool,
+        "load_config",
+        lambda path, opts=(): load_config(str(ROOT / path.removeprefix(f"{tmp_path}/")), opts),
+    )
+    return tool, loaded, calls
+
+
+def test_a_study_runs_what_is_missing_and_makes_its_table(study):
+    tool, loaded, calls = study
+    tool.run(loaded, 2, [])
+    assert len(calls) == 1 + 3 + 3 + 1
+    teacher = next(i for i, call in enumerate(calls) if "SEED" not in call[1])
+    first = min(i for i, call in enumerate(calls) if "mokd" in call[0])
+    assert teacher < first
+    assert ["TEST.BATCH_SIZE", 4, "MOKD.OUTPUTS.TEMPERATURE", 2.0, "SEED", 3] in [
+        call[1] for call in calls
+    ]
+    rows = {row["method"]: row for row in tool.summarize(loaded)}
+    assert rows["plain"]["mean"] == 54 and rows["plain"]["difference"] is None
+    assert rows["plain"]["std"] == pytest.approx(statistics.stdev(VALUES["plain"]))
+    paired = rows["with teacher"]
+    assert paired["difference"] == 3  # of 3, 4 and 2; t with 2 degrees of freedom: 4.303
+    assert paired["interval"] == pytest.approx(4.3027 / math.sqrt(3), rel=1e-4)
+    assert rows["once"]["difference"] == 3 and rows["once"]["interval"] is None
+    table = tool.format_table(loaded, tool.summarize(loaded))
+    assert "| with teacher | 3 | 57.00 (std 4.58) | +3.00 ± 2.48 |" in table
+    assert "| once | 1 | 55.00 | +3.00 |" in table
+
+    calls.clear()
+    (loaded["folder"] / "plain-2.json").unlink()
+    tool.run(loaded, 1, ["plain"])
+    assert [call[1][-1] for call in calls] == [2]
+
+
+def test_a_run_that_fails_leaves_the_others_and_fails_the_study(study, capsys, monkeypatch):
+    tool, loaded, _ = study
+    good = tool.train
+
+    def train(config, opts, output):
+        if opts and opts[-1] == 2:
+            raise RuntimeError("no memory left")
+        return good(config, opts, output)
+
+    monkeypatch.setattr(tool, "train", train)
+    with pytest.raises(SystemExit, match="3 runs failed"):
+        tool.run(loaded, 1, [])
+    assert "no memory left" in capsys.readouterr().err
+    assert {p.name for p in loaded["folder"].iterdir()} == {
+        *("plain-1.json", "plain-3.json", "with_teacher-1.json", "with_teacher-3.json"),
+        "teacher.json",
+    }
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (("baseline: plain", "baseline: x"), "the baseline 'x' is none of its methods"),
+        (("metrics:", "metric:"), r"unknown \['metric'\]"),
+        (("seeds: [2]", "seed: [2]"), r"method 'once' has unknown \['seed'\]"),
+        (("{config: configs/Digits/student_scratch.yaml}", "{}"), "'plain' has no config"),
+    ],
+)
+def test_study_files_that_cannot_be(tmp_path, change, message):
+    tool = load_script("tools/study.py")
+    path = tmp_path / "s.yaml"
+    path.write_text(STUDY.replace(*change))
+    with pytest.raises(ValueError, match=message):
+        tool.load_study(path)
+    with pytest.raises(ValueError, match=r"--only \['y'\]: the methods are"):
+        path.write_text(STUDY)
+        tool.runs_of(tool.load_study(path), ["y"])
+
+
+def test_studies_of_the_repository_name_configs_that_exist():
+    tool = load_script("tools/study.py")
+    for path in (ROOT / "studies").glob("*.yaml"):
+        loaded = tool.load_study(path)
+        for name in loaded["methods"]:
+            tool.distils(loaded, name)  # reads the config with its overrides
+
+
+def test_quick_start_table_and_picture(tmp_path, monkeypatch):
+    tool = load_script("tools/quick_start_classification.py")
+    results = {"teacher": {"val": 97.0, "test": 96.0}}
+    for name, low in (("scratch", 80.0), ("mokd", 90.0)):
+        seeds = [low, low + 1]
+        results[name] = {s: {"mean": low + 0.5, "seeds": seeds} for s in ("val", "test")}
+    assert "| mokd | 90.0 | 91.0 | 90.0 | 91.0 | 90.5 | 90.5 |" in tool.table(results)
+    assert "| teacher | | | | | 97.0| 96.0 |" in tool.table(results)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    (tmp_path / "mnist").mkdir()
+    digits = ROOT / "tests" / "data" / "digits" / "val.npz"
+    (tmp_path / "mnist" / "test.npz").write_bytes(digits.read_bytes())
+    labels = np.load(digits)["labels"].tolist()
+    for name, shift in (("scratch", 1), ("mokd", 0)):
+        folder = tmp_path / "output/studies/digits" / f"{name}-1" / "inference" / "mnist_test"
+        folder.mkdir(parents=True)
+        predictions = [
+            {"name": f"test.npz#{i}", "label": label, "classes": [(label + shift) % 10]}
+            for i, label in enumerate(labels)
+        ]
+        (folder / "predictions.json").write_text(json.dumps(predictions))
+    tool.draw(results, tmp_path / "digits.png")
+    picture = cv2.imread(str(tmp_path / "digits.png"))
+    assert picture.shape[1] > 1000 and (picture != 255).any(-1).mean() > 0.02
+
+
+def test_mnist_and_fashion_mnist_are_prepared(tmp_path):
+    import gzip
+
+    tool = load_script("datasets/prepare_fashion_mnist.py")
+    with pytest.raises(FileNotFoundError, match="apt-get install dataset-fashion-mnist"):
+        tool.prepare(tmp_path, tmp_path / "out")
+    for part, count in (("train", 5004), ("t10k", 6)):
+        pixels = (np.arange(count * 16) % 251).astype(np.uint8)
+        labels = (np.arange(count) % 10).astype(np.uint8)
+        head = b"\x00\x00\x08\x03" + np.array([count, 4, 4], ">i4").tobytes()
+        (tmp_path / f"{part}-images-idx3-ubyte.gz").write_bytes(
+            gzip.compress(head + pixels.tobytes())
+        )
+        head = b"\x00\x00\x08\x01" + np.array([count], ">i4").tobytes()
+        (tmp_path / f"{part}-labels-idx1-ubyte.gz").write_bytes(
+            gzip.compress(head + labels.tobytes())
+        )
+    assert tool.prepare(tmp_path, tmp_path / "out", subset=3) == {
+        "train": 4, "val": 5000, "test": 6, "train_3": 3
+    }  # fmt: skip
+    arrays = np.load(tmp_path / "out" / "val.npz")
+    assert arrays["labels"][0] == 4 and arrays["images"][0, 0, 0] == 64
+    with pytest.raises(ValueError, match="--subset is 9: expected 0"):
+        tool.prepare(tmp_path, tmp_path / "out", subset=9)
+    (tmp_path / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(b"something else"))
+    with pytest.raises(ValueError, match="is no file of unsigned bytes"):
+        tool.prepare(tmp_path, tmp_path / "out")
+
+    mnist = load_script("datasets/prepare_mnist.py")
+    assert sum(mnist.SPLITS.values()) == 500
