@@ -8,12 +8,17 @@ import torch
 from detectron2.data import DatasetCatalog
 from detectron2.data.samplers import TrainingSampler
 from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
 
 from mokd_det.data import register_datasets
 from mokd_det.data.classification import Batch, PackedImages, build_test_loader, build_train_loader
-from mokd_det.data.classification.loader import RepeatedAugmentationSampler
+from mokd_det.data.classification.loader import (
+    RepeatedAugmentationSampler,
+    read_image,
+    read_tensor,
+)
 
-from ...conftest import DIGITS
+from ...conftest import DIGITS, TREES
 
 MIXED = ["INPUT.CLASSIFICATION.MIXUP", 0.8, "INPUT.CLASSIFICATION.CUTMIX", 1.0]
 
@@ -80,9 +85,23 @@ def test_repeats_are_augmented_differently(make_digits_cfg):
     assert not torch.equal(batch.images[0], batch.images[1])
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif"])
+def test_training_sees_the_pixels_that_evaluation_sees(tmp_path, mode, suffix):
+    if (mode, suffix) == ("CMYK", "png"):
+        return  # there is no such file
+    path = tmp_path / f"x.{suffix}"
+    with Image.open(TREES / "train" / "0.jpg") as image:
+        image.convert(mode).save(path)
+    element = {"file_name": str(path), "name": "x", "label": 0}
+    first, second = read_tensor(element), pil_to_tensor(read_image(element))
+    assert first.shape == second.shape and first.dtype == torch.uint8
+    assert (first.int() - second.int()).abs().max() <= 1
+
+
 @pytest.fixture
 def broken_folders(tmp_path):
-    """20 digits in folders, two of which are broken: cut off in the middle, and no image."""
+    """20 digits in folders; broken are a text, a PNG and a JPEG that end in their middle."""
     packed = PackedImages(str(DIGITS / "val.npz"))
     for index in range(20):
         item = packed[index]
@@ -92,6 +111,8 @@ def broken_folders(tmp_path):
     (tmp_path / "set" / "3" / "3.png").write_text("no image")
     content = (tmp_path / "set" / "5" / "5.png").read_bytes()
     (tmp_path / "set" / "5" / "5.png").write_bytes(content[:100])
+    photo = (TREES / "train" / "0.jpg").read_bytes()
+    (tmp_path / "set" / "7" / "7.png").write_bytes(photo[: len(photo) // 2])
     return tmp_path / "set"
 
 
@@ -107,7 +128,7 @@ def broken_opts(root, action):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_broken_images_are_named(make_digits_cfg, broken_folders, workers):
     opts = [*broken_opts(broken_folders, "error"), "DATALOADER.NUM_WORKERS", workers]
-    with pytest.raises(ValueError, match=r"set/(3/3|5/5).png cannot be read"):
+    with pytest.raises(ValueError, match=r"set/(3/3|5/5|7/7).png cannot be read"):
         batches(make_digits_cfg(opts), 1)
 
 
@@ -117,13 +138,13 @@ def test_broken_images_are_skipped_and_counted(make_digits_cfg, broken_folders, 
     register_datasets(cfg)
     loader = build_train_loader(cfg)
     batch = next(iter(loader))
-    assert len(batch) == 20 and not {"3/3.png", "5/5.png"} & set(batch.names)
-    assert loader.mapper.skipped >= 2
+    assert len(batch) == 20 and not {"3/3.png", "5/5.png", "7/7.png"} & set(batch.names)
+    assert loader.mapper.skipped >= 3
 
     name = cfg.DATASETS.TEST[0]
     cfg.TEST.BATCH_SIZE = 6
     seen = [name for batch in build_test_loader(cfg, name) for name in batch.names]
-    assert len(seen) == len(set(seen)) == 18
+    assert len(seen) == len(set(seen)) == 17
     assert len(DatasetCatalog.get(name)) == 20
 
 
@@ -131,7 +152,7 @@ def test_a_batch_of_broken_images_only_is_empty(make_digits_cfg, broken_folders)
     cfg = make_digits_cfg([*broken_opts(broken_folders, "skip"), "TEST.BATCH_SIZE", 1])
     register_datasets(cfg)
     lengths = [len(batch) for batch in build_test_loader(cfg, cfg.DATASETS.TEST[0])]
-    assert sorted(lengths) == [0, 0] + [1] * 18
+    assert sorted(lengths) == [0, 0, 0] + [1] * 17
 
 
 def test_options_out_of_range(make_digits_cfg):

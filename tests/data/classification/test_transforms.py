@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 from torchvision.models import ResNet18_Weights, ViT_B_16_Weights
+from torchvision.transforms.functional import pil_to_tensor
 
 from mokd_det.config import load_config
 from mokd_det.data.classification import BatchMixing, build_transform
@@ -62,6 +63,7 @@ def test_evaluation_sees_what_torchvisions_presets_give(photo, preset, opts):
 )
 def test_training_images_change_and_have_the_right_size(photo, opts):
     transform = build_transform(cfg_with("SIZE_TRAIN", 96, *opts), is_train=True)
+    photo = pil_to_tensor(photo)
     first, second = transform(photo), transform(photo)
     assert first.shape == second.shape == (3, 96, 96) and first.dtype == torch.uint8
     assert not torch.equal(first, second)
@@ -69,7 +71,7 @@ def test_training_images_change_and_have_the_right_size(photo, opts):
 
 def test_erased_pixels_have_the_mean_colour(photo):
     opts = ["SIZE_TRAIN", 64, "SCALE", [1.0, 1.0], "RATIO", [1.0, 1.0], "ERASING", 1.0]
-    image = build_transform(cfg_with(*opts), is_train=True)(photo)
+    image = build_transform(cfg_with(*opts), is_train=True)(pil_to_tensor(photo))
     mean = torch.tensor([124, 116, 104], dtype=torch.uint8)
     assert (image == mean[:, None, None]).all(0).float().mean() > 0.01
 
@@ -80,7 +82,7 @@ def test_without_flips_and_padding_a_small_image_stays(photo):
     cfg = cfg_with(*opts)
     cfg.INPUT.RANDOM_FLIP = "none"
     same = build_transform(cfg_with("SIZE_TEST", 32, "RESIZE_TEST", 32), is_train=False)(small)
-    assert torch.equal(build_transform(cfg, is_train=True)(small), same)
+    assert torch.equal(build_transform(cfg, is_train=True)(pil_to_tensor(small)), same)
 
 
 @pytest.mark.parametrize(
