@@ -75,7 +75,7 @@ def format_zoo_row(row):
         "inference s/im": number(row["inference_seconds_per_image"], ".3f"),
         "train mem (GB)": number(row["train_memory_gb"], ".1f"),
         "params (M)": number(row["parameters"] / 1e6, ".2f"),
-        "GFLOPs": number(row["gflops"], ".3g"),
+        "GFLOPs": number(row["gflops"], ".4g"),
         **{key: number(value, ".1f") for key, value in row["accuracy"].items()},
         "weights": row["weights"],
     }

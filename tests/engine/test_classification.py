@@ -52,7 +52,8 @@ def assert_equal_states(first, second):
 
 @pytest.mark.parametrize("mixed", [[], MIXED], ids=["labels", "mixed"])
 def test_without_a_teacher_it_is_a_plain_torch_loop_bit_for_bit(make_digits_cfg, mixed):
-    opts = [*OFF, *mixed, "SOLVER.OPTIMIZER", "AdamW", "MODEL.CLASSIFIER.LABEL_SMOOTHING", 0.1]
+    opts = [*OFF, *mixed, "SOLVER.WEIGHT_DECAY", 0.05, "SOLVER.WEIGHT_DECAY_NORM", 0.0]
+    opts += ["SOLVER.WEIGHT_DECAY_BIAS", None, "MODEL.CLASSIFIER.LABEL_SMOOTHING", 0.1]
     cfg = make_digits_cfg(opts)
     trainer = train(cfg)
 
@@ -66,7 +67,7 @@ def test_without_a_teacher_it_is_a_plain_torch_loop_bit_for_bit(make_digits_cfg,
     }
     decays = [p for p in network.parameters() if p not in norms]
     optimizer = torch.optim.AdamW(
-        [{"params": decays, "weight_decay": 5e-4}, {"params": list(norms), "weight_decay": 0.0}],
+        [{"params": decays, "weight_decay": 0.05}, {"params": list(norms), "weight_decay": 0.0}],
         lr=cfg.SOLVER.BASE_LR,
     )
     loader = build_train_loader(cfg)
@@ -182,6 +183,7 @@ def test_accumulation_is_the_big_batch_where_nothing_depends_on_it(make_digits_c
     opts = [*SMALL, "MOKD.BALANCING.PLACE", "parameters", "MODEL.CLASSIFIER.NAME", "squeezenet1_1"]
     opts += ["MODEL.CLASSIFIER.OPTIONS", "{dropout: 0.0}", "MOKD.FEATURES.ENABLED", False]
     opts += ["INPUT.CLASSIFICATION.SIZE_TRAIN", 48, "SOLVER.MAX_ITER", 1, "SOLVER.BASE_LR", 0.01]
+    opts += ["SOLVER.OPTIMIZER", "SGD"]
     whole, parts = make_digits_cfg(opts, "whole"), make_digits_cfg(opts, "parts")
     parts.SOLVER.MICRO_BATCHES = 4
     train(whole), train(parts)
@@ -265,6 +267,7 @@ RANK_CASES = {
 }
 RANK_OPTS = [
     *(*DIGIT_OPTS, "MODEL.CLASSIFIER.NAME", "squeezenet1_1", "SOLVER.BASE_LR", 0.005),
+    *("SOLVER.OPTIMIZER", "SGD"),
     *("MODEL.CLASSIFIER.OPTIONS", "{dropout: 0.0}", "MOKD.FEATURES.DIM", 32),
 ]
 

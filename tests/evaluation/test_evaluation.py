@@ -178,7 +178,7 @@ def test_zoo_row_has_what_is_known():
         "inference_seconds_per_image": 0.0456,
         "parameters": 41_500_000,
         "gflops": 134.4,
-        "AP": {"box AP": 38.04, "mask AP": 35.2},
+        "accuracy": {"box AP": 38.04, "mask AP": 35.2},
         "config": "configs/a.yaml",
         "weights": "a.pth",
         "sha256": "0",
