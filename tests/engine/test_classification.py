@@ -7,25 +7,21 @@ import math
 import mokd_det  # noqa: F401  (first: the other processes have no conftest)
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torchvision
 from detectron2.data import DatasetCatalog
 from detectron2.evaluation import inference_on_dataset
-from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
-from detectron2.utils.events import EventStorage
 
 from mokd_det.config import load_config
 from mokd_det.data import register_datasets, schedule_in_iterations
 from mokd_det.data.classification import Batch, build_test_loader, build_train_loader
-from mokd_det.engine import BalancedTrainer, DistillationTrainer, build_trainer
+from mokd_det.engine import DistillationTrainer, build_trainer
 from mokd_det.engine.optimizer import build_optimizer
-from mokd_det.engine.trainer import wrap_distributed
 from mokd_det.evaluation import ClassificationEvaluator
 from mokd_det.modeling import Classifier, load_trained_model
 
 from ..conftest import DIGIT_OPTS, ROOT
+from .helpers import balanced_steps, on_two_ranks, train_and_stop
 
 MIXED = ["INPUT.CLASSIFICATION.MIXUP", 0.8, "INPUT.CLASSIFICATION.CUTMIX", 1.0]
 SMALL = ["MOKD.FEATURES.DIM", 32, "INPUT.CLASSIFICATION.SIZE_TRAIN", 32]
@@ -116,22 +112,8 @@ def test_resumed_equals_uninterrupted(make_digits_cfg, opts):
     whole = make_digits_cfg(opts, "whole")
     train(whole)
 
-    class Stopped(Exception):
-        pass
-
     cfg = make_digits_cfg(opts, "stopped")
-    seed_all_rng(cfg.SEED)
-    first = build_trainer(cfg)
-    step = first._trainer.run_step
-
-    def stop_after_two():
-        if first.iter == 2:
-            raise Stopped
-        step()
-
-    first._trainer.run_step = stop_after_two
-    with pytest.raises(Stopped):
-        first.train()
+    train_and_stop(cfg, 2)
     cfg.SEED = 12345  # the checkpoint's seed counts
     assert train(cfg, resume=True).start_iter == 2
     assert_equal_states(saved(whole), saved(cfg))
@@ -272,17 +254,6 @@ RANK_OPTS = [
 ]
 
 
-class Constant:
-    seed = 0
-
-    def __init__(self, batch):
-        self.batch = batch
-
-    def __iter__(self):
-        while True:
-            yield self.batch
-
-
 def steps(opts, weights, rank=None):
     opts = [*RANK_OPTS, *opts, "MOKD.TEACHER.WEIGHTS", weights]
     cfg = load_config(str(ROOT / "configs/Digits/student_mokd.yaml"), opts)
@@ -292,18 +263,11 @@ def steps(opts, weights, rank=None):
     batch = Batch(images, torch.arange(8))
     batch = batch if rank is None else batch[4 * rank : 4 * rank + 4]
     seed_all_rng(rank or 0)
-    model = DistillationTrainer.build_model(cfg)
-    wrapped, optimizer = wrap_distributed(model), build_optimizer(cfg, model)
-    trainer = BalancedTrainer(wrapped, Constant(batch), optimizer, 0)
-    decided = []
-    with EventStorage(0):
-        for trainer.iter in range(3):
-            trainer.run_step()
-            decided.append(trainer.boundary.last.weights)
-    return torch.stack(decided), model.student.state_dict()
+    decided, model = balanced_steps(cfg, batch)
+    return decided, model.student.state_dict()
 
 
-def evaluated(rank=None):
+def evaluated():
     """Evaluation of the digits by a fixed rule, which is right for some of them."""
     cfg = load_config(
         str(ROOT / "configs/Digits/teacher.yaml"), [*DIGIT_OPTS, "TEST.BATCH_SIZE", 7]
@@ -320,24 +284,14 @@ def evaluated(rank=None):
     return inference_on_dataset(model, loader, ClassificationEvaluator("tests_digits_val"))
 
 
-def worker(rank, folder, weights):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    if hasattr(comm, "create_local_process_group"):
-        comm.create_local_process_group(2)
-    else:
-        comm._LOCAL_PROCESS_GROUP = dist.new_group([0, 1])
+def all_cases(rank, weights):
     results = {name: steps(opts, weights, rank) for name, opts in RANK_CASES.items()}
-    results["evaluation"] = evaluated(rank)
-    torch.save(results, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return {**results, "evaluation": evaluated()}
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory, digits_teacher_weights):
-    folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(worker, args=(str(folder), digits_teacher_weights), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return on_two_ranks(all_cases, tmp_path_factory.mktemp("ranks"), digits_teacher_weights)
 
 
 @pytest.mark.parametrize("name", RANK_CASES)

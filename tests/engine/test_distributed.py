@@ -4,20 +4,14 @@
 import mokd_det  # noqa: F401  (first: the other processes have no conftest)
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from detectron2.data import DatasetCatalog
-from detectron2.solver import build_optimizer
-from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
-from detectron2.utils.events import EventStorage
 
 from mokd_det.config import load_config
 from mokd_det.data import build_train_mapper, register_datasets
-from mokd_det.engine import BalancedTrainer, DistillationTrainer
-from mokd_det.engine.trainer import wrap_distributed
 
 from ..conftest import CONFIGS, TREE_OPTS
+from .helpers import balanced_steps, on_two_ranks
 
 # As many proposals on each image, so that the ranks' means are the mean over all.
 OUTPUTS = ["MOKD.OUTPUTS.ENABLED", True, "MOKD.OUTPUTS.PROPOSALS", 16]
@@ -44,17 +38,6 @@ OPTS = [
 ]
 
 
-class Constant:
-    seed = 0
-
-    def __init__(self, batch):
-        self.batch = batch
-
-    def __iter__(self):
-        while True:
-            yield self.batch
-
-
 def steps(opts, weights, rank=None):
     """Three steps on two images, or on one of them; return (weights of the steps, state)."""
     cfg = load_config(CONFIGS["mokd"], [*TREE_OPTS, *OPTS, *opts])
@@ -65,39 +48,22 @@ def steps(opts, weights, rank=None):
     batch = [mapper(d) for d in DatasetCatalog.get("tests_trees_train")[:2]]
     batch = batch if rank is None else batch[rank : rank + 1]
     seed_all_rng(rank or 0)  # as Detectron2 does: ranks start apart, and are made equal
-    model = DistillationTrainer.build_model(cfg)
     # Which boxes are sampled must not depend on who samples: the first ones.
     randperm, torch.randperm = torch.randperm, lambda n, **kwargs: torch.arange(n)
     try:
-        wrapped, optimizer = wrap_distributed(model), build_optimizer(cfg, model)
-        trainer = BalancedTrainer(wrapped, Constant(batch), optimizer, 0)
-        decided = []
-        with EventStorage(0):
-            for trainer.iter in range(3):
-                trainer.run_step()
-                decided.append(trainer.boundary.last.weights)
+        decided, model = balanced_steps(cfg, batch)
     finally:
         torch.randperm = randperm
-    return torch.stack(decided), model.state_dict()
+    return decided, model.state_dict()
 
 
-def worker(rank, folder, weights):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    if hasattr(comm, "create_local_process_group"):
-        comm.create_local_process_group(2)
-    else:
-        comm._LOCAL_PROCESS_GROUP = dist.new_group([0, 1])
-    results = {name: steps(opts, weights, rank) for name, opts in CASES.items()}
-    torch.save(results, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+def all_cases(rank, weights):
+    return {name: steps(opts, weights, rank) for name, opts in CASES.items()}
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory, teacher_weights):
-    folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(worker, args=(str(folder), teacher_weights), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return on_two_ranks(all_cases, tmp_path_factory.mktemp("ranks"), teacher_weights)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -15,6 +15,7 @@ from mokd_det.engine.diagnostics import BalanceDiagnostics
 from mokd_det.engine.replay import Replay
 from mokd_det.modeling import SupervisedModel
 
+from .helpers import train_and_stop
 from .test_trainer import assert_equal_states, train
 
 
@@ -179,21 +180,13 @@ def test_resumed_equals_uninterrupted(make_cfg, opts):
     opts = ["SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 2, "TEST.EVAL_PERIOD", 100, *opts]
     whole = train(make_cfg("mokd", opts, "whole"))
     cfg = make_cfg("mokd", opts, "stopped")
-    first = build(cfg)
-    step = first._trainer.run_step
-    first._trainer.run_step = lambda: step() if first.iter < 2 else (_ for _ in ()).throw(Stopped)
-    with pytest.raises(Stopped):
-        first.train()
+    train_and_stop(cfg, 2)
     cfg.SEED = 12345
     second = train(cfg, resume=True)
     assert second.start_iter == 2
     assert_equal_states(whole.model.state_dict(), second.model.state_dict())
     if whole.average is not None:
         assert_equal_states(whole.average.model.state_dict(), second.average.model.state_dict())
-
-
-class Stopped(Exception):
-    pass
 
 
 def test_retinanet_resumes_with_the_normaliser_of_its_loss(make_cfg):

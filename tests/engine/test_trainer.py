@@ -16,6 +16,8 @@ from mokd_det.config import stock_config
 from mokd_det.engine import DistillationTrainer, Trainer, build_trainer
 from mokd_det.evaluation import build_evaluator
 
+from .helpers import train_and_stop
+
 
 def train(cfg, cls=None, resume=False):
     seed_all_rng(cfg.SEED)
@@ -210,22 +212,8 @@ def test_resumed_equals_uninterrupted(make_cfg, workers):
     opts += ["TEST.EVAL_PERIOD", 2]
     whole = train(make_cfg("mokd", opts, "whole"))
 
-    class Stopped(Exception):
-        pass
-
     cfg = make_cfg("mokd", [*opts, "DATALOADER.NUM_WORKERS", workers], "stopped")
-    seed_all_rng(cfg.SEED)
-    first = build_trainer(cfg)
-    step = first._trainer.run_step
-
-    def stop_after_two():
-        if first.iter == 2:
-            raise Stopped
-        step()
-
-    first._trainer.run_step = stop_after_two
-    with pytest.raises(Stopped):
-        first.train()
+    train_and_stop(cfg, 2)
     cfg.SEED = 12345  # the checkpoint's seed counts
     second = train(cfg, resume=True)
     assert second.start_iter == 2
