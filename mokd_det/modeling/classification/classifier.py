@@ -116,7 +116,7 @@ class Classifier(nn.Module):
     def preprocess(self, images):
         """Return float32 images, normalised, of (N, 3, H, W) in [0, 255] on any device."""
         images = images.to(self.device, non_blocking=True)
-        return (images - self.pixel_mean) / self.pixel_std
+        return (images - self.pixel_mean).div_(self.pixel_std)
 
     def forward(self, batch):
         """
