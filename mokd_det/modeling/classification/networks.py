@@ -49,8 +49,8 @@ def build_network(name, num_classes, weights="", strict=True, options=None, opti
         name (str): see ``MODEL.CLASSIFIER.NAME``.
         num_classes (int): C.
         weights (str): see ``MODEL.CLASSIFIER.WEIGHTS``.
-        strict (bool): False: a layer of the weights with another shape in its first dimension
-            (the last layer, of another number of classes) stays random, and is logged.
+        strict (bool): False: weights for another number of classes are fine; the layer for them
+            stays random, and is logged.
         options (dict): for the network's constructor.
         option (str): the config key of the weights, for messages.
 
@@ -71,7 +71,8 @@ def build_network(name, num_classes, weights="", strict=True, options=None, opti
             f"MODEL.CLASSIFIER.OPTIONS {options} do not suit '{name}': {error}"
         ) from error
     if state is not None:
-        _load(network, state(), strict, f"{option} '{weights}'", name)
+        new_classes = None if strict else num_classes
+        _load(network, state(), new_classes, f"{option} '{weights}'", name)
     return network
 
 
@@ -153,14 +154,19 @@ def _state_of_file(path):
     return state.get("model", state)
 
 
-def _load(network, state, strict, source, name):
+def _load(network, state, new_classes, source, name):
+    """``new_classes``: their number, if layers for another number may stay random; else None."""
     expected = network.state_dict()
     # The counter of batches came with torch 0.4.1; older files lack it and need it for nothing.
     # Heads for training only (of Inception and GoogLeNet) are not built without being asked for.
     missing = [k for k in expected if k not in state and not k.endswith("num_batches_tracked")]
     unexpected = [k for k in state if k not in expected and not k.lower().startswith("aux")]
     shapes = [k for k in expected if k in state and expected[k].shape != state[k].shape]
-    new = [k for k in shapes if not strict and expected[k].shape[1:] == state[k].shape[1:]]
+    new = [
+        k
+        for k in shapes
+        if expected[k].shape[:1] == (new_classes,) and expected[k].shape[1:] == state[k].shape[1:]
+    ]
     shapes = [
         f"{k} (file {tuple(state[k].shape)}, model {tuple(expected[k].shape)})"
         for k in shapes

@@ -121,6 +121,10 @@ def test_another_number_of_classes_starts_a_new_last_layer_only_where_that_is_wa
             lambda state: state.update({"conv5.0.weight": torch.zeros(1024, 9, 1, 1)}),
             "of another shape conv5.0.weight",
         ),
+        (  # a wider network, not one of other classes
+            lambda state: state.update({"conv1.0.weight": torch.zeros(48, 3, 3, 3)}),
+            "of another shape conv1.0.weight",
+        ),
     ],
 )
 def test_weights_that_do_not_fit_are_refused(tmp_path, change, message):
