@@ -2,5 +2,14 @@
 """The plain student, without a trace of its training."""
 
 from .checkpoint import export_checkpoint
+from .export import FORMATS, METHODS, check_options, export_model
+from .parity import DEFAULT_TOLERANCE
 
-__all__ = ["export_checkpoint"]
+__all__ = [
+    "DEFAULT_TOLERANCE",
+    "FORMATS",
+    "METHODS",
+    "check_options",
+    "export_checkpoint",
+    "export_model",
+]
