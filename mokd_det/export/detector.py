@@ -74,16 +74,16 @@ def check_scripting(model):
     heads = getattr(model, "roi_heads", None)
     reason = ""
     if isinstance(model, PanopticFPN):
-        reason = "PanopticFPN keeps functions as attributes of its layers"
+        reason = "layers of PanopticFPN's semantic head hold functions"
     elif isinstance(heads, CascadeROIHeads):
-        reason = "CascadeROIHeads picks its features by a computed key"
+        reason = "CascadeROIHeads lacks the annotations of types"
     elif isinstance(heads, Res5ROIHeads) and not heads.mask_on:
         reason = "Res5ROIHeads without masks refers to a mask head that it does not have"
     elif any(isinstance(module, CycleBatchNormList) for module in model.modules()):
         reason = "normalisation per level in its head (BN, SyncBN) indexes layers by a variable"
     if reason:
         raise ValueError(
-            f"--method scripting: {reason}, which TorchScript cannot compile. Use --method tracing."
+            f"--method scripting: {reason}, so TorchScript cannot compile it. Use --method tracing."
         )
 
 
