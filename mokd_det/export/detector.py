@@ -28,11 +28,14 @@ from detectron2.modeling.roi_heads import CascadeROIHeads, Res5ROIHeads, Standar
 from detectron2.structures import Boxes
 from torch import Tensor, nn
 
+from ..modeling import TorchvisionBackbone
+
 __all__ = [
     "TraceableDetector",
     "TracedDetector",
     "check_detector",
     "check_scripting",
+    "check_tracing",
     "detect",
     "detect_batch",
     "instances_fields",
@@ -64,6 +67,19 @@ def check_detector(model, name):
             "x0, y0, x1, y1: expected StandardROIHeads, CascadeROIHeads or Res5ROIHeads. Use "
             "--format checkpoint."
         )
+
+
+def check_tracing(model):
+    """
+    Raises:
+        ValueError: a model whose trace would hold for the size of its example only.
+    """
+    for module in model.modules():
+        if isinstance(module, TorchvisionBackbone) and module._channels_last:
+            raise ValueError(
+                "--method tracing: the windows of this torchvision backbone (Swin) would keep the "
+                "size of the image it is traced with. Use --format torchscript --method scripting."
+            )
 
 
 def check_scripting(model):

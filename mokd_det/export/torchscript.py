@@ -1,6 +1,7 @@
 # Copyright (c) The mokd_det authors.
 """Detectors and classifiers as TorchScript, by tracing or scripting."""
 
+import copy
 import json
 import warnings
 from unittest import mock
@@ -85,6 +86,7 @@ def script(model):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # as in trace()
+            model = _with_scripted_graphs(model)
             if is_detector:
                 return scripting_with_instances(scriptable_detector(model), instances_fields(model))
             return torch.jit.script(model)
@@ -94,6 +96,21 @@ def script(model):
             f"--method scripting: TorchScript cannot compile this model: {str(error).strip()}\n"
             "Use --method tracing."
         ) from error
+
+
+def _with_scripted_graphs(model):
+    """
+    Return a copy in which each torch.fx graph (the body of a torchvision backbone) is scripted for
+    itself: as parts of other modules, their layers would be scripted in training mode.
+    """
+    graphs = [name for name, m in model.named_modules() if isinstance(m, torch.fx.GraphModule)]
+    if not graphs:
+        return model
+    model = copy.deepcopy(model).eval()
+    for name in graphs:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, torch.jit.script(model.get_submodule(name)))
+    return model
 
 
 def freeze(module):
