@@ -41,7 +41,7 @@ def load(path, device):
     """
     extra = {METADATA_FILE: ""}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.filterwarnings("ignore", ".*torch.jit.* is deprecated")
         module = torch.jit.load(path, map_location=device, _extra_files=extra)
     if not extra[METADATA_FILE]:
         raise ValueError(
@@ -63,10 +63,13 @@ def resized_size(width, height, short_edge, longest_edge):
     """
     if not short_edge:
         return width, height
+    # In the steps of Detectron2's ResizeShortestEdge, so that rounding is the same.
     scale = short_edge / min(width, height)
-    if scale * max(width, height) > longest_edge:
+    width, height = (short_edge, scale * height) if width <= height else (scale * width, short_edge)
+    if max(width, height) > longest_edge:
         scale = longest_edge / max(width, height)
-    return int(width * scale + 0.5), int(height * scale + 0.5)
+        width, height = scale * width, scale * height
+    return int(width + 0.5), int(height + 0.5)
 
 
 def to_tensor(image, metadata):

@@ -26,6 +26,7 @@ from detectron2.modeling import GeneralizedRCNN, PanopticFPN
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.modeling.roi_heads import CascadeROIHeads, Res5ROIHeads, StandardROIHeads
 from detectron2.structures import Boxes
+from omegaconf import ListConfig
 from torch import Tensor, nn
 
 from ..modeling import TorchvisionBackbone
@@ -97,6 +98,8 @@ def check_scripting(model):
         reason = "Res5ROIHeads without masks refers to a mask head that it does not have"
     elif any(isinstance(module, CycleBatchNormList) for module in model.modules()):
         reason = "normalisation per level in its head (BN, SyncBN) indexes layers by a variable"
+    elif any(isinstance(v, ListConfig) for m in model.modules() for v in vars(m).values()):
+        reason = "lists of its Python config are not Python's own"
     if reason:
         raise ValueError(
             f"--method scripting: {reason}, so TorchScript cannot compile it. Use --method tracing."

@@ -84,10 +84,11 @@ def export_model(
         option (str): the config key of the weights, for messages.
 
     Returns:
-        dict: what ``export.json`` has: ``format``, ``method``, ``file``, ``bytes``, ``parity``
-        (of :func:`mokd_det.export.parity.parity`; with ``batch`` for what takes a batch of two
-        sizes and, with ``half``, ``float32``: differences to the model in float32), ``images``, where they come from, and ``metadata``. For a checkpoint
-        ``weights`` and ``config``.
+        dict: what ``export.json`` has. ``format``, ``method``, ``file``, ``bytes``, ``half``,
+        ``frozen``, ``metadata``, ``images`` (where they come from) and ``parity``, of
+        :func:`mokd_det.export.parity.parity`; in it also ``batch``, if two sizes go into one
+        batch, and with ``half`` ``float32``, the differences to the model in float32. For a
+        checkpoint only ``format``, ``bytes``, ``weights`` and ``config``.
 
     Raises:
         ValueError, ImportError, FileNotFoundError: see the checks; nothing has been written.

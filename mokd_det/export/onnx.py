@@ -7,7 +7,6 @@ import json
 import warnings
 
 import torch
-from detectron2.modeling import PanopticFPN
 
 from .detector import TraceableDetector, output_names
 from .metadata import METADATA_FILE

@@ -128,7 +128,7 @@ def freeze(module):
 def save_torchscript(module, path, metadata):
     """Write the archive with ``metadata`` (dict) as JSON inside."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.filterwarnings("ignore", ".*torch.jit.* is deprecated")
         torch.jit.save(module, path, _extra_files={METADATA_FILE: json.dumps(metadata, indent=2)})
 
 
@@ -139,6 +139,6 @@ def load_torchscript(path, device="cpu"):
     """
     extra = {METADATA_FILE: ""}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.filterwarnings("ignore", ".*torch.jit.* is deprecated")
         module = torch.jit.load(path, map_location=device, _extra_files=extra)
     return module, json.loads(extra[METADATA_FILE])
