@@ -50,6 +50,11 @@ def check_options(format, method="tracing", half=False, freeze=False):
             + ("holds weights only." if format == "checkpoint" else "is made by tracing.")
             + " Leave --method out."
         )
+    if half and freeze:
+        raise ValueError(
+            "--half and --freeze exclude each other: folding BatchNorm into weights of float16 "
+            "rounds them once more, and the file would not return what the model returns."
+        )
     for option, value in (("half", half), ("freeze", freeze)):
         if value and format != "torchscript":
             raise ValueError(
