@@ -6,7 +6,7 @@ import torch
 __all__ = ["DEFAULT_TOLERANCE", "PIXELS", "compare_detections", "compare_tensors", "parity"]
 
 DEFAULT_TOLERANCE = 1e-3
-"""Largest difference of a score, probability or logit."""
+"""Largest difference of a score, probability or logit (of logits beyond 1: relative)."""
 PIXELS = 10
 """A box or keypoint may differ by this many times the tolerance, in pixels."""
 
@@ -65,12 +65,14 @@ def compare_tensors(expected, found):
         expected, found: the same nesting of dicts, lists and tuples of tensors.
 
     Returns:
-        dict[str, float]: ``outputs``, the largest difference of any element.
+        dict[str, float]: ``outputs``, the largest difference of any element, relative to the
+        tensor's largest absolute value where that exceeds 1 (float32 has seven digits).
     """
     mine, theirs = (torch.utils._pytree.tree_leaves(side) for side in (expected, found))
     if len(mine) != len(theirs):
         return {"outputs": float("inf")}
-    return {"outputs": max(_largest(a, b) for a, b in zip(mine, theirs))}
+    relative = [_largest(a, b) / max(1.0, float(a.abs().max())) for a, b in zip(mine, theirs)]
+    return {"outputs": max(relative)}
 
 
 def _largest(a, b):
@@ -80,7 +82,7 @@ def _largest(a, b):
         return 0.0
     difference = (a.to(torch.float32) - b.to(torch.float32).to(a.device)).abs().max()
     # A NaN on both sides is as good as a failure: nobody can use it.
-    return float("inf") if difference.isnan() else float(difference)
+    return float(difference) if difference.isfinite() else float("inf")
 
 
 def parity(expected, found, inputs, tolerance, compare):

@@ -26,7 +26,8 @@ def classifier(name, folder):
         if isinstance(norm, torch.nn.BatchNorm2d):
             norm.momentum = None
             norm.reset_running_stats()
-    model.network(model.preprocess(255 * torch.rand(16, 3, 32, 32)))
+    size = 32 if name.startswith("vit") else 64  # no map of a single pixel
+    model.network(model.preprocess(255 * torch.rand(16, 3, size, size)))
     if name.startswith("vit"):  # which starts with a head of zeros
         torch.nn.init.normal_(model.network.heads.head.weight, std=0.1)
     cfg.MODEL.WEIGHTS = str(folder / f"{name}.pth")
