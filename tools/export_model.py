@@ -89,7 +89,7 @@ def split_images(args):
     """--images takes all that follows it: from the first KEY VALUE on, that is overrides."""
     known = get_cfg()
     for i, value in enumerate(args.images):
-        if value.split(".")[0] in known:
+        if value.split(".")[0] in known and not os.path.isfile(value):
             args.opts = args.images[i:] + args.opts
             args.images = args.images[:i]
             break

@@ -35,6 +35,12 @@ class HalfBackbone(Backbone):
     def size_divisibility(self):
         return self.backbone.size_divisibility
 
+    if hasattr(Backbone, "padding_constraints"):  # since Detectron2 0.6
+
+        @property
+        def padding_constraints(self) -> Dict[str, int]:  # noqa: UP006
+            return self.backbone.padding_constraints
+
 
 def halve_backbone(model):
     """
