@@ -1,36 +1,164 @@
 #!/usr/bin/env python
 # Copyright (c) The mokd_det authors.
 """
-Write the plain student for deployment.
+Write the plain student (detector or classifier) for deployment, and compare the file with it.
 
-Example:
+Examples:
+  # a file for torch + torchvision alone: Python (tools/run_exported.py) or C++
   python tools/export_model.py --config-file configs/Quick-Start/student_mokd.yaml \\
-      --format checkpoint --output out \\
+      --format torchscript --method tracing --output out \\
       MODEL.WEIGHTS output/quick_start/student_mokd/model_final.pth
 
-Formats:
-  checkpoint   model.pth and config.yaml, which stock Detectron2 loads
+  # ... with float16 inside, compared on one's own images
+  python tools/export_model.py ... --half --images photo.jpg other.jpg MODEL.WEIGHTS ...
+
+  # speed and size beside the teacher's, and beside the twin trained from scratch
+  python tools/export_model.py ... --benchmark MODEL.WEIGHTS ...
+
+  # what stock Detectron2 loads
+  python tools/export_model.py ... --format checkpoint --output out MODEL.WEIGHTS ...
+
+Formats (docs/export.md has what each family of models can do):
+  torchscript   model.ts, by --method tracing or scripting; metadata inside
+  onnx          model.onnx, by tracing; needs the extra "onnx"
+  torch_export  model.pt2, experimental: classifiers; backbone and dense head of detectors
+  checkpoint    model.pth and config.yaml, which stock Detectron2 loads
+
+Results are printed and written to OUTPUT/export.json. The exit code is 0 only if the file returns
+what the model returns, within --tolerance.
 """
 
 import argparse
 import json
+import os
+import sys
 
 import mokd_det  # noqa: F401  (first: mends Detectron2 where it needs it)
+import torch
+from detectron2.utils.logger import setup_logger
+
 from mokd_det import modeling  # noqa: F401  (registers the torchvision backbones)
-from mokd_det.config import load_config
-from mokd_det.export import export_checkpoint
+from mokd_det.config import get_cfg, load_config
+from mokd_det.export import (
+    DEFAULT_TOLERANCE,
+    FORMATS,
+    METHODS,
+    PIXELS,
+    benchmark,
+    check_benchmark,
+    check_options,
+    export_model,
+    format_benchmark,
+)
 
 
-def main():
+def argument_parser():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config-file", required=True, help="the student's config")
-    parser.add_argument("--format", choices=["checkpoint"], default="checkpoint")
+    parser.add_argument("--format", choices=list(FORMATS), default="checkpoint")
+    parser.add_argument("--method", choices=METHODS, default="tracing", help="for torchscript")
     parser.add_argument("--output", required=True, help="folder to write")
+    parser.add_argument(
+        "--half",
+        action="store_true",
+        help="float16 inside a detector's backbone or a classifier's network (torchscript)",
+    )
+    parser.add_argument(
+        "--freeze", action="store_true", help="weights as constants, BatchNorm folded (torchscript)"
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=DEFAULT_TOLERANCE,
+        help="largest difference of a score, mask probability or logit; boxes and keypoints: "
+        f"{PIXELS} times as much, in pixels (%(default)s)",
+    )
+    parser.add_argument(
+        "--images", nargs="+", default=[], help="to compare on; else the first of DATASETS.TEST"
+    )
+    parser.add_argument(
+        "--benchmark", action="store_true", help="latency and size beside the teacher's"
+    )
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides: KEY VALUE ...")
-    args = parser.parse_args()
-    print(json.dumps(export_checkpoint(load_config(args.config_file, args.opts), args.output)))
+    return parser
+
+
+def split_images(args):
+    """--images takes all that follows it: from the first KEY VALUE on, that is overrides."""
+    known = get_cfg()
+    for i, value in enumerate(args.images):
+        if value.split(".")[0] in known and not os.path.isfile(value):
+            args.opts = args.images[i:] + args.opts
+            args.images = args.images[:i]
+            break
+    return args
+
+
+def report(result):
+    """Return the results as lines for people."""
+    lines = [f"{result['file']}: {result['bytes'] / 2**20:.1f} MiB"]
+    parity = result["parity"]
+    lines.append(f"compared with the model on {result['images']}, {len(parity['sizes'])} inputs:")
+    for name, value in parity.items():
+        if "difference" in name:
+            lines.append(f"  {name.replace('_', ' ')}: {value:.3g}")
+    if "detections" in parity:
+        lines.append(f"  detections: {parity['detections']}, unmatched: {parity['unmatched']}")
+        if not parity["without_detections"]:
+            lines.append("  (no image among them was without detections)")
+    for name, words in (("batch", "two sizes in a batch"), ("float32", "against float32")):
+        if name in parity:
+            found = ", ".join(
+                f"{key.replace('_', ' ')} {value:.3g}"
+                for key, value in parity[name].items()
+                if "difference" in key or key == "unmatched"
+            )
+            lines.append(f"  {words}: {found}")
+    if result["metadata"].get("image_size", "any") != "any":
+        side = result["metadata"]["image_size"]
+        lines.append(f"  takes images of {side} x {side} only")
+    return "\n".join(lines)
+
+
+def main():
+    args = split_images(argument_parser().parse_args())
+    check_options(args.format, args.method, args.half, args.freeze)
+    if args.tolerance <= 0:
+        raise ValueError(f"--tolerance is {args.tolerance}: expected a number > 0.")
+    setup_logger(name="mokd_det", abbrev_name="mokd")
+    cfg = load_config(args.config_file, args.opts)
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(
+            f"MODEL.DEVICE is '{cfg.MODEL.DEVICE}', but torch sees no GPU. Add the override: "
+            "MODEL.DEVICE cpu"
+        )
+    if args.benchmark:
+        check_benchmark(cfg, args.format)
+    options = {"half": args.half, "freeze": args.freeze, "images": args.images}
+    options["tolerance"] = args.tolerance
+    result = export_model(cfg, args.output, args.format, args.method, **options)
+    if args.format == "checkpoint":
+        print(json.dumps(result))
+        return
+    if args.benchmark:
+        result["benchmark"] = benchmark(cfg, result, args.output, args.method, options)
+        with open(os.path.join(args.output, "export.json"), "w") as f:
+            json.dump(result, f, indent=2)
+    print(report(result))
+    if args.benchmark:
+        print(format_benchmark(result["benchmark"]))
+    print(json.dumps({key: value for key, value in result.items() if key != "metadata"}))
+    if not result["parity"]["passed"]:
+        nothing = result["parity"].get("detections") == 0
+        sys.exit(
+            "export_model.py: the model found nothing in any image, so nothing was compared. Give "
+            "images with objects by --images, or lower the config's SCORE_THRESH_TEST."
+            if nothing
+            else "export_model.py: the exported model DIFFERS from its source by more than "
+            f"--tolerance {args.tolerance} (see above). Do not use it."
+        )
 
 
 if __name__ == "__main__":

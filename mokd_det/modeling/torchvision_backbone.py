@@ -4,6 +4,7 @@
 import contextlib
 import logging
 import warnings
+from typing import Dict, List  # noqa: UP035  (TorchScript)
 
 import torch
 import torchvision
@@ -11,7 +12,7 @@ from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from detectron2.utils.file_io import PathManager
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 __all__ = [
@@ -32,6 +33,8 @@ class TorchvisionBackbone(Backbone):
     A torchvision classification model without its classifier. Outputs carry Detectron2's names:
     ``res2`` to ``res5`` for strides 4 to 32. Parameters keep torchvision's names.
     """
+
+    _channels_last: List[str]  # noqa: UP006  (TorchScript cannot infer it of an empty list)
 
     def __init__(self, name, *, weights="", out_features=(), nodes=(), norm="BN", freeze_at=0):
         """
@@ -65,12 +68,12 @@ class TorchvisionBackbone(Backbone):
         if norm == "FrozenBN":
             # After tracing: the tracer takes torch's own normalisation only as one node.
             self.body = FrozenBatchNorm2d.convert_frozen_batchnorm(self.body)
-        self._channels_last = {n for n, s in zip(nodes, shapes) if s["channels_last"]}
+        self._channels_last = [n for n, s in zip(nodes, shapes) if s["channels_last"]]
         self._out_features = list(nodes)
         self._out_feature_channels = {n: s["channels"] for n, s in zip(nodes, shapes)}
         self._out_feature_strides = {n: s["stride"] for n, s in zip(nodes, shapes)}
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Dict[str, Tensor]:  # noqa: UP006  (TorchScript)
         """
         Args:
             x (Tensor): (N, 3, H, W), normalised images.
@@ -78,12 +81,11 @@ class TorchvisionBackbone(Backbone):
         Returns:
             dict[str, Tensor]: stage name -> (N, C, H / stride, W / stride).
         """
-        features = self.body(x)
-        return {
+        features: Dict[str, Tensor] = self.body(x)  # noqa: UP006
+        for stage in self._channels_last:
             # Swin transformers keep their channels in the last dimension.
-            stage: feature.permute(0, 3, 1, 2) if stage in self._channels_last else feature
-            for stage, feature in features.items()
-        }
+            features[stage] = features[stage].permute(0, 3, 1, 2)
+        return features
 
     @property
     def size_divisibility(self):

@@ -1,0 +1,42 @@
+# Copyright (c) The mokd_det authors.
+"""
+What a deployed classifier takes and returns.
+
+It takes images, an (N, 3, H, W) tensor in [0, 255], uint8 or float32, RGB; normalisation is inside,
+resizing and cropping are not. It returns (N, C) float32 logits; their softmax are probabilities.
+"""
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["DeployedClassifier"]
+
+
+class DeployedClassifier(nn.Module):
+    """A classification network with its normalisation."""
+
+    def __init__(self, model):
+        """
+        Args:
+            model (Classifier): in eval mode.
+        """
+        super().__init__()
+        self.network = model.network
+        self.register_buffer("pixel_mean", model.pixel_mean.clone())
+        self.register_buffer("pixel_std", model.pixel_std.clone())
+
+    def forward(self, images: Tensor) -> Tensor:
+        images = (images.to(self.pixel_mean) - self.pixel_mean) / self.pixel_std
+        return self.network(images)
+
+
+class HalfClassifier(DeployedClassifier):
+    """The same with the network in float16; normalisation and logits stay float32."""
+
+    def __init__(self, model):
+        super().__init__(model)
+        self.network.half()
+
+    def forward(self, images: Tensor) -> Tensor:
+        images = (images.to(self.pixel_mean) - self.pixel_mean) / self.pixel_std
+        return self.network(images.to(torch.float16)).to(torch.float32)

@@ -1,0 +1,312 @@
+# Copyright (c) The mokd_det authors.
+"""
+What a deployed detector takes and returns, whatever its family.
+
+It takes one image, a (3, H, W) tensor in [0, 255], uint8 or float32, in the channel order of its
+metadata, of any height and width; normalisation is inside, resizing is not. It returns
+dict[str, Tensor] for its R detections, sorted by score:
+
+==============  ===========================================================================
+``boxes``       (R, 4) float32, XYXY, absolute pixels of the image given, clipped to it
+``scores``      (R,) float32 in [0, 1]
+``classes``     (R,) int64 in [0, C)
+``masks``       (R, M, M) float32 probabilities on a regular grid over each box (masks only)
+``keypoints``   (R, K, 3) float32: x, y in pixels of the image given, score (keypoints only)
+``sem_seg``     (C', H, W) float32 logits (panoptic FPN only)
+==============  ===========================================================================
+"""
+
+from typing import Dict, List  # noqa: UP035  (TorchScript knows these, and not dict[...] everywhere)
+
+import torch
+import torch.nn.functional as F
+from detectron2.export.torchscript_patch import patch_builtin_len
+from detectron2.layers import CycleBatchNormList
+from detectron2.modeling import GeneralizedRCNN, PanopticFPN
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+from detectron2.modeling.roi_heads import CascadeROIHeads, Res5ROIHeads, StandardROIHeads
+from detectron2.structures import Boxes
+from omegaconf import ListConfig
+from torch import Tensor, nn
+
+from ..modeling import TorchvisionBackbone
+
+__all__ = [
+    "TraceableDetector",
+    "TracedDetector",
+    "check_detector",
+    "check_scripting",
+    "check_tracing",
+    "detect",
+    "detect_batch",
+    "instances_fields",
+    "num_classes",
+    "output_names",
+    "paste_masks",
+    "scriptable_detector",
+    "score_threshold",
+]
+
+
+def check_detector(model, name):
+    """
+    Raises:
+        ValueError: not a detector of a family that can be deployed.
+    """
+    if isinstance(model, DenseDetector):
+        return
+    if not isinstance(model, GeneralizedRCNN) or model.proposal_generator is None:
+        raise ValueError(
+            f"MODEL.META_ARCHITECTURE is '{name}', a {type(model).__name__}: expected an R-CNN "
+            "with a proposal generator (GeneralizedRCNN, PanopticFPN), a dense detector "
+            "(RetinaNet, FCOS) or a Classifier. Use --format checkpoint for any other model."
+        )
+    box_dim = len(getattr(_last_predictor(model).box2box_transform, "weights", ()))
+    if not isinstance(model.roi_heads, (StandardROIHeads, Res5ROIHeads)) or box_dim > 4:
+        raise ValueError(
+            f"MODEL.ROI_HEADS.NAME is a {type(model.roi_heads).__name__}, whose boxes are not "
+            "x0, y0, x1, y1: expected StandardROIHeads, CascadeROIHeads or Res5ROIHeads. Use "
+            "--format checkpoint."
+        )
+
+
+def check_tracing(model):
+    """
+    Raises:
+        ValueError: a model whose trace would hold for the size of its example only.
+    """
+    for module in model.modules():
+        if isinstance(module, TorchvisionBackbone) and module._channels_last:
+            raise ValueError(
+                "--method tracing: the windows of this torchvision backbone (Swin) would keep the "
+                "size of the image it is traced with. Use --format torchscript --method scripting."
+            )
+
+
+def check_scripting(model):
+    """
+    Raises:
+        ValueError: Detectron2's code of this model has parts that TorchScript cannot compile.
+    """
+    heads = getattr(model, "roi_heads", None)
+    reason = ""
+    if isinstance(model, PanopticFPN):
+        reason = "layers of PanopticFPN's semantic head hold functions"
+    elif isinstance(heads, CascadeROIHeads):
+        reason = "CascadeROIHeads lacks the annotations of types"
+    elif isinstance(heads, Res5ROIHeads) and not heads.mask_on:
+        reason = "Res5ROIHeads without masks refers to a mask head that it does not have"
+    elif any(isinstance(module, CycleBatchNormList) for module in model.modules()):
+        reason = "normalisation per level in its head (BN, SyncBN) indexes layers by a variable"
+    elif any(isinstance(v, ListConfig) for m in model.modules() for v in vars(m).values()):
+        reason = "lists of its Python config are not Python's own"
+    if reason:
+        raise ValueError(
+            f"--method scripting: {reason}, so TorchScript cannot compile it. Use --method tracing."
+        )
+
+
+def output_names(model):
+    """Return the keys of a detector's output, a list of str in this module's order."""
+    names = ["boxes", "scores", "classes"]
+    if getattr(getattr(model, "roi_heads", None), "mask_on", False):
+        names.append("masks")
+    if getattr(getattr(model, "roi_heads", None), "keypoint_on", False):
+        names.append("keypoints")
+    if isinstance(model, PanopticFPN):
+        names.append("sem_seg")
+    return names
+
+
+def num_classes(model):
+    """Return the number of classes of a detector's boxes."""
+    return model.num_classes if isinstance(model, DenseDetector) else model.roi_heads.num_classes
+
+
+def score_threshold(model):
+    """Return the score that the detections of a detector exceed."""
+    if isinstance(model, DenseDetector):
+        return float(model.test_score_thresh)
+    return float(_last_predictor(model).test_score_thresh)
+
+
+def _last_predictor(model):
+    predictor = model.roi_heads.box_predictor
+    return predictor[-1] if isinstance(predictor, nn.ModuleList) else predictor
+
+
+def detect(model, image):
+    """Return what :func:`detect_batch` does for one image."""
+    return detect_batch(model, [image])[0]
+
+
+@torch.no_grad()
+def detect_batch(model, images):
+    """
+    Run a detector as Detectron2 does, without its resizing to another size.
+
+    Args:
+        model (nn.Module): in eval mode.
+        images (list[Tensor]): see above; they are padded to one size.
+
+    Returns:
+        list[dict[str, Tensor]]: see above.
+    """
+    inputs = [{"image": image.to(torch.float32)} for image in images]
+    sem_seg = [None] * len(images)
+    if isinstance(model, DenseDetector):
+        results = [found["instances"] for found in model(inputs)]
+    elif isinstance(model, PanopticFPN):
+        results, sem_seg = model.inference(inputs, do_postprocess=False)
+    else:
+        results = model.inference(inputs, do_postprocess=False)
+    batch = []
+    for image, result, logits in zip(images, results, sem_seg):
+        boxes = result.pred_boxes.tensor
+        outputs = {"boxes": boxes, "scores": result.scores, "classes": result.pred_classes}
+        if result.has("pred_masks"):
+            outputs["masks"] = result.pred_masks[:, 0]
+        if result.has("pred_keypoints"):
+            outputs["keypoints"] = result.pred_keypoints
+        # Detectron2's postprocessing drops boxes that clipping left empty.
+        kept = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+        outputs = {name: value[kept] for name, value in outputs.items()}
+        if logits is not None:
+            # As Detectron2's sem_seg_postprocess at the image's own size: padding goes.
+            outputs["sem_seg"] = logits[:, : image.shape[1], : image.shape[2]]
+        batch.append(outputs)
+    return batch
+
+
+class TraceableDetector(nn.Module):
+    """:func:`detect` as a module that torch.jit.trace and ONNX's exporter take."""
+
+    def __init__(self, model, as_tuple=False):
+        """
+        Args:
+            model (nn.Module): the detector.
+            as_tuple (bool): return the values alone, in the order of :func:`output_names`.
+        """
+        super().__init__()
+        self.model = model
+        self.as_tuple = as_tuple
+
+    def forward(self, image):
+        # Lengths that depend on the image must stay tensors while tracing.
+        with patch_builtin_len():
+            outputs = detect(self.model, image)
+        return tuple(outputs.values()) if self.as_tuple else outputs
+
+
+def paste_masks(masks: Tensor, boxes: Tensor, height: int, width: int) -> Tensor:
+    """
+    Sample masks at the centres of an image's pixels.
+
+    Args:
+        masks (Tensor): (R, M, M) probabilities over the boxes.
+        boxes (Tensor): (R, 4) XYXY, in pixels of that image.
+        height, width (int): of the image.
+
+    Returns:
+        Tensor: (R, height, width) bool, probability of at least 0.5.
+    """
+    pasted = torch.zeros([masks.size(0), height, width], dtype=torch.bool, device=masks.device)
+    rows = torch.arange(height, device=masks.device, dtype=torch.float32) + 0.5
+    columns = torch.arange(width, device=masks.device, dtype=torch.float32) + 0.5
+    # One by one: grids for all masks at once are gigabytes for a large image.
+    for i in range(masks.size(0)):
+        x0, y0, x1, y1 = boxes[i].unbind(0)
+        y = (rows - y0) / (y1 - y0) * 2 - 1
+        x = (columns - x0) / (x1 - x0) * 2 - 1
+        grid = torch.stack([x.expand(height, width), y[:, None].expand(height, width)], dim=2)
+        probability = F.grid_sample(masks[i][None, None].float(), grid[None], align_corners=False)
+        pasted[i] = probability[0, 0] >= 0.5
+    return pasted
+
+
+class TracedDetector(nn.Module):
+    """What a traced detector is saved as: any input type, and masks can be pasted."""
+
+    def __init__(self, traced):
+        """
+        Args:
+            traced (torch.jit.ScriptModule): of a :class:`TraceableDetector`.
+        """
+        super().__init__()
+        self.model = traced
+
+    def forward(self, image: Tensor) -> Dict[str, Tensor]:  # noqa: UP006
+        return self.model(image.to(torch.float32))
+
+    @torch.jit.export
+    def paste_masks(self, masks: Tensor, boxes: Tensor, height: int, width: int) -> Tensor:
+        """See :func:`paste_masks`."""
+        return paste_masks(masks, boxes, height, width)
+
+
+class _ScriptableDetector(nn.Module):
+    """What a scripted detector is saved as. It also takes a batch."""
+
+    has_masks: torch.jit.Final[bool]
+    has_keypoints: torch.jit.Final[bool]
+    is_dense: torch.jit.Final[bool]
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        self.has_masks = "masks" in output_names(model)
+        self.has_keypoints = "keypoints" in output_names(model)
+        self.is_dense = isinstance(model, DenseDetector)
+
+    def forward(self, image: Tensor) -> Dict[str, Tensor]:  # noqa: UP006
+        return self.batch([image])[0]
+
+    @torch.jit.export
+    def batch(self, images: List[Tensor]) -> List[Dict[str, Tensor]]:  # noqa: UP006
+        """Images of any sizes, padded to one, in one pass."""
+        inputs = [{"image": image.to(torch.float32)} for image in images]
+        if self.is_dense:
+            results = self.model(inputs)
+        else:
+            results = self.model.inference(inputs, do_postprocess=False)
+        found: List[Dict[str, Tensor]] = []  # noqa: UP006
+        for image, result in zip(images, results):
+            boxes = result.pred_boxes.tensor
+            if self.is_dense:  # clipped by Detectron2's postprocessing, which is not scriptable
+                x, y = boxes[:, 0::2], boxes[:, 1::2]
+                x, y = x.clamp(0, image.size(2)), y.clamp(0, image.size(1))
+                boxes = torch.stack([x[:, 0], y[:, 0], x[:, 1], y[:, 1]], dim=1)
+            kept = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+            outputs = {
+                "boxes": boxes[kept],
+                "scores": result.scores[kept],
+                "classes": result.pred_classes[kept],
+            }
+            if self.has_masks:
+                outputs["masks"] = result.pred_masks[kept][:, 0]
+            if self.has_keypoints:
+                outputs["keypoints"] = result.pred_keypoints[kept]
+            found.append(outputs)
+        return found
+
+    @torch.jit.export
+    def paste_masks(self, masks: Tensor, boxes: Tensor, height: int, width: int) -> Tensor:
+        """See :func:`paste_masks`."""
+        return paste_masks(masks, boxes, height, width)
+
+
+def scriptable_detector(model):
+    """Return a detector as a module for Detectron2's ``scripting_with_instances``."""
+    return _ScriptableDetector(model).eval()
+
+
+def instances_fields(model):
+    """Return the fields of Instances that a detector uses, as ``scripting_with_instances`` asks."""
+    fields = {"pred_boxes": Boxes, "scores": Tensor, "pred_classes": Tensor}
+    if not isinstance(model, DenseDetector):
+        fields.update({"proposal_boxes": Boxes, "objectness_logits": Tensor})
+    if "masks" in output_names(model):
+        fields["pred_masks"] = Tensor
+    if "keypoints" in output_names(model):
+        fields.update({"pred_keypoints": Tensor, "pred_keypoint_heatmaps": Tensor})
+    return fields

@@ -1,0 +1,108 @@
+# Copyright (c) The mokd_det authors.
+"""Images on which an exported model is compared with its source."""
+
+import itertools
+import os
+
+import numpy as np
+import torch
+from detectron2.data import DatasetCatalog
+from detectron2.data import transforms as T
+from detectron2.data.detection_utils import read_image
+from PIL import Image
+
+from ..data.classification.transforms import build_transform
+from ..modeling import is_classifier
+
+__all__ = ["SCALES", "read_images", "sized", "to_tensor"]
+
+SCALES = (1.0, 0.75, 0.5)
+"""Sizes of the comparison, as parts of the test size."""
+
+
+def read_images(cfg, files=(), count=3):
+    """
+    Args:
+        cfg (CfgNode): its data sets registered.
+        files (sequence[str]): images; empty: the first of ``DATASETS.TEST``.
+        count (int): of images from a data set.
+
+    Returns:
+        tuple: list of (H, W, 3) uint8 RGB arrays, and str, where they come from. Without files
+        and data sets they are drawn at random, and the second says that.
+
+    Raises:
+        FileNotFoundError: one of ``files`` is missing.
+    """
+    if files:
+        for file in files:
+            if not os.path.isfile(file):
+                raise FileNotFoundError(f"--images '{file}' does not exist.")
+        return [read_image(file, "RGB") for file in files], ", ".join(map(str, files))
+    for name in cfg.DATASETS.TEST:
+        if name not in DatasetCatalog.list():
+            continue
+        try:
+            elements = list(itertools.islice(DatasetCatalog.get(name), count))
+            images = [_image_of(element) for element in elements]
+        except FileNotFoundError:  # a set that is registered, but not on this machine
+            continue
+        if images:
+            return images, f"the first {len(images)} of DATASETS.TEST '{name}'"
+    return [_random_image(seed) for seed in range(count)], (
+        f"{count} RANDOM images, as neither --images nor a set of DATASETS.TEST "
+        f"{tuple(cfg.DATASETS.TEST)} is here: give real ones by --images"
+    )
+
+
+def _image_of(element):
+    if "file_name" in element:
+        return read_image(element["file_name"], "RGB")
+    image = np.asarray(element["image"])  # packed, grey or RGB
+    return np.stack([image] * 3, axis=2) if image.ndim == 2 else image
+
+
+def _random_image(seed, height=480, width=640):
+    """Coloured blotches: low frequencies, as photos have, so that features differ over places."""
+    noise = np.random.default_rng(seed).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(noise).resize((width, height), Image.BICUBIC))
+
+
+def to_tensor(cfg, image):
+    """
+    Args:
+        cfg (CfgNode): of the model.
+        image (ndarray): (H, W, 3) uint8 RGB.
+
+    Returns:
+        Tensor: (3, H', W') uint8, resized (and cropped) as for evaluation, in INPUT.FORMAT.
+    """
+    if is_classifier(cfg):
+        return build_transform(cfg, is_train=False)(Image.fromarray(image))
+    short, longest = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
+    if short:  # as Detectron2's DefaultPredictor
+        image = (
+            T.ResizeShortestEdge([short, short], longest).get_transform(image).apply_image(image)
+        )
+    if cfg.INPUT.FORMAT == "BGR":
+        image = image[:, :, ::-1]
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+
+
+def sized(image, scale):
+    """
+    Args:
+        image (Tensor): (3, H, W) uint8.
+        scale (float): 1 is the image itself; of others a side is cut besides, so that the two
+            sides are no multiples of each other or of a stride.
+
+    Returns:
+        Tensor: (3, H', W') uint8.
+    """
+    if scale == 1:
+        return image
+    height, width = (max(round(side * scale), 32) for side in image.shape[1:])
+    array = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
+    small = np.asarray(Image.fromarray(array).resize((width, height), Image.BILINEAR))
+    small = small[: height - height // 5 + 1]
+    return torch.from_numpy(np.ascontiguousarray(small.transpose(2, 0, 1)))

@@ -1,0 +1,100 @@
+# Copyright (c) The mokd_det authors.
+"""Detectors and classifiers as ONNX."""
+
+import contextlib
+import io
+import json
+import warnings
+
+import torch
+
+from .detector import TraceableDetector, output_names
+from .metadata import METADATA_FILE
+
+__all__ = ["check_onnx", "export_onnx", "load_onnx"]
+
+OPSET = 17
+"""The version of ONNX's operators: the newest that torch's tracing exporter writes in full."""
+
+
+def check_onnx(model):
+    """
+    Raises:
+        ImportError: onnx or onnxruntime are not installed.
+        ValueError: a model that ONNX does not hold faithfully.
+    """
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            f"--format onnx needs onnx and onnxruntime: pip install 'mokd-det[onnx]' ({error})"
+        ) from error
+    reason = ""
+    if hasattr(model, "backbone") and "keypoints" in output_names(model):
+        reason = "Keypoint R-CNN finds keypoints in a loop that torch's exporter cannot write"
+    if reason:
+        raise ValueError(f"--format onnx: {reason}. Use --format torchscript.")
+
+
+def export_onnx(model, image, path, metadata):
+    """
+    Args:
+        model (nn.Module): a detector, or a deployed classifier, in eval mode.
+        image (Tensor): its input as documented.
+        path (str): of the file.
+        metadata (dict): goes into the file's own.
+    """
+    import onnx
+
+    is_detector = hasattr(model, "backbone")
+    if is_detector:
+        traceable = TraceableDetector(model, as_tuple=True).eval()
+        input_name, names = "image", output_names(model)
+        axes = {"image": {1: "height", 2: "width"}, **{name: {0: "detections"} for name in names}}
+    else:
+        traceable, input_name, names = model, "images", ["logits"]
+        axes = {"images": {0: "batch", 2: "height", 3: "width"}, "logits": {0: "batch"}}
+        if metadata["image_size"] != "any":
+            axes["images"] = {0: "batch"}
+    # torch's newer exporter (dynamo=True) fails at Detectron2's lists and asserts, so this is the
+    # one that traces. It prints the graph when it fails.
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            traceable,
+            (image.to(torch.float32),),
+            path,
+            input_names=[input_name],
+            output_names=names,
+            dynamic_axes=axes,
+            opset_version=OPSET,
+            dynamo=False,
+        )
+    file = onnx.load(path)
+    entry = file.metadata_props.add()
+    entry.key, entry.value = METADATA_FILE, json.dumps(metadata)
+    onnx.save(file, path)
+
+
+def load_onnx(path):
+    """
+    Returns:
+        callable: runs the file with onnxruntime on the CPU, from an image to dict[str, Tensor] (a
+        detector) or from images to logits.
+    """
+    import onnxruntime
+
+    # Its warnings on names that the exporter left over say nothing.
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    input_name = session.get_inputs()[0].name
+
+    def run(image):
+        found = session.run(None, {input_name: image.to(torch.float32).cpu().numpy()})
+        tensors = [torch.from_numpy(x) for x in found]
+        return tensors[0] if names == ["logits"] else dict(zip(names, tensors))
+
+    return run

@@ -1,0 +1,120 @@
+# Copyright (c) The mokd_det authors.
+"""Whether an exported model returns what its source returns."""
+
+import torch
+
+__all__ = ["DEFAULT_TOLERANCE", "PIXELS", "compare_detections", "compare_tensors", "parity"]
+
+DEFAULT_TOLERANCE = 1e-3
+"""Largest difference of a score, probability or logit (of logits beyond 1: relative)."""
+PIXELS = 10
+"""A box or keypoint may differ by this many times the tolerance, in pixels."""
+
+
+def compare_detections(expected, found):
+    """
+    Match the detections of one image: each with the closest box of its class.
+
+    Args:
+        expected, found (dict[str, Tensor]): see :mod:`mokd_det.export.detector`.
+
+    Returns:
+        dict[str, float]: ``unmatched``, the number of detections that only one side has, and the
+        largest difference of each output in the matched ones; of ``classes`` none.
+    """
+    expected, found = ({k: v.cpu() for k, v in side.items()} for side in (expected, found))
+    pairs = _match(expected, found)
+    mine, theirs = (torch.tensor(side, dtype=torch.long) for side in pairs)
+    count = max(len(expected["scores"]), len(found["scores"]))
+    differences = {"unmatched": count - len(mine)}
+    for name in expected:
+        if name == "classes":
+            continue
+        a, b = expected[name], found[name]
+        if name != "sem_seg":  # the one that is not by detection
+            a, b = a[mine], b[theirs]
+        differences[name] = _largest(a, b)
+    return differences
+
+
+def _match(expected, found):
+    if expected["classes"].tolist() == found["classes"].tolist():
+        # In order, unless equal scores changed places.
+        if _largest(expected["boxes"], found["boxes"]) < 1:
+            everything = list(range(len(found["classes"])))
+            return everything, everything
+    pairs = ([], [])
+    free = torch.ones(len(found["classes"]), dtype=torch.bool)
+    for i, (box, label) in enumerate(zip(expected["boxes"], expected["classes"])):
+        candidates = (free & (found["classes"] == label)).nonzero()[:, 0]
+        if not len(candidates):
+            continue
+        distances = (found["boxes"][candidates] - box).abs().amax(dim=1)
+        best = int(distances.argmin())
+        # Farther away it is another object's.
+        if distances[best] <= 0.25 * (box[2:] - box[:2]).min():
+            free[candidates[best]] = False
+            pairs[0].append(i)
+            pairs[1].append(int(candidates[best]))
+    return pairs
+
+
+def compare_tensors(expected, found):
+    """
+    Args:
+        expected, found: the same nesting of dicts, lists and tuples of tensors.
+
+    Returns:
+        dict[str, float]: ``outputs``, the largest difference of any element, relative to the
+        tensor's largest absolute value where that exceeds 1 (float32 has seven digits).
+    """
+    mine, theirs = (torch.utils._pytree.tree_leaves(side) for side in (expected, found))
+    if len(mine) != len(theirs):
+        return {"outputs": float("inf")}
+    relative = [_largest(a, b) / max(1.0, float(a.abs().max())) for a, b in zip(mine, theirs)]
+    return {"outputs": max(relative)}
+
+
+def _largest(a, b):
+    if a.shape != b.shape:
+        return float("inf")
+    if not a.numel():
+        return 0.0
+    difference = (a.to(torch.float32) - b.to(torch.float32).to(a.device)).abs().max()
+    # A NaN on both sides is as good as a failure: nobody can use it.
+    return float(difference) if difference.isfinite() else float("inf")
+
+
+def parity(expected, found, inputs, tolerance, compare):
+    """
+    Args:
+        expected, found (list): outputs of the model and of its export, for each input.
+        inputs (list[Tensor]): of several sizes.
+        tolerance (float): see ``DEFAULT_TOLERANCE`` and ``PIXELS``.
+        compare (callable): :func:`compare_detections` or :func:`compare_tensors`.
+
+    Returns:
+        dict: ``passed`` (bool), ``tolerance``, ``sizes`` of the inputs, and the largest
+        ``max_..._difference`` of each output over them. For detections also their number, how many
+        are ``unmatched`` and whether there was an image ``without_detections``. Without any
+        detection nothing was compared, and it is not passed.
+    """
+    worst, unmatched = {}, 0
+    for mine, theirs in zip(expected, found):
+        differences = compare(mine, theirs)
+        unmatched += differences.pop("unmatched", 0)
+        for name, value in differences.items():
+            worst[name] = max(worst.get(name, 0.0), value)
+    passed = unmatched == 0 and all(
+        value <= tolerance * (PIXELS if name in ("boxes", "keypoints") else 1)
+        for name, value in worst.items()
+    )
+    result = {"tolerance": tolerance, "sizes": [list(x.shape) for x in inputs]}
+    result.update({f"max_{name}_difference": value for name, value in worst.items()})
+    if compare is compare_detections:
+        counts = [len(outputs["scores"]) for outputs in expected]
+        result["detections"] = sum(counts)
+        result["unmatched"] = unmatched
+        result["without_detections"] = 0 in counts
+        passed = passed and any(counts)
+    return {"passed": passed, **result}

@@ -1,0 +1,91 @@
+# Copyright (c) The mokd_det authors.
+"""
+Experimental: torch.export, which replaces TorchScript, for what it takes today. That is a whole
+classifier, and of a detector the backbone and the dense head (an R-CNN's RPN head): all its
+convolutions but those on RoIs. Decoding and NMS are the caller's.
+"""
+
+import json
+
+import torch
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+from torch import nn
+from torch.export import Dim
+
+from .metadata import METADATA_FILE
+
+__all__ = ["BackboneAndHead", "export_program", "load_program"]
+
+
+class BackboneAndHead(nn.Module):
+    """Backbone and dense head of a detector, with its normalisation."""
+
+    def __init__(self, model):
+        """
+        Args:
+            model (nn.Module): a detector.
+        """
+        super().__init__()
+        self.backbone = model.backbone
+        if isinstance(model, DenseDetector):
+            self.head, self.in_features = model.head, list(model.head_in_features)
+        else:
+            rpn = model.proposal_generator
+            self.head, self.in_features = rpn.rpn_head, list(rpn.in_features)
+        self.register_buffer("pixel_mean", model.pixel_mean.clone())
+        self.register_buffer("pixel_std", model.pixel_std.clone())
+
+    def forward(self, images):
+        """
+        Args:
+            images (Tensor): (N, 3, H, W) float32 in [0, 255], both sides multiples of the
+                backbone's ``size_divisibility``. Padding, if any, has the value of pixel_mean.
+
+        Returns:
+            dict: ``features``, dict[str, Tensor]; ``head``, what the head returns: a tuple of
+            lists with an (N, ., H / stride, W / stride) tensor for each level.
+        """
+        features = self.backbone((images - self.pixel_mean) / self.pixel_std)
+        return {
+            "features": features,
+            "head": self.head([features[name] for name in self.in_features]),
+        }
+
+
+def export_program(module, images, path, metadata, multiple=1):
+    """
+    Args:
+        module (nn.Module): a :class:`BackboneAndHead` or a deployed classifier, in eval mode.
+        images (Tensor): (N, 3, H, W) example, N > 1.
+        path (str): of the .pt2 file.
+        metadata (dict): goes into the file.
+        multiple (int): sides of images are multiples of this; 0: they are fixed.
+
+    Raises:
+        ValueError: torch.export does not take this model.
+    """
+    sizes = {0: Dim("batch")}
+    if multiple:
+        # From one multiple above: maps of one pixel are special to torch.export.
+        low = images.shape[-1] // multiple // 2 + 1
+        sides = (Dim("height", min=low), Dim("width", min=low))
+        sizes.update({2: multiple * sides[0], 3: multiple * sides[1]})
+    try:
+        with torch.no_grad():
+            program = torch.export.export(
+                module, (images.to(torch.float32),), dynamic_shapes=(sizes,), strict=False
+            )
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"--format torch_export: torch {torch.__version__} does not take this model: "
+            f"{str(error).strip()[:2000]}\nUse --format torchscript."
+        ) from error
+    torch.export.save(program, path, extra_files={METADATA_FILE: json.dumps(metadata, indent=2)})
+
+
+def load_program(path):
+    """
+    Returns:
+        nn.Module: of a .pt2 file.
+    """
+    return torch.export.load(path).module()

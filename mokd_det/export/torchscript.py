@@ -1,0 +1,144 @@
+# Copyright (c) The mokd_det authors.
+"""Detectors and classifiers as TorchScript, by tracing or scripting."""
+
+import copy
+import json
+import warnings
+from unittest import mock
+
+import torch
+from detectron2.export.torchscript import scripting_with_instances
+from detectron2.modeling.roi_heads import cascade_rcnn
+
+from .detector import (
+    TraceableDetector,
+    TracedDetector,
+    check_scripting,
+    instances_fields,
+    scriptable_detector,
+)
+from .metadata import METADATA_FILE
+
+__all__ = ["freeze", "load_torchscript", "save_torchscript", "script", "trace"]
+
+
+def trace(model, image):
+    """
+    Args:
+        model (nn.Module): a detector, or a deployed classifier, in eval mode.
+        image (Tensor): its input as documented; best one with detections, so that every part runs.
+
+    Returns:
+        torch.jit.ScriptModule
+    """
+    is_classifier = not hasattr(model, "backbone")
+    traceable = model if is_classifier else TraceableDetector(model).eval()
+    with torch.no_grad(), _without_gradient_scaling(), warnings.catch_warnings():
+        # Of tensors that become Python numbers or constants, and of TorchScript's deprecation:
+        # what the trace computes is compared with the model in any case.
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(
+            traceable, (image.to(torch.float32),), strict=False, check_trace=False
+        )
+        if is_classifier:
+            # A traced function keeps the type of its example; images come as uint8 too.
+            return torch.jit.script(_AnyType(traced).eval())
+        return torch.jit.script(TracedDetector(traced).eval())
+
+
+def _without_gradient_scaling():
+    """
+    Cascade R-CNN of Detectron2 0.6 scales gradients in inference too, by Python code that an
+    archive cannot hold and that leaves values as they are. Later versions do it in training only.
+    """
+    return mock.patch.object(cascade_rcnn, "_ScaleGradient", _NoScaling)
+
+
+class _NoScaling:
+    @staticmethod
+    def apply(features, scale):
+        return features
+
+
+class _AnyType(torch.nn.Module):
+    def __init__(self, traced):
+        super().__init__()
+        self.network = traced
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.network(images.to(torch.float32))
+
+
+def script(model):
+    """
+    Args:
+        model (nn.Module): a detector, or a deployed classifier, in eval mode.
+
+    Returns:
+        torch.jit.ScriptModule
+
+    Raises:
+        ValueError: TorchScript cannot compile it.
+    """
+    is_detector = hasattr(model, "backbone")
+    if is_detector:
+        check_scripting(model)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # as in trace()
+            model = _with_scripted_graphs(model)
+            if is_detector:
+                return scripting_with_instances(scriptable_detector(model), instances_fields(model))
+            return torch.jit.script(model)
+    except (RuntimeError, TypeError, AttributeError, ValueError, NotImplementedError) as error:
+        # torch.jit's own errors derive from these, one for each kind of Python it does not know.
+        raise ValueError(
+            f"--method scripting: TorchScript cannot compile this model: {str(error).strip()}\n"
+            "Use --method tracing."
+        ) from error
+
+
+def _with_scripted_graphs(model):
+    """
+    Return a copy in which each torch.fx graph (the body of a torchvision backbone) is scripted for
+    itself: as parts of other modules, their layers would be scripted in training mode.
+    """
+    graphs = [name for name, m in model.named_modules() if isinstance(m, torch.fx.GraphModule)]
+    if not graphs:
+        return model
+    model = copy.deepcopy(model).eval()
+    for name in graphs:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, torch.jit.script(model.get_submodule(name)))
+    return model
+
+
+def freeze(module):
+    """
+    Args:
+        module (torch.jit.ScriptModule): of :func:`trace` or :func:`script`.
+
+    Returns:
+        torch.jit.ScriptModule: weights are constants, BatchNorm is folded into convolutions.
+    """
+    methods = [name for name in ("batch", "paste_masks") if hasattr(module, name)]
+    return torch.jit.freeze(module, preserved_attrs=methods)
+
+
+def save_torchscript(module, path, metadata):
+    """Write the archive with ``metadata`` (dict) as JSON inside."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*torch.jit.* is deprecated")
+        torch.jit.save(module, path, _extra_files={METADATA_FILE: json.dumps(metadata, indent=2)})
+
+
+def load_torchscript(path, device="cpu"):
+    """
+    Returns:
+        tuple: the module, on ``device``, and its metadata (dict).
+    """
+    extra = {METADATA_FILE: ""}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*torch.jit.* is deprecated")
+        module = torch.jit.load(path, map_location=device, _extra_files=extra)
+    return module, json.loads(extra[METADATA_FILE])

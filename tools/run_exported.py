@@ -1,0 +1,213 @@
+#!/usr/bin/env python
+# Copyright (c) The mokd_det authors.
+"""
+Run a TorchScript file of tools/export_model.py. Needs torch and torchvision only, so this script
+can be copied to wherever the file goes.
+
+Examples:
+  python tools/run_exported.py out/model.ts photo.jpg
+  python tools/run_exported.py out/model.ts photo.jpg --score 0.5 --picture found.png
+  python tools/run_exported.py classifier/model.ts photo.jpg other.jpg --top 5
+
+Prints JSON, a list with an entry for each image. A detector's has "detections": "box" (x0 y0 x1 y1
+in pixels of the image file), "score", "class" (number) and "name"; of a model with masks also
+"mask", COCO's uncompressed run lengths (down the columns); with keypoints "keypoints", x y score
+each. A classifier's has "classes", the best first: "class", "name" and "score" (probability).
+"""
+
+import argparse
+import json
+import os
+import sys
+import warnings
+
+import torch
+import torchvision  # noqa: F401  (registers operators of detectors: NMS and ROIAlign)
+from PIL import Image, ImageOps
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as F
+from torchvision.utils import draw_bounding_boxes, draw_keypoints, draw_segmentation_masks
+
+METADATA_FILE = "metadata.json"
+
+
+def load(path, device):
+    """
+    Returns:
+        tuple: the module and its metadata.
+
+    Raises:
+        ValueError: not a file of tools/export_model.py.
+    """
+    extra = {METADATA_FILE: ""}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*torch.jit.* is deprecated")
+        module = torch.jit.load(path, map_location=device, _extra_files=extra)
+    if not extra[METADATA_FILE]:
+        raise ValueError(
+            f"{path} has no {METADATA_FILE} inside: expected a file of tools/export_model.py "
+            "--format torchscript."
+        )
+    return module, json.loads(extra[METADATA_FILE])
+
+
+def read(path):
+    """Return the image of a file, RGB, upright as its EXIF data say."""
+    return ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+
+
+def resized_size(width, height, short_edge, longest_edge):
+    """
+    Return (width, height) with the short edge at ``short_edge``, unless the other would exceed
+    ``longest_edge``; 0 leaves the size.
+    """
+    if not short_edge:
+        return width, height
+    # In the steps of Detectron2's ResizeShortestEdge, so that rounding is the same.
+    scale = short_edge / min(width, height)
+    width, height = (short_edge, scale * height) if width <= height else (scale * width, short_edge)
+    if max(width, height) > longest_edge:
+        scale = longest_edge / max(width, height)
+        width, height = scale * width, scale * height
+    return int(width + 0.5), int(height + 0.5)
+
+
+def to_tensor(image, metadata):
+    """Return a PIL image as (3, H, W) uint8 in the channel order of the model."""
+    tensor = F.pil_to_tensor(image)
+    return tensor.flip(0).contiguous() if metadata["format"] == "BGR" else tensor
+
+
+@torch.no_grad()
+def detect(module, metadata, image, device):
+    """
+    Args:
+        image (PIL.Image): RGB.
+
+    Returns:
+        dict[str, Tensor]: on the CPU, in pixels of ``image``: ``boxes`` (R, 4) XYXY, ``scores``
+        (R,), ``classes`` (R,) and, if the model has them, ``masks`` (R, H, W) bool and
+        ``keypoints`` (R, K, 3).
+    """
+    rule = metadata["resize"]
+    width, height = resized_size(*image.size, rule["short_edge"], rule["longest_edge"])
+    small = image.resize((width, height), Image.BILINEAR)
+    found = module(to_tensor(small, metadata).to(device))
+    scale = torch.tensor([image.width / width, image.height / height], device=device)
+    boxes = found["boxes"] * scale.repeat(2)
+    boxes[:, 0::2].clamp_(0, image.width)
+    boxes[:, 1::2].clamp_(0, image.height)
+    kept = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+    outputs = {"boxes": boxes, "scores": found["scores"], "classes": found["classes"]}
+    outputs = {name: value[kept] for name, value in outputs.items()}
+    if "masks" in found:
+        outputs["masks"] = module.paste_masks(
+            found["masks"][kept], outputs["boxes"], image.height, image.width
+        )
+    if "keypoints" in found:
+        keypoints = found["keypoints"][kept]
+        outputs["keypoints"] = torch.cat([keypoints[..., :2] * scale, keypoints[..., 2:]], dim=2)
+    return {name: value.cpu() for name, value in outputs.items()}
+
+
+@torch.no_grad()
+def classify(module, metadata, image, device):
+    """Return the probability of each class, a (C,) tensor, for a PIL image."""
+    rule = metadata["resize"]
+    image = F.resize(image, rule["short_edge"], InterpolationMode(rule["interpolation"]))
+    image = F.center_crop(image, rule["crop"])
+    return module(to_tensor(image, metadata)[None].to(device))[0].softmax(0).cpu()
+
+
+def name_of(metadata, label):
+    names = metadata["class_names"]
+    return names[label] if names else str(label)
+
+
+def run_lengths(mask):
+    """Return an (H, W) bool mask as COCO's uncompressed run lengths."""
+    flat = mask.t().flatten().int()
+    edges = (flat.diff() != 0).nonzero()[:, 0] + 1
+    ends = torch.cat([edges, torch.tensor([flat.numel()])])
+    counts = ends.diff(prepend=torch.tensor([0])).tolist()
+    # They begin with the length of the background.
+    return {"size": list(mask.shape), "counts": [0, *counts] if flat[0] else counts}
+
+
+def as_records(outputs, metadata):
+    """Return the outputs of :func:`detect` as a list of dicts for JSON."""
+    records = []
+    for i, (box, score, label) in enumerate(
+        zip(outputs["boxes"].tolist(), outputs["scores"].tolist(), outputs["classes"].tolist())
+    ):
+        record = {"box": box, "score": score, "class": label, "name": name_of(metadata, label)}
+        if "masks" in outputs:
+            record["mask"] = run_lengths(outputs["masks"][i])
+        if "keypoints" in outputs:
+            record["keypoints"] = outputs["keypoints"][i].tolist()
+        records.append(record)
+    return records
+
+
+def draw(image, outputs, metadata):
+    """Return the PIL image with boxes, labels, masks and keypoints drawn on it."""
+    canvas = F.pil_to_tensor(image)
+    if not len(outputs["boxes"]):
+        return image
+    if "masks" in outputs:
+        canvas = draw_segmentation_masks(canvas, outputs["masks"], alpha=0.4)
+    labels = [
+        f"{name_of(metadata, label)} {score:.2f}"
+        for label, score in zip(outputs["classes"].tolist(), outputs["scores"].tolist())
+    ]
+    width = max(min(image.size) // 200, 1)
+    canvas = draw_bounding_boxes(canvas, outputs["boxes"], labels, width=width)
+    if "keypoints" in outputs:
+        canvas = draw_keypoints(canvas, outputs["keypoints"][..., :2], radius=2 * width)
+    return F.to_pil_image(canvas)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", help="model.ts of tools/export_model.py")
+    parser.add_argument("images", nargs="+", metavar="image")
+    parser.add_argument("--score", type=float, default=0.0, help="smallest score (%(default)s)")
+    parser.add_argument("--top", type=int, default=5, help="classes shown (%(default)s)")
+    parser.add_argument("--picture", help="PNG or JPEG to write, of one image")
+    parser.add_argument("--device", default="cpu", help="a traced model's is that of its export")
+    args = parser.parse_args()
+    for path in (args.model, *args.images):
+        if not os.path.isfile(path):
+            sys.exit(f"run_exported.py: '{path}' does not exist.")
+    if args.picture and len(args.images) > 1:
+        sys.exit("run_exported.py: --picture is of one image: give one.")
+    module, metadata = load(args.model, args.device)
+    if args.picture and metadata["task"] != "detection":
+        sys.exit("run_exported.py: --picture shows boxes, which a classifier has not.")
+    results = []
+    for path in args.images:
+        image = read(path)
+        result = {"image": path, "width": image.width, "height": image.height}
+        if metadata["task"] == "classification":
+            scores, labels = classify(module, metadata, image, args.device).sort(descending=True)
+            pairs = list(zip(scores.tolist(), labels.tolist()))[: args.top]
+            result["classes"] = [
+                {"class": label, "name": name_of(metadata, label), "score": score}
+                for score, label in pairs
+                if score >= args.score
+            ]
+        else:
+            outputs = detect(module, metadata, image, args.device)
+            kept = outputs["scores"] >= args.score
+            outputs = {name: value[kept] for name, value in outputs.items()}
+            result["detections"] = as_records(outputs, metadata)
+            if args.picture:
+                draw(image, outputs, metadata).save(args.picture)
+        results.append(result)
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
