@@ -40,7 +40,7 @@ lint: env
 
 pins: env
 	$(UV) pip compile --universal --python-version 3.10 --upgrade --no-annotate --no-header --quiet \
-	    --extra detectron2 --extra balancers --extra studies --extra dev pyproject.toml -o requirements.txt
+	    --extra detectron2 --extra balancers --extra studies --extra onnx --extra dev pyproject.toml -o requirements.txt
 	sed -i.bak "1i # Pinned environment of 'make env'. Remade by: make pins" requirements.txt && rm requirements.txt.bak
 
 clean:
