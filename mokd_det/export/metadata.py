@@ -7,12 +7,12 @@ import detectron2
 import torch
 import torchvision
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.utils.file_io import PathManager
 
 import mokd_det
 
 from ..config import stock_config
 from ..data.classification.sources import class_names as classification_names
+from ..data.packages import sha256_of
 from ..modeling import is_classifier
 from .detector import num_classes, output_names, score_threshold
 
@@ -45,6 +45,7 @@ def build_metadata(cfg, model):
         ``input``, ``outputs``, ``versions``, ``config_sha256``, ``weights_sha256`` (None for
         weights that torchvision names).
     """
+    weights = cfg.MODEL.WEIGHTS
     common = {
         "format": cfg.INPUT.FORMAT,
         "pixel_mean": model.pixel_mean.flatten().tolist(),
@@ -56,7 +57,7 @@ def build_metadata(cfg, model):
             "torchvision": torchvision.__version__,
         },
         "config_sha256": hashlib.sha256(stock_config(cfg).dump().encode()).hexdigest(),
-        "weights_sha256": _sha256(cfg.MODEL.WEIGHTS) if cfg.MODEL.WEIGHTS else None,
+        "weights_sha256": sha256_of(weights) if weights else None,
     }
     if is_classifier(cfg):
         options = cfg.INPUT.CLASSIFICATION
@@ -116,11 +117,3 @@ def _keypoint_names(cfg):
         if "keypoint_names" in MetadataCatalog.get(name).as_dict():
             return list(MetadataCatalog.get(name).keypoint_names)
     return None
-
-
-def _sha256(path):
-    digest = hashlib.sha256()
-    with open(PathManager.get_local_path(path), "rb") as f:
-        while part := f.read(2**20):
-            digest.update(part)
-    return digest.hexdigest()

@@ -12,7 +12,7 @@ from .feature_tap import replace_features
 from .output_objective import OutputObjective
 from .teacher import build_teacher
 
-__all__ = ["DistillationModel"]
+__all__ = ["DistillationModel", "boundary_of"]
 
 
 @META_ARCH_REGISTRY.register()
@@ -73,12 +73,7 @@ class DistillationModel(nn.Module):
         # as without distillation.
         student = build_detector(cfg)
         _check_student(student, cfg.MODEL.META_ARCHITECTURE)
-        count = 1 + options.FEATURES.ENABLED + options.OUTPUTS.ENABLED
-        boundary = build_boundary(
-            shared=student.backbone,
-            objectives=count,
-            **{key.lower(): value for key, value in options.BALANCING.items()},
-        )
+        boundary = boundary_of(cfg, student.backbone)
         teacher = build_teacher(cfg)
         _check_channels(student, teacher.model)
         features = outputs = None
@@ -155,6 +150,16 @@ class DistillationModel(nn.Module):
         ``function`` on their way to the heads.
         """
         return replace_features(self.student.backbone, function)
+
+
+def boundary_of(cfg, shared):
+    """Return the boundary of ``cfg.MOKD.BALANCING``; ``shared`` is the module before it."""
+    options = cfg.MOKD
+    return build_boundary(
+        shared=shared,
+        objectives=1 + options.FEATURES.ENABLED + options.OUTPUTS.ENABLED,
+        **{key.lower(): value for key, value in options.BALANCING.items()},
+    )
 
 
 def _check_student(student, name):

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluators
+from detectron2.utils.file_io import PathManager
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from mokd_det.data import register_datasets
+from mokd_det.data.packages import sha256_of
 from mokd_det.evaluation import build as evaluation_build
 from mokd_det.evaluation import (
     build_evaluator,
@@ -164,9 +166,9 @@ def test_time_and_memory_come_from_detectron2s_logs(tmp_path):
 def test_checksum_of_weights_with_an_address(tmp_path, monkeypatch):
     (tmp_path / "w.pkl").write_bytes(b"weights")
     local = lambda path: str(tmp_path / "w.pkl")  # noqa: E731
-    monkeypatch.setattr(zoo_row_module.PathManager, "get_local_path", local)
+    monkeypatch.setattr(PathManager, "get_local_path", local)
     wanted = hashlib.sha256(b"weights").hexdigest()
-    assert zoo_row_module._sha256("detectron2://COCO-Detection/w.pkl") == wanted
+    assert sha256_of("detectron2://COCO-Detection/w.pkl") == wanted
 
 
 def test_zoo_row_has_what_is_known():

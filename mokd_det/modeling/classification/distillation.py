@@ -4,8 +4,7 @@
 from detectron2.modeling import META_ARCH_REGISTRY
 from torch import nn
 
-from ...balancing import build_boundary
-from ..distillation_model import DistillationModel
+from ..distillation_model import DistillationModel, boundary_of
 from .classifier import Classifier
 from .objectives import ClassifierFeatureObjective, LogitObjective
 from .taps import PRE_LOGITS, replace_taps
@@ -34,11 +33,7 @@ class ClassifierDistillationModel(DistillationModel):
             features = ClassifierFeatureObjective.from_config(cfg, student, teacher)
         if options.OUTPUTS.ENABLED:
             outputs = LogitObjective(student, teacher.model, options.OUTPUTS.TEMPERATURE)
-        boundary = build_boundary(
-            shared=SharedPart(student),
-            objectives=1 + options.FEATURES.ENABLED + options.OUTPUTS.ENABLED,
-            **{key.lower(): value for key, value in options.BALANCING.items()},
-        )
+        boundary = boundary_of(cfg, SharedPart(student))
         _check_place(features, outputs, options.BALANCING)
         return {
             "student": student,
