@@ -94,6 +94,7 @@ def draw(results, path, columns=10):
     figure = plt.figure(figsize=(13, 4.2))
     bars, right = figure.subfigures(1, 2, width_ratios=(1, 3))
     axes = bars.subplots()
+    bars.subplots_adjust(left=0.22)
     for i, name in enumerate(STUDENTS):
         values = results[name]["test"]
         axes.bar(i, values["mean"], color=("0.7", "tab:blue")[i])
