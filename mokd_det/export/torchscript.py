@@ -9,6 +9,7 @@ from unittest import mock
 import torch
 from detectron2.export.torchscript import scripting_with_instances
 from detectron2.modeling.roi_heads import cascade_rcnn
+from torchvision.ops import boxes
 
 from .detector import (
     TraceableDetector,
@@ -33,7 +34,7 @@ def trace(model, image):
     """
     is_classifier = not hasattr(model, "backbone")
     traceable = model if is_classifier else TraceableDetector(model).eval()
-    with torch.no_grad(), _without_gradient_scaling(), warnings.catch_warnings():
+    with torch.no_grad(), _without_gradient_scaling(), warnings.catch_warnings(), _scripted_nms():
         # Of tensors that become Python numbers or constants, and of TorchScript's deprecation:
         # what the trace computes is compared with the model in any case.
         warnings.simplefilter("ignore")
@@ -44,6 +45,14 @@ def trace(model, image):
             # A traced function keeps the type of its example; images come as uint8 too.
             return torch.jit.script(_AnyType(traced).eval())
         return torch.jit.script(TracedDetector(traced).eval())
+
+
+def _scripted_nms():
+    """
+    torchvision's NMS by class (or level) takes another way for more than 1000 boxes, with other
+    rounding, but never while tracing. Scripted, the choice stays in the trace.
+    """
+    return mock.patch.object(boxes, "batched_nms", torch.jit.script(boxes.batched_nms))
 
 
 def _without_gradient_scaling():

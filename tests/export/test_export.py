@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from detectron2.modeling import build_model
 
 import mokd_det
@@ -22,7 +23,7 @@ from mokd_det.export import (
 from mokd_det.export.detector import check_tracing, detect, paste_masks
 from mokd_det.export.images import read_images, sized
 from mokd_det.export.parity import compare_detections, parity
-from mokd_det.export.torchscript import load_torchscript
+from mokd_det.export.torchscript import _scripted_nms, load_torchscript
 from mokd_det.modeling import load_trained_model
 
 from ..conftest import CONFIGS, ROOT
@@ -326,3 +327,27 @@ def test_the_tools_on_the_command_line(rcnn, tmp_path, monkeypatch, capsys):
     assert (found["width"], found["height"]) == (192, 160) and picture.stat().st_size > 1000
     assert found["detections"] and set(found["detections"][0]) == {"box", "score", "class", "name"}
     assert "'none.jpg' does not exist" in run_tool(monkeypatch, use, model, "none.jpg")
+
+
+def test_traced_nms_rounds_as_torchvision_does_for_many_boxes():
+    generator = torch.Generator().manual_seed(0)
+
+    def detections(count):
+        corner = 900 * torch.rand(count, 2, generator=generator)
+        size = 5 + 100 * torch.rand(count, 2, generator=generator)
+        scores = torch.rand(count, generator=generator)
+        classes = torch.randint(80, (count,), generator=generator)
+        return torch.cat([corner, corner + size], 1), scores, classes
+
+    class Suppress(torch.nn.Module):
+        def forward(self, boxes, scores, classes):
+            return torchvision.ops.boxes.batched_nms(boxes, scores, classes, 0.02)
+
+    few, many = detections(50), detections(8000)
+    expected = torchvision.ops.batched_nms(*many, 0.02)
+    plain = torch.jit.trace(Suppress(), few)
+    assert not torch.equal(plain(*many), expected)  # else nothing would be tested
+    with _scripted_nms():
+        traced = torch.jit.trace(Suppress(), few)
+    assert torch.equal(traced(*many), expected)
+    assert torch.equal(traced(*few), torchvision.ops.batched_nms(*few, 0.02))
