@@ -2,6 +2,7 @@
 """From what one step measured to its weights: the rule, and what is the same for every rule."""
 
 import dataclasses
+import math
 
 import torch
 
@@ -13,16 +14,19 @@ __all__ = ["Balancer"]
 
 class Balancer:
     """
-    A rule with rescaling, smoothing of the Gram matrix, and weights held for several steps.
+    A rule with rescaling, smoothing of the Gram matrix, weights held for several steps, and a
+    schedule of the distillation's part.
 
     Its state changes by plain assignment only, so that ``load_state_dict(state_dict())`` of an
     earlier moment undoes a step (one that mixed precision skips).
 
     Attributes:
-        weights (Tensor or None): (K,), of the latest step that computed them.
+        weights (Tensor or None): (K,), of the latest step that computed them, before the schedule.
     """
 
-    def __init__(self, rule, rescale="none", smoothing=0.0, interval=1):
+    def __init__(
+        self, rule, rescale="none", smoothing=0.0, interval=1, schedule=(1.0, 1.0), steps=None
+    ):
         """
         Args:
             rule: of ``BALANCERS``.
@@ -30,6 +34,9 @@ class Balancer:
             smoothing (float): in [0, 1): the rule sees the running mean of the Gram matrix, with
                 this share of the past (bias-corrected, as in Adam).
             interval (int): compute weights at every k-th step and reuse them in between.
+            schedule (sequence[float]): factors of all weights but the task's at the first and the
+                last step, in [0, inf); a straight line in between.
+            steps (int): of the whole training; needed if the schedule is not constant.
 
         Raises:
             ValueError: an option out of its range.
@@ -48,10 +55,19 @@ class Balancer:
                 f"MOKD.BALANCING.INTERVAL is {interval}, but rule '{type(rule).__name__}' compares "
                 "the gradients of consecutive steps: set it to 1."
             )
+        if len(schedule) != 2 or any(not 0 <= factor < math.inf for factor in schedule):
+            raise ValueError(
+                f"MOKD.BALANCING.SCHEDULE is {list(schedule)}: expected two finite numbers >= 0, "
+                "the factors at the first and at the last step."
+            )
+        if schedule[0] != schedule[1] and steps is None:
+            raise ValueError(f"A schedule {list(schedule)} needs the number of all steps.")
         self.rule = rule
         self.rescale = rescale
         self.smoothing = smoothing
         self.interval = interval
+        self.schedule = tuple(schedule)
+        self.steps = steps
         self.step = 0
         self.weights = None
         self._mean = None  # running means of (batch Gram, signal Gram or the same)
@@ -78,13 +94,14 @@ class Balancer:
     def end_step(self):
         self.step += 1
 
-    def balance(self, parts, losses, signal=None, gradients=None):
+    def balance(self, parts, losses, signal=None, gradients=None, agree=None):
         """
         Args:
             parts (Tensor): (P, K, K) Gram matrices of the gradients, see :func:`gram_by_part`.
             losses (Tensor): (K,) values of the objectives.
             signal (Tensor): (K, K) of :func:`signal_gram`, which the rule is to see instead.
             gradients (list[list[Tensor]]): for rules that ask for them.
+            agree (callable): from this process's weights to those of all.
 
         Returns:
             Balance
@@ -103,10 +120,15 @@ class Balancer:
             if gradients is not None:
                 self.rule.observe(gradients)
         result = balance(self.rule, seen, losses, self.rescale)
+        weights = agree(result.weights) if agree else result.weights
         if finite:  # the weights of a step that is thrown away are not kept for later ones
-            self.weights = result.weights
+            self.weights = weights
         return dataclasses.replace(
-            result, gram=gram, parts=parts, seen=None if seen is gram else seen
+            result,
+            weights=self._scheduled(weights),
+            gram=gram,
+            parts=parts,
+            seen=None if seen is gram else seen,
         )
 
     def reuse(self, losses):
@@ -117,7 +139,15 @@ class Balancer:
         Returns:
             Balance: the latest weights; the losses stay on their device.
         """
-        return Balance(self.weights, None, losses.detach())
+        return Balance(self._scheduled(self.weights), None, losses.detach())
+
+    def _scheduled(self, weights):
+        if self.schedule == (1.0, 1.0):
+            return weights
+        first, last = self.schedule
+        done = 0.0 if first == last else min(self.step / max(self.steps - 1, 1), 1.0)
+        factor = first + (last - first) * done
+        return torch.cat([weights[:1], weights[1:] * factor])
 
     def _smoothed(self, gram, signal):
         if not self.smoothing and signal is None:

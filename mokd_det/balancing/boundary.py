@@ -4,11 +4,11 @@ Balancing at shared features, inside one ordinary ``backward()``.
 
 The features that all objectives share pass through a boundary, which gives each objective its own
 copy. In the backward pass the boundary receives every objective's gradient at once, asks the rule
-for weights, and sends the weighted sum on. So heads get the task gradient and projectors the
-distillation gradient, each unweighted and unmixed; what lies before the boundary (backbone and
-FPN) gets the balanced one. A head that a distillation objective uses besides the task (to match
-outputs) gets that objective's gradient with its weight, through copies of the head's parameters
-that pass the boundary, too. There is one graph and one backward pass, hence nothing that
+for weights, and sends the weighted sum on. So heads get the task gradient; what lies before the
+boundary (backbone and FPN) gets the balanced one. Parameters that a distillation objective has for
+itself (projectors) or uses besides the task (a head, to match outputs) get that objective's
+gradient with its weight, through copies that pass the boundary, too: every parameter's gradient is
+that of the weighted sum of losses. There is one graph and one backward pass, hence nothing that
 DistributedDataParallel, GradScaler or gradient accumulation would have to know about.
 """
 
@@ -69,9 +69,9 @@ class Boundary:
                 other (several layers): each counts with the gradient that reaches it directly.
             objectives (int): their number K, the task first.
             names (list[str]): of the features, for logs.
-            extra (dict[int, list[Parameter]]): by objective: parameters of a head that this
-                objective uses besides the task. They do not count in the measurement; what the
-                objective adds to their gradient is multiplied by the objective's weight.
+            extra (dict[int, list[Parameter]]): by objective: parameters that are not shared by
+                all, but used by this objective: projectors, a head. They do not count in the
+                measurement; what the objective adds to their gradient is multiplied by its weight.
 
         Returns:
             list[list[Tensor]]: K copies of ``features`` that share their memory, each followed by

@@ -20,6 +20,8 @@ def build_boundary(
     gram="batch",
     smoothing=0.0,
     interval=1,
+    schedule=(1.0, 1.0),
+    steps=None,
     layers=(),
     objectives=None,
     **options,
@@ -29,7 +31,7 @@ def build_boundary(
         rule (str): of ``BALANCERS``, or "torchjd.X".
         place (str): "features" or "parameters".
         shared (nn.Module): for "parameters": the part that makes the features.
-        rescale, smoothing, interval: see :class:`Balancer`.
+        rescale, smoothing, interval, schedule, steps: see :class:`Balancer`.
         gram (str): "batch", or "signal": see :func:`signal_gram`.
         layers: see :class:`ParameterBoundary`.
         objectives (int): their number, to find out now that a rule's options do not fit it.
@@ -47,7 +49,7 @@ def build_boundary(
     built = build_rule(rule, **options)
     if objectives is not None and hasattr(built, "check_objectives"):
         built.check_objectives(objectives)
-    balancer = Balancer(built, rescale, smoothing, interval)
+    balancer = Balancer(built, rescale, smoothing, interval, schedule, steps)
     if place == "parameters":
         return ParameterBoundary(balancer, shared, layers, gram == "signal")
     if layers:

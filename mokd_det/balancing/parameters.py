@@ -6,7 +6,6 @@ One backward pass of all losses stops at the features, as with the heads and pro
 there; then each objective's gradient is taken on through the shared part for itself.
 """
 
-import dataclasses
 import itertools
 
 import torch
@@ -181,15 +180,15 @@ class ParameterBoundary(Boundary):
             signal = signal_gram(gram, self._group_gram, self._micro_batches * ranks())
         wanted = gradients if self.balancer.needs_gradients else None
         # Parts of a list of parameters say nothing to a reader: one Gram matrix.
-        balance = self.balancer.balance(gram[None], losses, signal, wanted)
-        if ranks() > 1:
+
+        def agreed(weights):
             # Each rank computed them from equal gradients, but maybe on other hardware.
-            weights = balance.weights.to(gram.device)
+            weights = weights.to(gram.device)
             dist.broadcast(weights, 0)
-            balance = dataclasses.replace(balance, weights=weights.cpu())
-            if balance.fallback != "non_finite":
-                self.balancer.weights = balance.weights
-        return balance
+            return weights.cpu()
+
+        agree = agreed if ranks() > 1 else None
+        return self.balancer.balance(gram[None], losses, signal, wanted, agree)
 
     def _averaged(self, gradients, shared, others):
         """

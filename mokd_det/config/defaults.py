@@ -69,6 +69,10 @@ def add_mokd_config(cfg):
     # distribution, 0 is off. With both, each batch gets one of them.
     cfg.INPUT.CLASSIFICATION.MIXUP = 0.0
     cfg.INPUT.CLASSIFICATION.CUTMIX = 0.0
+    # Detectors without a teacher: the loader and the step that a distilled student has, instead of
+    # Detectron2's, so that twins see the same images and augmentations, and a resumed run is the
+    # uninterrupted one.
+    cfg.DATALOADER.RESUMABLE = False
     # Each image comes this many times in a row in the stream that the processes share, and a
     # permutation covers that part of the set (Hoffer et al. 2020, as in DeiT). 1 is off.
     cfg.DATALOADER.REPEATED_AUGMENTATION = 1
@@ -219,6 +223,9 @@ def add_mokd_config(cfg):
     cfg.MOKD.FEATURES.TEACHER_SIDE = "frozen"
     # Registered in mokd_det.subspace.FEATURE_LOSSES: "smooth_l1", "mse", "cosine".
     cfg.MOKD.FEATURES.LOSS = "smooth_l1"
+    # Factor of the objective's loss, before it is balanced. Rules that are independent of the
+    # loss's scale do not see it.
+    cfg.MOKD.FEATURES.LOSS_WEIGHT = 1.0
     # Weigh positions by the objects of each image: "" (all alike), "ground_truth", or "teacher"
     # (boxes of which the teacher is surer than FOREGROUND_SCORE). Positions that a box touches get
     # FOREGROUND_SHARE of the loss, the others the rest.
@@ -236,7 +243,10 @@ def add_mokd_config(cfg):
     cfg.MOKD.OUTPUTS.PROPOSALS = 256
     # Divides the logits of both sides.
     cfg.MOKD.OUTPUTS.TEMPERATURE = 1.0
-    # Factors of the two losses inside the objective. Their sum is balanced against the others.
+    # Factor of the objective's loss, before it is balanced, as for features.
+    cfg.MOKD.OUTPUTS.LOSS_WEIGHT = 1.0
+    # Detectors: factors of the two losses inside the objective. Their sum is balanced against the
+    # others.
     cfg.MOKD.OUTPUTS.CLASS_WEIGHT = 1.0
     cfg.MOKD.OUTPUTS.BOX_WEIGHT = 1.0
 
@@ -273,6 +283,10 @@ def add_mokd_config(cfg):
     cfg.MOKD.BALANCING.SMOOTHING = 0.0
     # Compute weights at every k-th step only, and reuse them in between.
     cfg.MOKD.BALANCING.INTERVAL = 1
+    # Factor of the distillation objectives' weights, whatever the rule, at the first and at the
+    # last step of the training; a straight line in between. [0.0, 1.0] is a ramp, [1.0, 0.0]
+    # leaves the end to the task.
+    cfg.MOKD.BALANCING.SCHEDULE = [1.0, 1.0]
     # Rules "fixed" and "cosine_gate": the weights of the objectives, in the order task, features,
     # outputs (those that are enabled).
     cfg.MOKD.BALANCING.WEIGHTS = [1.0, 1.0]

@@ -211,6 +211,7 @@ def needs_own_step(cfg):
     amp = cfg.SOLVER.AMP
     return bool(
         is_classifier(cfg)
+        or cfg.DATALOADER.RESUMABLE
         or cfg.SOLVER.MICRO_BATCHES != 1
         or cfg.SOLVER.EMA_DECAY
         or (amp.ENABLED and amp.PRECISION != "float16")

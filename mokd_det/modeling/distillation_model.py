@@ -1,10 +1,13 @@
 # Copyright (c) The mokd_det authors.
 """The meta-architecture that trains a stock detector with the help of a frozen one."""
 
+import math
+
 from detectron2.config import configurable
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling import build_model as build_detector
 from torch import nn
+from torch.func import functional_call
 
 from ..balancing import build_boundary
 from .feature_objective import FeatureObjective
@@ -12,7 +15,7 @@ from .feature_tap import replace_features
 from .output_objective import OutputObjective
 from .teacher import build_teacher
 
-__all__ = ["DistillationModel", "boundary_of"]
+__all__ = ["DistillationModel", "boundary_of", "loss_weights_of"]
 
 
 @META_ARCH_REGISTRY.register()
@@ -36,7 +39,17 @@ class DistillationModel(nn.Module):
     """
 
     @configurable
-    def __init__(self, *, student, teacher, boundary, input_format, features=None, outputs=None):
+    def __init__(
+        self,
+        *,
+        student,
+        teacher,
+        boundary,
+        input_format,
+        features=None,
+        outputs=None,
+        loss_weights=None,
+    ):
         """
         Args:
             student (nn.Module): see above.
@@ -45,9 +58,11 @@ class DistillationModel(nn.Module):
             input_format (str): channel order of the images the model gets, "RGB" or "BGR".
             features (FeatureObjective or None):
             outputs (OutputObjective or None):
+            loss_weights (dict[str, float]): factors of the losses of "features" and "outputs",
+                default 1.
 
         Raises:
-            ValueError: no objective besides the task.
+            ValueError: no objective besides the task, or a factor that is not positive.
         """
         super().__init__()
         if features is None and outputs is None:
@@ -63,6 +78,13 @@ class DistillationModel(nn.Module):
         self.outputs = outputs
         given = {"features": features, "outputs": outputs}
         self.objectives = ["task", *(name for name, value in given.items() if value is not None)]
+        self.loss_weights = {name: 1.0 for name in given} | (loss_weights or {})
+        for name, weight in self.loss_weights.items():
+            if not 0 < weight < math.inf:
+                raise ValueError(
+                    f"MOKD.{name.upper()}.LOSS_WEIGHT is {weight}: expected a finite number > 0. "
+                    f"To go without this objective set MOKD.{name.upper()}.ENABLED to False."
+                )
         self.inference = student.__call__
         self.teacher_view = None
 
@@ -88,6 +110,7 @@ class DistillationModel(nn.Module):
             "input_format": cfg.INPUT.FORMAT,
             "features": features,
             "outputs": outputs,
+            "loss_weights": loss_weights_of(cfg),
         }
 
     @property
@@ -124,6 +147,9 @@ class DistillationModel(nn.Module):
             self.teacher.wait(view)
             names, maps = list(features), list(features.values())
             extra = {}
+            if self.features is not None:
+                trained = {n: p for n, p in self.features.named_parameters() if p.requires_grad}
+                extra[self.objectives.index("features")] = list(trained.values())
             if self.outputs is not None:
                 extra[self.objectives.index("outputs")] = self.outputs.parameters
             copies = self.boundary.split(maps, len(self.objectives), names, extra)
@@ -134,10 +160,17 @@ class DistillationModel(nn.Module):
             # Before the heads run: autograd then adds the distillation's gradient after theirs,
             # in the order of a plain sum.
             if self.features is not None:
-                maps, _ = copies["features"]
-                losses["features"] = self.features(maps, view, self.teacher, batched_inputs)
+                maps, parameters = copies["features"]
+                losses["features"] = functional_call(
+                    self.features,
+                    dict(zip(trained, parameters)),
+                    (maps, view, self.teacher, batched_inputs),
+                )
             if self.outputs is not None:
                 losses["outputs"] = self.outputs(*copies["outputs"], view, self.teacher)
+            for name, parts in losses.items():
+                if (weight := self.loss_weights[name]) != 1:
+                    losses[name] = {key: weight * loss for key, loss in parts.items()}
             return copies["task"][0]
 
         with self.replace_features(on_features):
@@ -158,8 +191,15 @@ def boundary_of(cfg, shared):
     return build_boundary(
         shared=shared,
         objectives=1 + options.FEATURES.ENABLED + options.OUTPUTS.ENABLED,
+        steps=cfg.SOLVER.MAX_ITER,
         **{key.lower(): value for key, value in options.BALANCING.items()},
     )
+
+
+def loss_weights_of(cfg):
+    """Return the factors of the distillation losses, by objective."""
+    options = {"features": cfg.MOKD.FEATURES, "outputs": cfg.MOKD.OUTPUTS}
+    return {name: option.LOSS_WEIGHT for name, option in options.items()}
 
 
 def _check_student(student, name):

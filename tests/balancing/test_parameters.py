@@ -124,7 +124,7 @@ def test_signal_from_micro_batches(setting):
     balancer = Balancer(build_rule("anchored"))
     boundary = ParameterBoundary(balancer, shared, signal=True)
     seen = []
-    balancer.balance = lambda parts, losses, signal=None, gradients=None: (
+    balancer.balance = lambda parts, losses, signal, *rest: (
         seen.append((parts[0], signal)) or Balancer.balance(balancer, parts, losses, signal)
     )
     parts_of(boundary, net, x, target, 4)

@@ -4,7 +4,7 @@
 from detectron2.modeling import META_ARCH_REGISTRY
 from torch import nn
 
-from ..distillation_model import DistillationModel, boundary_of
+from ..distillation_model import DistillationModel, boundary_of, loss_weights_of
 from .classifier import Classifier
 from .objectives import ClassifierFeatureObjective, LogitObjective
 from .taps import PRE_LOGITS, replace_taps
@@ -42,6 +42,7 @@ class ClassifierDistillationModel(DistillationModel):
             "input_format": cfg.INPUT.FORMAT,
             "features": features,
             "outputs": outputs,
+            "loss_weights": loss_weights_of(cfg),
         }
 
     @property
