@@ -194,12 +194,13 @@ def test_a_study_runs_what_is_missing_and_makes_its_table(study):
         call[1] for call in calls
     ]
     rows = {row["method"]: row for row in tool.summarize(loaded)}
-    assert rows["plain"]["mean"] == 54 and rows["plain"]["difference"] is None
+    assert rows["plain"]["mean"] == 54
+    assert rows["plain"]["differences"]["plain"] == {"difference": None, "interval": None}
     assert rows["plain"]["std"] == pytest.approx(statistics.stdev(VALUES["plain"]))
-    paired = rows["with teacher"]
+    paired = rows["with teacher"]["differences"]["plain"]
     assert paired["difference"] == 3  # of 3, 4 and 2; t with 2 degrees of freedom: 4.303
     assert paired["interval"] == pytest.approx(4.3027 / math.sqrt(3), rel=1e-4)
-    assert rows["once"]["difference"] == 3 and rows["once"]["interval"] is None
+    assert rows["once"]["differences"]["plain"] == {"difference": 3, "interval": None}
     table = tool.format_table(loaded, tool.summarize(loaded))
     assert "| with teacher | 3 | 57.00 (std 4.58) | +3.00 ± 2.48 |" in table
     assert "| once | 1 | 55.00 | +3.00 |" in table

@@ -1,30 +1,34 @@
 #!/usr/bin/env python
 # Copyright (c) The mokd_det authors.
 """
-Run a study, methods x seeds, and make its table.
+Run a study, methods x seeds, and make its table and pictures.
 
 Examples:
   python tools/study.py studies/fashion_mnist.yaml --run --jobs 2
   python tools/study.py studies/fashion_mnist.yaml --run --only scratch --only mokd
   python tools/study.py studies/fashion_mnist.yaml --summarize
 
-Every run is one call of tools/train_net.py, on one thread. Its results are kept in
+Every run is one call of tools/train_net.py, on one thread; with GPUs the jobs take turns on them.
+What it gave (results, metrics over iterations, losses, balance, checksum of the weights) is kept in
 studies/NAME/METHOD-SEED.json (or in the folder --output); a run whose file is there is not run
 again, so a study that was stopped goes on. The table (mean, standard deviation, paired difference
-to the baseline with its 95 % interval) is printed and written beside them to table.md and
-table.json.
+to the baselines with its 95 % interval) is printed and written beside them to table.md and
+table.json, pictures to curves.png, balance.png and axis.png as far as there is something to draw.
 
 A study file:
   teacher: CONFIG              # trained once, unless its weights are there
   seeds: [1, 2, 3]
-  baseline: scratch            # differences are to this method, seed by seed
+  baseline: scratch            # differences are to this method, seed by seed; or a list of them
   metrics: [SET/TASK/METRIC]   # of results.json
   opts: [KEY, VALUE, ...]      # overrides of every run
+  axis: LABEL                  # of axis.png: the last metric of methods that have "line" and "x"
   methods:
     scratch: {config: CONFIG}
     mokd: {config: CONFIG, opts: [KEY, VALUE, ...], seeds: [1]}   # seeds: if not all
+    mokd 10: {config: CONFIG, opts: [...], line: mokd, x: 10}
 
-Seeds give initial weights, order of the data and augmentation, alike for every method.
+Seeds give initial weights, order of the data and augmentation, alike for every method (a detector
+from scratch needs DATALOADER.RESUMABLE True for that).
 """
 
 import argparse
@@ -32,6 +36,7 @@ import concurrent.futures
 import json
 import math
 import os
+import queue
 import statistics
 import subprocess
 import sys
@@ -39,13 +44,16 @@ import time
 from pathlib import Path
 
 import mokd_det  # noqa: F401  (first: mends Detectron2 where it needs it)
+import torch
 import yaml
 from scipy.stats import t as student_t
 
 from mokd_det.config import load_config
+from mokd_det.study import plot_axis, plot_balance, plot_curves, read_run
 
 ROOT = Path(__file__).resolve().parent.parent
-KEYS = {"teacher", "seeds", "baseline", "metrics", "opts", "methods"}
+KEYS = {"teacher", "seeds", "baseline", "metrics", "opts", "axis", "methods"}
+METHOD_KEYS = {"config", "opts", "seeds", "line", "x"}
 
 
 def load_study(path):
@@ -65,14 +73,20 @@ def load_study(path):
         raise ValueError(f"{path}: unknown {sorted(unknown)}; expected some of {sorted(KEYS)}.")
     if missing := {"seeds", "baseline", "metrics", "methods"} - set(study):
         raise ValueError(f"{path}: {sorted(missing)} are missing.")
-    if study["baseline"] not in study["methods"]:
-        raise ValueError(f"{path}: the baseline '{study['baseline']}' is none of its methods.")
+    if isinstance(study["baseline"], str):
+        study["baseline"] = [study["baseline"]]
+    for baseline in study["baseline"]:
+        if baseline not in study["methods"]:
+            raise ValueError(f"{path}: the baseline '{baseline}' is none of its methods.")
     for name, method in study["methods"].items():
-        if unknown := set(method) - {"config", "opts", "seeds"}:
+        if unknown := set(method) - METHOD_KEYS:
             raise ValueError(f"{path}: method '{name}' has unknown {sorted(unknown)}.")
         if "config" not in method:
             raise ValueError(f"{path}: method '{name}' has no config.")
-    return {"teacher": "", "opts": [], **study, "folder": path.with_suffix(""), "name": path.stem}
+        if ("line" in method) != ("x" in method) or ("x" in method and "axis" not in study):
+            raise ValueError(f"{path}: '{name}' needs line and x, and the study an axis, or none.")
+    folder = path.with_suffix("")
+    return {"teacher": "", "opts": [], "axis": "", **study, "folder": folder, "name": path.stem}
 
 
 def runs_of(study, only=()):
@@ -97,13 +111,24 @@ def record_of(study, name, seed):
     return study["folder"] / f"{name}-{seed}.json".replace(" ", "_").replace(":", "_")
 
 
+# Numbers of GPUs, each lent to one run at a time; filled by run().
+gpus = queue.SimpleQueue()
+
+
 def train(config, opts, output):
     """Run tools/train_net.py; return seconds. RuntimeError if it fails, with the end of its log."""
     command = [sys.executable, "tools/train_net.py", "--config-file", config]
     command += [str(opt) for opt in opts] + ["OUTPUT_DIR", str(output)]
     start = time.time()
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    gpu = None if gpus.empty() else gpus.get()
+    if gpu is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
+    try:
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    finally:
+        if gpu is not None:
+            gpus.put(gpu)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{(done.stdout + done.stderr)[-3000:]}")
     return time.time() - start
@@ -128,6 +153,13 @@ def write_json(path, content):
     os.replace(part, path)
 
 
+def commit():
+    """Of the code that runs; "-dirty" if files were changed since. None outside a repository."""
+    command = ["git", "describe", "--always", "--abbrev=12", "--dirty"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
 def distils(study, name):
     """Whether a method needs the teacher."""
     method = study["methods"][name]
@@ -144,11 +176,10 @@ def run_one(study, name, seed):
     opts = [*study["opts"], *method.get("opts", []), "SEED", seed]
     output = ROOT / "output" / "studies" / study["name"] / f"{name}-{seed}".replace(" ", "_")
     seconds = train(method["config"], opts, output)
-    results = json.loads((output / "results.json").read_text())
     content = {"method": name, "seed": seed, "config": method["config"], "opts": opts}
-    content |= {"seconds": round(seconds, 1), "results": results}
+    content |= {"seconds": round(seconds, 1), "commit": commit(), **read_run(output)}
     write_json(record, content)
-    values = ", ".join(f"{m}: {metric_of(results, m):.2f}" for m in study["metrics"])
+    values = ", ".join(f"{m}: {metric_of(content['results'], m):.2f}" for m in study["metrics"])
     return f"{name} seed {seed}: {values} ({seconds:.0f} s)"
 
 
@@ -158,6 +189,8 @@ def run(study, jobs, only):
     runs = runs_of(study, only)
     waits = {name: distils(study, name) for name in dict.fromkeys(name for name, _ in runs)}
     failed = 0
+    for job in range(jobs if torch.cuda.device_count() else 0):
+        gpus.put(job % torch.cuda.device_count())
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         teacher = pool.submit(train_teacher, study) if any(waits.values()) else None
 
@@ -186,12 +219,12 @@ def metric_of(results, metric):
 
 
 def read_records(study):
-    """Return dict: method -> seed -> results, of the runs that are there."""
+    """Return dict: method -> seed -> record, of the runs that are there."""
     records = {}
     for name, seed in runs_of(study):
         path = record_of(study, name, seed)
         if path.is_file():
-            records.setdefault(name, {})[seed] = json.loads(path.read_text())["results"]
+            records.setdefault(name, {})[seed] = json.loads(path.read_text())
     return records
 
 
@@ -203,24 +236,31 @@ def interval(values):
     return float(quantile) * statistics.stdev(values) / math.sqrt(len(values))
 
 
+def values_of(by_seed, metric):
+    """Return dict: seed -> value of the metric."""
+    return {seed: metric_of(record["results"], metric) for seed, record in by_seed.items()}
+
+
 def summarize(study):
     """
     Returns:
-        list[dict]: for each method and metric ``values`` by seed, ``mean``, ``std``,
-        ``difference`` (mean of the paired differences to the baseline) and ``interval``, half of
-        its 95 % interval; None where there is too little to say.
+        list[dict]: for each method and metric ``values`` by seed, ``mean``, ``std``, and for each
+        baseline in ``differences`` the mean of the paired ``difference`` to it and ``interval``,
+        half of its 95 % interval; None where there is too little to say.
     """
     records = read_records(study)
     rows = []
     for name, by_seed in records.items():
         for metric in study["metrics"]:
-            values = {seed: metric_of(results, metric) for seed, results in by_seed.items()}
-            base = {
-                seed: metric_of(results, metric)
-                for seed, results in records.get(study["baseline"], {}).items()
-            }
-            pairs = [values[seed] - base[seed] for seed in values if seed in base]
-            is_base = name == study["baseline"]
+            values = values_of(by_seed, metric)
+            differences = {}
+            for baseline in study["baseline"]:
+                base = values_of(records.get(baseline, {}), metric) if baseline != name else {}
+                pairs = [values[seed] - base[seed] for seed in values if seed in base]
+                differences[baseline] = {
+                    "difference": statistics.mean(pairs) if pairs else None,
+                    "interval": interval(pairs) if len(pairs) > 1 else None,
+                }
             rows.append(
                 {
                     "method": name,
@@ -229,8 +269,7 @@ def summarize(study):
                     "values": values,
                     "mean": statistics.mean(values.values()),
                     "std": statistics.stdev(values.values()) if len(values) > 1 else None,
-                    "difference": statistics.mean(pairs) if pairs and not is_base else None,
-                    "interval": interval(pairs) if len(pairs) > 1 and not is_base else None,
+                    "differences": differences,
                 }
             )
     return rows
@@ -240,7 +279,7 @@ def format_table(study, rows):
     """Return the rows as a Markdown table, one line a method."""
     head = ["method", "seeds"]
     for metric in study["metrics"]:
-        head += [metric, f"difference to {study['baseline']}"]
+        head += [metric, *(f"difference to {baseline}" for baseline in study["baseline"])]
     lines = [head, ["---"] * len(head)]
     for name in dict.fromkeys(row["method"] for row in rows):
         own = {row["metric"]: row for row in rows if row["method"] == name}
@@ -249,11 +288,35 @@ def format_table(study, rows):
             row = own[metric]
             std = "" if row["std"] is None else f" (std {row['std']:.2f})"
             cells.append(f"{row['mean']:.2f}{std}")
-            difference = "" if row["difference"] is None else f"{row['difference']:+.2f}"
-            spread = "" if row["interval"] is None else f" ± {row['interval']:.2f}"
-            cells.append(difference + spread)
+            for paired in row["differences"].values():
+                difference, half = paired["difference"], paired["interval"]
+                spread = "" if half is None else f" ± {half:.2f}"
+                cells.append("" if difference is None else f"{difference:+.2f}{spread}")
         lines.append(cells)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def draw(study):
+    """Write the study's pictures beside its table; return their paths."""
+    records = read_records(study)
+    paths = {name: study["folder"] / f"{name}.png" for name in ("curves", "balance", "axis")}
+    drawn = []
+    if plot_curves(records, study["metrics"], paths["curves"]):
+        drawn.append(paths["curves"])
+    if plot_balance(records, paths["balance"]):
+        drawn.append(paths["balance"])
+    metric = study["metrics"][-1]
+    lines = {}
+    for name, method in study["methods"].items():
+        if "x" in method and name in records:
+            values = list(values_of(records[name], metric).values())
+            lines.setdefault(method["line"], {})[float(method["x"])] = values
+    baseline = study["baseline"][0]
+    if lines and baseline in records:
+        reference = baseline, list(values_of(records[baseline], metric).values())
+        plot_axis(lines, reference, study["axis"], metric, paths["axis"])
+        drawn.append(paths["axis"])
+    return drawn
 
 
 def main():
@@ -262,7 +325,7 @@ def main():
     )
     parser.add_argument("study", help="a study file")
     parser.add_argument("--run", action="store_true", help="run what is missing")
-    parser.add_argument("--summarize", action="store_true", help="only make the table")
+    parser.add_argument("--summarize", action="store_true", help="only make table and pictures")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side (%(default)s)")
     parser.add_argument("--output", help="folder of the results (studies/NAME)")
     parser.add_argument("--only", action="append", default=[], help="a method; may be repeated")
@@ -279,6 +342,8 @@ def main():
     (study["folder"] / "table.json").write_text(json.dumps(rows, indent=1))
     (study["folder"] / "table.md").write_text(table + "\n")
     print(table)
+    for path in draw(study):
+        print(path)
 
 
 if __name__ == "__main__":

@@ -162,6 +162,34 @@ class Anchored:
         return _scaled_to(weights, gram, self.cap)
 
 
+@BALANCERS.register("aligned")
+class Aligned:
+    """
+    Every distillation gradient as far as it agrees with the task's (ours).
+
+    Objective k contributes ``cap`` times the projection of the task gradient onto the direction
+    of its own: a length of ``cap |g_task| max(cos_k, 0)``. What the teacher confirms is made
+    stronger, what has nothing to do with the task stays small, what contradicts it gets nothing,
+    so the task descends to first order for every ``cap``, and at least as fast as alone. Min-norm
+    rules do the opposite: they prefer the gradient that agrees least. The scale of the losses is
+    irrelevant.
+    """
+
+    def __init__(self, cap=1.0):
+        """
+        Args:
+            cap (float): length of the contribution of a distillation gradient that is parallel to
+                the task's, and bound of all of them together, in units of the task gradient's
+                norm; > 0.
+        """
+        self.cap = _positive("MOKD.BALANCING.CAP", cap)
+
+    def weights(self, gram, losses):
+        projections = gram[0, 1:].clamp_min(0) / gram.diagonal()[1:]
+        weights = torch.cat([gram.new_ones(1), self.cap * projections])
+        return _capped(weights, gram, self.cap)
+
+
 @BALANCERS.register("cosine_gate")
 class CosineGate(FixedWeights):
     """

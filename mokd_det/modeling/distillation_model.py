@@ -78,7 +78,7 @@ class DistillationModel(nn.Module):
         self.outputs = outputs
         given = {"features": features, "outputs": outputs}
         self.objectives = ["task", *(name for name, value in given.items() if value is not None)]
-        self.loss_weights = {name: 1.0 for name in given} | (loss_weights or {})
+        self.loss_weights = dict.fromkeys(given, 1.0) | (loss_weights or {})
         for name, weight in self.loss_weights.items():
             if not 0 < weight < math.inf:
                 raise ValueError(

@@ -148,5 +148,3 @@ def test_bytes_are_those_of_the_documentation(two_ranks):
     assert sent["parameters layers"] == 3 * [standardised, layer, plain]
     signal = 4 * (count * size + other + tensors + count + count**2)
     assert sent["parameters signal"] == 3 * [signal]
-
-

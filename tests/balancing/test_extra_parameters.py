@@ -129,9 +129,7 @@ def test_micro_batches_and_loss_scale(place, interval):
             w = [1.0, 0.0, 3.0] if name.startswith("head") else weights
             total = sum(a * b for a, b in zip(w, parts))
             expected[name] = expected.get(name, 0) + total / 2 * 64.0
-    net.boundary = build_boundary(
-        "fixed", place, net.backbone, weights=weights, interval=interval
-    )
+    net.boundary = build_boundary("fixed", place, net.backbone, weights=weights, interval=interval)
     for _ in range(2):  # the second step reuses weights if the interval is 2
         net.zero_grad()
         net.boundary.start(2, torch.tensor(64.0))

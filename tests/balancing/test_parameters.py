@@ -176,9 +176,12 @@ def test_loss_scaling_changes_gradients_and_nothing_else(setting, place, name):
 
 def test_look_ahead_runs_at_parameters_and_on_named_layers(setting):
     net, shared, x, target = setting
-    for layers, size in ((), sum(p.numel() for p in shared.parameters())), (
-        ("stem",),
-        sum(p.numel() for p in net.stem.parameters()),
+    for layers, size in (
+        ((), sum(p.numel() for p in shared.parameters())),
+        (
+            ("stem",),
+            sum(p.numel() for p in net.stem.parameters()),
+        ),
     ):
         boundary = build_boundary("look_ahead", place="parameters", shared=shared, layers=layers)
         for _ in range(3):

@@ -247,9 +247,7 @@ def test_opposite_gradients_have_no_common_descent():
     gradients = torch.tensor([[1.0, 0.0], [-2.0, 0.0]], dtype=torch.float64)
     weights = weights_of("min_norm", gradients, torch.ones(2))
     assert torch.allclose(weights @ gradients, torch.zeros(2, dtype=torch.float64))
-    result = balance(
-        build_rule("min_norm"), gradients @ gradients.T, torch.ones(2), "task_norm"
-    )
+    result = balance(build_rule("min_norm"), gradients @ gradients.T, torch.ones(2), "task_norm")
     assert (result.fallback == "undefined") == (result.weights.tolist() == [1.0, 1.0])
 
 
@@ -592,9 +590,7 @@ def test_signal_gram_is_unbiased_where_the_batch_is_not():
 
 def test_signal_gram_is_the_mean_over_pairs_of_groups():
     samples = torch.randn(3, 2, 5, generator=torch.Generator().manual_seed(0)).double()
-    pairs = [
-        samples[a] @ samples[b].T for a in range(3) for b in range(3) if a != b
-    ]
+    pairs = [samples[a] @ samples[b].T for a in range(3) for b in range(3) if a != b]
     mean = samples.mean(0)
     own = sum(s @ s.T for s in samples)
     assert torch.allclose(signal_gram(mean @ mean.T, own, 3), torch.stack(pairs).mean(0))
