@@ -13,7 +13,7 @@ GRAMS = ("batch", "signal")
 
 
 def build_boundary(
-    rule="protected_min_norm",
+    rule="aligned",
     place="features",
     shared=None,
     rescale="none",

@@ -111,7 +111,7 @@ class ProtectedMinNorm:
     with ``cap < 1`` the task descends to first order in every step.
     """
 
-    def __init__(self, cap=0.5):
+    def __init__(self, cap=1.0):
         """
         Args:
             cap (float): largest norm of the weighted distillation gradient, in units of the
@@ -147,7 +147,7 @@ class Anchored:
     The task descends to first order for ``cap < 1``, and the scale of the losses is irrelevant.
     """
 
-    def __init__(self, cap=0.5):
+    def __init__(self, cap=1.0):
         """
         Args:
             cap (float): radius of the ball in units of the task gradient's norm, in (0, 1].
@@ -165,29 +165,40 @@ class Anchored:
 @BALANCERS.register("aligned")
 class Aligned:
     """
-    Every distillation gradient as far as it agrees with the task's (ours).
+    Distillation as far as it agrees with the task (ours).
 
-    Objective k contributes ``cap`` times the projection of the task gradient onto the direction
-    of its own: a length of ``cap |g_task| max(cos_k, 0)``. What the teacher confirms is made
-    stronger, what has nothing to do with the task stays small, what contradicts it gets nothing,
-    so the task descends to first order for every ``cap``, and at least as fast as alone. Min-norm
-    rules do the opposite: they prefer the gradient that agrees least. The scale of the losses is
-    irrelevant.
+    With unit gradients ``u_i`` and ``cos_k = max(<u_k, u_task>, 0)`` the distillation gradients
+    are added in the direction of ``sum_k cos_k u_k``: each in proportion to its agreement with
+    the task, and without those that conflict. (If they are orthogonal to each other, that is the
+    direction of the task gradient's projection onto their span.) Its length is ``cap |g_task|``,
+    or proportionally less if even the best agrees less than ``agreement``: a gradient that has
+    nothing to do with the task is no help.
+
+    The update's inner product with the task gradient is at least ``|g_task|^2`` for any ``cap``:
+    to first order the task descends at least as fast as alone. Min-norm rules prefer the gradient
+    that agrees *least*, since that makes the norm small. The scale of the losses is irrelevant.
     """
 
-    def __init__(self, cap=1.0):
+    def __init__(self, cap=1.0, agreement=0.1):
         """
         Args:
-            cap (float): length of the contribution of a distillation gradient that is parallel to
-                the task's, and bound of all of them together, in units of the task gradient's
-                norm; > 0.
+            cap (float): length of the weighted distillation gradients together, in units of the
+                task gradient's norm; > 0.
+            agreement (float): cosine from which on the length is full; in (0, 1].
         """
         self.cap = _positive("MOKD.BALANCING.CAP", cap)
+        if not 0 < agreement <= 1:
+            raise ValueError(
+                f"MOKD.BALANCING.AGREEMENT is {agreement}: expected 0 < agreement <= 1."
+            )
+        self.agreement = agreement
 
     def weights(self, gram, losses):
-        projections = gram[0, 1:].clamp_min(0) / gram.diagonal()[1:]
-        weights = torch.cat([gram.new_ones(1), self.cap * projections])
-        return _capped(weights, gram, self.cap)
+        norms = gram.diagonal().sqrt()
+        cosines = (gram[0, 1:] / norms[1:] / norms[0]).clamp_min(0)
+        weights = torch.cat([gram.new_ones(1), cosines * norms[0] / norms[1:]])
+        agreement = min(float(cosines.max()) / self.agreement, 1.0)
+        return _scaled_to(weights, gram, self.cap * agreement)
 
 
 @BALANCERS.register("cosine_gate")

@@ -253,20 +253,22 @@ def add_mokd_config(cfg):
     # How the gradients of task and distillation are weighed against each other where they meet.
     cfg.MOKD.BALANCING = CN()
     # Registered in mokd_det.balancing.BALANCERS:
-    #   "protected_min_norm"  min-norm on log-losses with at least half of it for the task
+    #   "aligned"             each distillation gradient in proportion to its agreement with the
+    #                         task's, CAP times as long as that together
     #   "min_norm"            the published rule, literally; it can starve the task
     #   "famo"                the published amortised rule: one more student forward a step
+    #   "protected_min_norm"  min-norm on log-losses with at least half of it for the task
     #   "anchored"            the distillation gradient at CAP times the task gradient's norm
     #   "look_ahead"          did the last distillation gradient help the task? (PLACE parameters)
     #   "imtl_g"              equal projections of the update on every gradient
     #   "cosine_gate"         WEIGHTS, without distillation while it conflicts with the task
     #   "fixed"               WEIGHTS at every step
     #   "torchjd.X"           TorchJD's XWeighting, e.g. "torchjd.UPGrad"
-    cfg.MOKD.BALANCING.RULE = "protected_min_norm"
+    cfg.MOKD.BALANCING.RULE = "aligned"
     # How the rule's weights are scaled: "none" (as the rule gives them), "convex" (they sum to
     # one), "sum" (to the number of objectives), "task_norm" (the update has the task gradient's
-    # norm). The protected rules give the task weight one, so that the learning rate keeps its
-    # meaning, and want "none".
+    # norm). "aligned", "protected_min_norm" and "anchored" give the task weight one, so that the
+    # learning rate keeps its meaning, and want "none".
     cfg.MOKD.BALANCING.RESCALE = "none"
     # Where gradients are measured: "features" (those of the student that are matched; nearly
     # free) or "parameters" (of the student's backbone, as in the papers; a backward pass of the
@@ -290,9 +292,13 @@ def add_mokd_config(cfg):
     # Rules "fixed" and "cosine_gate": the weights of the objectives, in the order task, features,
     # outputs (those that are enabled).
     cfg.MOKD.BALANCING.WEIGHTS = [1.0, 1.0]
-    # Rules "protected_min_norm" and "anchored": largest norm of the weighted distillation
-    # gradient, in units of the task gradient's. Below 1 the task descends in every step.
-    cfg.MOKD.BALANCING.CAP = 0.5
+    # Rules "aligned", "protected_min_norm" and "anchored": largest norm of the weighted
+    # distillation gradient, in units of the task gradient's. The last two let the task descend in
+    # every step if it is below 1, "aligned" always.
+    cfg.MOKD.BALANCING.CAP = 1.0
+    # Rule "aligned": cosine with the task gradient, of the distillation gradient that agrees best,
+    # from which on CAP is used in full; in proportion below.
+    cfg.MOKD.BALANCING.AGREEMENT = 0.1
     # Rule "min_norm": False is the literal formula, with weights outside [0, 1].
     cfg.MOKD.BALANCING.CLIP = True
     # Rule "min_norm": False takes the losses themselves instead of their logarithms (MGDA).

@@ -91,7 +91,7 @@ class BalanceDiagnostics:
             logger.warning(
                 f"The task starves: its share of the update at {self.prefix.split('/')[1]} was "
                 f"below {LEAST_SHARE} in {starved:.0%} of the last {WINDOW} steps. Use a rule "
-                "that protects it (MOKD.BALANCING.RULE protected_min_norm or anchored), or less "
+                "that protects it (MOKD.BALANCING.RULE aligned or anchored), or less "
                 "weight for distillation."
             )
             self.warned = True

@@ -47,7 +47,8 @@ def reference(net, shared, x, target):
     return gradients, rest
 
 
-RULES = ["fixed", "min_norm", "protected_min_norm", "anchored", "imtl_g", "cosine_gate", "famo"]
+RULES = ["aligned", "fixed", "min_norm", "protected_min_norm", "anchored", "imtl_g", "cosine_gate"]
+RULES += ["famo"]
 
 
 @pytest.mark.parametrize("layers", [(), ("down",), ("stem.weight", "down")])
@@ -231,7 +232,9 @@ def test_losses_that_miss_the_boundary_are_an_error(setting):
 
 
 @pytest.mark.parametrize("place", ["features", "parameters"])
-@pytest.mark.parametrize("name", ["anchored", "protected_min_norm", "min_norm", "famo", "imtl_g"])
+@pytest.mark.parametrize(
+    "name", ["aligned", "anchored", "protected_min_norm", "min_norm", "famo", "imtl_g"]
+)
 def test_bfloat16_is_close_to_float32(setting, place, name):
     net, shared, x, target = setting
     results = []
@@ -250,7 +253,9 @@ def test_bfloat16_is_close_to_float32(setting, place, name):
 
 
 @pytest.mark.parametrize("place", ["features", "parameters"])
-@pytest.mark.parametrize("name", ["min_norm", "protected_min_norm", "anchored", "imtl_g"])
+@pytest.mark.parametrize(
+    "name", ["aligned", "min_norm", "protected_min_norm", "anchored", "imtl_g"]
+)
 def test_three_objectives(setting, place, name):
     net, shared, x, target = setting
 

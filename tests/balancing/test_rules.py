@@ -125,6 +125,36 @@ def test_protected_rules_keep_the_task_descending_and_bounded(name, count):
         assert (task + aid) @ task >= 0.5 * (task @ task) * (1 - 1e-9)
 
 
+@pytest.mark.parametrize("count", [2, 3, 4])
+@pytest.mark.parametrize("cap", [0.5, 3.0])
+def test_aligned_never_slows_the_task_down(count, cap):
+    for seed in range(200):
+        gradients, losses = random_gradients(seed, count)
+        weights = weights_of("aligned", gradients, losses, cap=cap)
+        assert weights[0] == 1 and (weights >= 0).all()
+        task, aid = gradients[0], weights[1:] @ gradients[1:]
+        cosines = gradients[1:] @ task / gradients[1:].norm(dim=1) / task.norm()
+        assert torch.equal(weights[1:] > 0, cosines > 0)
+        assert aid @ task >= -1e-9 * (task @ task)
+        length = cap * float(cosines.max().clamp(0, 0.1)) / 0.1
+        assert aid.norm() == pytest.approx(length * float(task.norm()), rel=1e-9)
+
+
+def test_aligned_frozen_numbers():
+    # Cosines 0.6 and 0.8 of units that are orthogonal to each other: the direction of the task.
+    gradients = torch.tensor([[0.6, 0.8, 0.0], [10.0, 0.0, 0.0], [0.0, 0.1, 0.0]]).double()
+    weights = weights_of("aligned", gradients, torch.ones(3), cap=0.5)
+    assert torch.allclose(weights @ gradients, 1.5 * gradients[0])
+    # A cosine of 0.05: half of the length.
+    gradients = torch.tensor([[0.05, (1 - 0.05**2) ** 0.5], [4.0, 0.0]]).double()
+    weights = weights_of("aligned", gradients, torch.ones(2), cap=0.6)
+    assert weights.tolist() == pytest.approx([1.0, 0.6 * 0.5 / 4])
+    # One that conflicts gets nothing, the other all of the length.
+    gradients = torch.tensor([[1.0, 0.0], [-1.0, 1.0], [1.0, 1.0]]).double()
+    weights = weights_of("aligned", gradients, torch.ones(3), cap=1.0)
+    assert weights.tolist() == pytest.approx([1.0, 0.0, 0.5**0.5])
+
+
 def test_anchored_solves_its_problem():
     """The closed form beats every point of a fine grid of the ball around the task gradient."""
     angles = torch.linspace(0, 2 * torch.pi, 721, dtype=torch.float64)
@@ -139,7 +169,7 @@ def test_anchored_solves_its_problem():
             assert worse >= (others @ units.T).min(dim=1).values.max() - 1e-9, seed
 
 
-@pytest.mark.parametrize("name", ["min_norm", "protected_min_norm", "anchored"])
+@pytest.mark.parametrize("name", ["aligned", "min_norm", "protected_min_norm", "anchored"])
 @pytest.mark.parametrize("scale", [1e-3, 1e3])
 def test_update_ignores_the_scale_of_the_distillation_loss(name, scale):
     for seed in range(50):
@@ -151,7 +181,7 @@ def test_update_ignores_the_scale_of_the_distillation_loss(name, scale):
 
 
 # Pure functions of Gram matrix and losses that treat all distillation objectives alike.
-PURE = ["anchored", "cosine_gate", "famo", "imtl_g", "min_norm", "protected_min_norm"]
+PURE = ["aligned", "anchored", "cosine_gate", "famo", "imtl_g", "min_norm", "protected_min_norm"]
 
 
 @pytest.mark.parametrize("name", PURE)
@@ -221,7 +251,7 @@ def test_three_parallel_and_opposite_gradients_give_finite_weights(name):
         gradients = torch.stack([task, second, third])
         weights = weights_of(name, gradients, torch.ones(3), weights=[1.0, 1.0, 1.0])
         assert weights.isfinite().all()
-        if name in ("min_norm", "protected_min_norm", "anchored"):
+        if name in ("aligned", "min_norm", "protected_min_norm", "anchored"):
             assert (weights @ gradients) @ task >= -1e-6
 
 
@@ -276,7 +306,7 @@ def test_fixed_weights():
 @pytest.mark.parametrize(
     "name, rescale, options, message",
     [
-        ("min_nrom", "none", {}, "expected one of 'anchored', 'cosine_gate', 'famo'"),
+        ("min_nrom", "none", {}, "expected one of 'aligned', 'anchored', 'cosine_gate'"),
         ("fixed", "non", {}, "MOKD.BALANCING.RESCALE is 'non'"),
         ("fixed", "none", {"weights": [1.0, -1.0]}, "MOKD.BALANCING.WEIGHTS"),
         ("fixed", "none", {"weights": [0.0, 0.0]}, "MOKD.BALANCING.WEIGHTS"),
@@ -285,6 +315,8 @@ def test_fixed_weights():
         ("look_ahead", "none", {"look_ahead": {"START": "two"}}, "LOOK_AHEAD.START is 'two'"),
         ("look_ahead", "none", {"look_ahead": {"CAP": 0.5}}, "LOOK_AHEAD.CAP is 0.5"),
         ("look_ahead", "none", {"look_ahead": {"LR": 0}}, "LOOK_AHEAD.LR is 0"),
+        ("aligned", "none", {"cap": -1.0}, "MOKD.BALANCING.CAP is -1.0"),
+        ("aligned", "none", {"agreement": 0.0}, "MOKD.BALANCING.AGREEMENT is 0.0"),
         ("anchored", "none", {"cap": 0.0}, "MOKD.BALANCING.CAP is 0.0"),
         ("anchored", "none", {"cap": 2.0}, "MOKD.BALANCING.CAP is 2.0"),
         ("protected_min_norm", "none", {"cap": float("nan")}, "MOKD.BALANCING.CAP"),
@@ -649,6 +681,32 @@ def test_interval_reuses_weights_in_between():
     assert due == [True, False, False, True, False, False, True]
 
 
+def test_schedule_is_a_straight_line_for_all_but_the_task():
+    balancer = Balancer(build_rule("fixed", weights=[2.0, 4.0]), schedule=(0.0, 1.0), steps=5)
+    gradients, losses = random_gradients(0)
+    seen = []
+    for _ in range(6):  # one more than said: it stays at the end
+        result = balancer.balance((gradients @ gradients.T)[None], losses)
+        seen.append(result.weights.tolist())
+        balancer.end_step()
+    assert seen == [[2.0, 4.0 * f] for f in (0, 0.25, 0.5, 0.75, 1.0, 1.0)]
+
+
+def test_schedule_goes_on_while_weights_are_reused_and_after_a_resume():
+    def make():
+        rule = build_rule("anchored")
+        return Balancer(rule, interval=3, schedule=(1.0, 0.0), steps=4)
+
+    balancer, (gradients, losses) = make(), random_gradients(0)
+    first = balancer.balance((gradients @ gradients.T)[None], losses).weights
+    balancer.end_step()
+    resumed = make()
+    resumed.load_state_dict(balancer.state_dict())
+    for other in (balancer, resumed):
+        reused = other.reuse(losses).weights
+        assert reused[0] == first[0] and torch.allclose(reused[1:], first[1:] * 2 / 3)
+
+
 @pytest.mark.parametrize("name", [*ALL_RULES, "torchjd.GradVac"])
 def test_state_of_a_balancer_undoes_a_step(name):
     if name.startswith("torchjd"):
@@ -713,6 +771,9 @@ def test_balancer_options_are_checked():
         ({"smoothing": 1.0}, "MOKD.BALANCING.SMOOTHING is 1.0"),
         ({"interval": 0}, "MOKD.BALANCING.INTERVAL is 0"),
         ({"rescale": "x"}, "MOKD.BALANCING.RESCALE is 'x'"),
+        ({"schedule": [1.0]}, "MOKD.BALANCING.SCHEDULE is \\[1.0\\]"),
+        ({"schedule": [1.0, -1.0]}, "MOKD.BALANCING.SCHEDULE"),
+        ({"schedule": [0.0, 1.0]}, "needs the number of all steps"),
     ):
         with pytest.raises(ValueError, match=message):
             Balancer(build_rule("fixed"), **options)

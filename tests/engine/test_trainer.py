@@ -100,6 +100,30 @@ def test_weights_one_equal_the_plain_sum_bit_for_bit(make_cfg, name, outputs):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-7), key
 
 
+@pytest.mark.parametrize("name", ["faster_rcnn", "retinanet"])
+def test_distillation_of_weight_zero_is_the_resumable_twin_from_scratch(make_cfg, name):
+    """So twins of a study differ by nothing but the teacher."""
+    opts = ["MOKD.ENABLED", False, "DATALOADER.RESUMABLE", True]
+    scratch = train(make_cfg(name, opts, "scratch"))
+    opts = ["MOKD.ENABLED", True, "MOKD.BALANCING.RULE", "fixed", "MOKD.OUTPUTS.ENABLED", True]
+    mokd = train(make_cfg(name, [*opts, "MOKD.BALANCING.WEIGHTS", [1.0, 0.0, 0.0]], "mokd"))
+    assert_equal_states(scratch.model.student.state_dict(), mokd.model.student.state_dict())
+
+
+def test_scale_of_the_distillation_losses_is_irrelevant_for_the_default_rule(make_cfg):
+    """For the student and the projectors; by powers of two, which floats are scaled by exactly."""
+    states = []
+    for scale in (1.0, 2.0**-10, 2.0**10):
+        opts = ["MOKD.OUTPUTS.ENABLED", True, "TEST.EVAL_PERIOD", 100]
+        opts += ["MOKD.FEATURES.LOSS_WEIGHT", scale, "MOKD.OUTPUTS.LOSS_WEIGHT", 1 / scale]
+        trainer = train(make_cfg("mokd", opts, f"scale_{scale}"))
+        assert trainer.model.boundary.balancer.rule_name == "Aligned"
+        states.append(trainer.model.state_dict())
+    for other in states[1:]:
+        for key, value in states[0].items():
+            assert torch.allclose(value.float(), other[key].float(), rtol=1e-5, atol=1e-7), key
+
+
 def test_distillation_changes_the_student(make_cfg):
     """Else the equalities above would prove nothing."""
     scratch = train(make_cfg("faster_rcnn", [], "scratch"))

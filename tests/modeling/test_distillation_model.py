@@ -210,6 +210,8 @@ class TestBadTeacher:
             (["MOKD.FEATURES.LOSS", "l7"], ValueError, "MOKD.FEATURES.LOSS is 'l7'"),
             (["MOKD.FEATURES.PROJECTOR", "P"], ValueError, "MOKD.FEATURES.PROJECTOR is 'P'"),
             (["MOKD.BALANCING.RULE", "magic"], ValueError, "MOKD.BALANCING.RULE is 'magic'"),
+            (["MOKD.FEATURES.LOSS_WEIGHT", 0.0], ValueError, "FEATURES.LOSS_WEIGHT is 0.0"),
+            (["MOKD.BALANCING.SCHEDULE", [1.0]], ValueError, "MOKD.BALANCING.SCHEDULE is"),
             (["MOKD.META_ARCHITECTURE", "No"], ValueError, "MOKD.META_ARCHITECTURE 'No'"),
         ],
     )

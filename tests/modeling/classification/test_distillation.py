@@ -206,7 +206,9 @@ def test_the_head_gets_its_task_and_the_weighted_logits(build, place):
         assert_close(value, expected, name)
 
 
-@pytest.mark.parametrize("rule", ["protected_min_norm", "min_norm", "anchored", "imtl_g"])
+@pytest.mark.parametrize(
+    "rule", ["aligned", "protected_min_norm", "min_norm", "anchored", "imtl_g"]
+)
 def test_three_objectives_are_balanced_by_every_rule(build, rule):
     model = build(["MOKD.BALANCING.RULE", rule])
     gradients(model)
