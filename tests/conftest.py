@@ -55,6 +55,8 @@ TREE_OPTS = [
     0,
     "SEED",
     7,
+    "MOKD.OUTPUTS.ENABLED",  # tests of outputs ask for them
+    False,
 ]
 
 CONFIGS = {
