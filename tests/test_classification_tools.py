@@ -258,6 +258,12 @@ def test_studies_of_the_repository_name_configs_that_exist():
             tool.distils(loaded, name)  # reads the config with its overrides
 
 
+def test_model_zoo_is_what_the_records_say():
+    tool = load_script("tools/model_zoo.py")
+    assert (ROOT / "MODEL_ZOO.md").read_text() == tool.model_zoo(), "run tools/model_zoo.py"
+    assert "| scratch | " in tool.model_zoo() and "--num-gpus 8" in tool.model_zoo()
+
+
 def test_quick_start_table_and_picture(tmp_path, monkeypatch):
     tool = load_script("tools/quick_start_classification.py")
     results = {"teacher": {"val": 97.0, "test": 96.0}}

@@ -1,0 +1,166 @@
+# Copyright (c) The mokd_det authors.
+"""A study: its file, the records of its runs, and their table."""
+
+import json
+import math
+import re
+import statistics
+from pathlib import Path
+
+import yaml
+from scipy.stats import t as student_t
+
+__all__ = [
+    "format_table",
+    "load_study",
+    "metric_of",
+    "read_records",
+    "record_of",
+    "runs_of",
+    "summarize",
+    "values_of",
+]
+
+KEYS = {"teacher", "seeds", "baseline", "metrics", "opts", "axis", "methods"}
+METHOD_KEYS = {"config", "opts", "seeds", "line", "x"}
+
+
+def load_study(path):
+    """
+    Args:
+        path (str): of the study file.
+
+    Returns:
+        dict: with all keys, and ``folder`` and ``name``.
+
+    Raises:
+        ValueError: an unknown or missing key.
+    """
+    path = Path(path)
+    study = yaml.safe_load(path.read_text())
+    if unknown := set(study) - KEYS:
+        raise ValueError(f"{path}: unknown {sorted(unknown)}; expected some of {sorted(KEYS)}.")
+    if missing := {"seeds", "baseline", "metrics", "methods"} - set(study):
+        raise ValueError(f"{path}: {sorted(missing)} are missing.")
+    if isinstance(study["baseline"], str):
+        study["baseline"] = [study["baseline"]]
+    for baseline in study["baseline"]:
+        if baseline not in study["methods"]:
+            raise ValueError(f"{path}: the baseline '{baseline}' is none of its methods.")
+    for name, method in study["methods"].items():
+        if unknown := set(method) - METHOD_KEYS:
+            raise ValueError(f"{path}: method '{name}' has unknown {sorted(unknown)}.")
+        if "config" not in method:
+            raise ValueError(f"{path}: method '{name}' has no config.")
+        if ("line" in method) != ("x" in method) or ("x" in method and "axis" not in study):
+            raise ValueError(f"{path}: '{name}' needs line and x, and the study an axis, or none.")
+    folder = path.with_suffix("")
+    return {"teacher": "", "opts": [], "axis": "", **study, "folder": folder, "name": path.stem}
+
+
+def runs_of(study, only=()):
+    """Return (method, seed) of all runs; the first seed of every method comes first."""
+    if unknown := set(only) - set(study["methods"]):
+        raise ValueError(f"--only {sorted(unknown)}: the methods are {list(study['methods'])}.")
+    seeds = {
+        name: method.get("seeds", study["seeds"])
+        for name, method in study["methods"].items()
+        if not only or name in only
+    }
+    return [
+        (name, own[i])
+        for i in range(max(map(len, seeds.values())))
+        for name, own in seeds.items()
+        if i < len(own)
+    ]
+
+
+def record_of(study, name, seed):
+    """The file of one run's results."""
+    name = re.sub(r"[^\w.]+", "_", name).strip("_")
+    return study["folder"] / f"{name}-{seed}.json"
+
+
+def metric_of(results, metric):
+    """Return results["a"]["b"]["c"] for "a/b/c"."""
+    for key in metric.split("/"):
+        results = results[key]
+    return results
+
+
+def read_records(study):
+    """Return dict: method -> seed -> record, of the runs that are there."""
+    records = {}
+    for name, seed in runs_of(study):
+        path = record_of(study, name, seed)
+        if path.is_file():
+            records.setdefault(name, {})[seed] = json.loads(path.read_text())
+    return records
+
+
+def interval(values):
+    """Half of the 95 % confidence interval of a mean (Student's t); NaN for a single value."""
+    if len(values) < 2:
+        return math.nan
+    quantile = student_t.ppf(0.975, len(values) - 1)
+    return float(quantile) * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def values_of(by_seed, metric):
+    """Return dict: seed -> value of the metric."""
+    return {seed: metric_of(record["results"], metric) for seed, record in by_seed.items()}
+
+
+def summarize(study):
+    """
+    Returns:
+        list[dict]: for each method and metric ``values`` by seed, ``mean``, ``std``, and for each
+        baseline in ``differences`` the mean of the paired ``difference`` to it and ``interval``,
+        half of its 95 % interval; None where there is too little to say.
+    """
+    records = read_records(study)
+    rows = []
+    for name, by_seed in records.items():
+        for metric in study["metrics"]:
+            values = values_of(by_seed, metric)
+            differences = {}
+            for baseline in study["baseline"]:
+                base = values_of(records.get(baseline, {}), metric) if baseline != name else {}
+                pairs = [values[seed] - base[seed] for seed in values if seed in base]
+                differences[baseline] = {
+                    "difference": statistics.mean(pairs) if pairs else None,
+                    "interval": interval(pairs) if len(pairs) > 1 else None,
+                }
+            rows.append(
+                {
+                    "method": name,
+                    "metric": metric,
+                    "seeds": len(values),
+                    "values": values,
+                    "mean": statistics.mean(values.values()),
+                    "std": statistics.stdev(values.values()) if len(values) > 1 else None,
+                    "differences": differences,
+                }
+            )
+    return rows
+
+
+def format_table(study, rows):
+    """Return the rows as a Markdown table, one line a method."""
+    head = ["method", "seeds"]
+    for metric in study["metrics"]:
+        head += [metric, *(f"difference to {baseline}" for baseline in study["baseline"])]
+    lines = [head, ["---"] * len(head)]
+    for name in dict.fromkeys(row["method"] for row in rows):
+        own = {row["metric"]: row for row in rows if row["method"] == name}
+        cells = [name, str(max(row["seeds"] for row in own.values()))]
+        for metric in study["metrics"]:
+            row = own[metric]
+            std = "" if row["std"] is None else f" (std {row['std']:.2f})"
+            cells.append(f"{row['mean']:.2f}{std}")
+            for paired in row["differences"].values():
+                difference, half = paired["difference"], paired["interval"]
+                spread = "" if half is None else f" ± {half:.2f}"
+                cells.append("" if difference is None else f"{difference:+.2f}{spread}")
+        lines.append(cells)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,0 +1,113 @@
+#!/usr/bin/env python
+# Copyright (c) The mokd_det authors.
+"""
+Write MODEL_ZOO.md: a table for each study in studies/, from the records of its runs, and the
+recipes that have not been run, with their commands.
+
+Example:
+  python tools/model_zoo.py
+"""
+
+import argparse
+from pathlib import Path
+
+import mokd_det  # noqa: F401  (first: mends Detectron2 where it needs it)
+
+from mokd_det.study import load_study, read_records, record_of, summarize
+
+ROOT = Path(__file__).resolve().parent.parent
+HEAD = """# Model zoo and studies
+
+Written by `python tools/model_zoo.py` from the records in `studies/`; a test holds it to them.
+Every number is a mean over the seeds ± the standard deviation; a column "- X" is the paired
+difference to method X, seed by seed, ± half of its 95 % interval (Student's t). All rows are kept,
+also those that lose.
+
+"json" is the record of the first seed; one for each seed lies beside it: config, overrides, commit,
+metrics and losses over the training, balance, and the SHA-256 of the weights, which starts as shown.
+Records without weights were made before they were noted.
+
+A row is run again by
+`python tools/study.py studies/NAME.yaml --run --only "METHOD" --output FOLDER`.
+"""
+NOT_RUN = """## Recipes that were not run here
+
+There was no GPU. Each file builds, trains and evaluates on small data in the tests; its twin without
+a teacher is the same command with `MOKD.ENABLED False`.
+
+| config | command |
+|---|---|
+"""
+
+
+def section(study, records):
+    """The table of one study, Markdown."""
+    comment = [line[1:].strip() for line in study["comment"]]
+    metrics = study["metrics"]
+    head = ["method", "seeds"]
+    for metric in metrics:
+        head += [metric, *(f"- {baseline}" for baseline in study["baseline"])]
+    head += ["config", "record", "weights"]
+    lines = [head, ["---"] * len(head)]
+    rows = summarize(study)
+    for name in dict.fromkeys(row["method"] for row in rows):
+        own = {row["metric"]: row for row in rows if row["method"] == name}
+        cells = [name, str(own[metrics[0]]["seeds"])]
+        for metric in metrics:
+            row = own[metric]
+            std = "" if row["std"] is None else f" ± {row['std']:.2f}"
+            cells.append(f"{row['mean']:.2f}{std}")
+            for paired in row["differences"].values():
+                half = "" if paired["interval"] is None else f" ± {paired['interval']:.2f}"
+                cells.append(
+                    "" if paired["difference"] is None else f"{paired['difference']:+.2f}{half}"
+                )
+        seed = min(records[name])
+        path = f"studies/{study['name']}/{record_of(study, name, seed).name}"
+        config = study["methods"][name]["config"]
+        sha = records[name][seed].get("weights_sha256")
+        cells += [
+            f"[{Path(config).stem}]({config})",
+            f"[json]({path})",
+            f"`{sha[:12]}`" if sha else "",
+        ]
+        lines.append(cells)
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    pictures = [
+        f"[{p.stem}](studies/{study['name']}/{p.name})"
+        for p in sorted(study["folder"].glob("*.png"))
+    ]
+    pictures = f"\n\nPictures: {', '.join(pictures)}." if pictures else ""
+    return f"## {study['name']}\n\n{' '.join(comment)}\n\n{table}{pictures}\n"
+
+
+def model_zoo():
+    """The whole text."""
+    parts = [HEAD]
+    for path in sorted((ROOT / "studies").glob("*.yaml")):
+        study = load_study(path)
+        study["comment"] = [line for line in path.read_text().splitlines() if line.startswith("#")]
+        if records := read_records(study):
+            parts.append(section(study, records))
+    recipes = sorted(
+        str(path.relative_to(ROOT))
+        for group in ("COCO-Detection", "COCO-InstanceSegmentation", "ImageNet-Classification")
+        for path in (ROOT / "configs" / group).glob("mokd_*.yaml")
+    )
+    command = "python tools/train_net.py --config-file {} --num-gpus 8"
+    parts.append(
+        NOT_RUN + "\n".join(f"| {Path(r).stem} | `{command.format(r)}` |" for r in recipes) + "\n"
+    )
+    return "\n".join(parts)
+
+
+def main():
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
+    (ROOT / "MODEL_ZOO.md").write_text(model_zoo())
+    print("MODEL_ZOO.md")
+
+
+if __name__ == "__main__":
+    main()
