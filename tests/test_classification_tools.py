@@ -209,6 +209,7 @@ def test_a_study_runs_what_is_missing_and_makes_its_table(study):
     (loaded["folder"] / "plain-2.json").unlink()
     tool.run(loaded, 1, ["plain"])
     assert [call[1][-1] for call in calls] == [2]
+    assert tool.runs_of(loaded, ["plain", "once"], first=1) == [("plain", 1), ("once", 2)]
 
 
 def test_a_run_that_fails_leaves_the_others_and_fails_the_study(study, capsys, monkeypatch):

@@ -23,8 +23,8 @@ Every number is a mean over the seeds ± the standard deviation; a column "- X" 
 difference to method X, seed by seed, ± half of its 95 % interval (Student's t). All rows are kept,
 also those that lose.
 
-"json" is the record of the first seed; one for each seed lies beside it: config, overrides, commit,
-metrics and losses over the training, balance, and the SHA-256 of the weights, which starts as shown.
+"json" is the record of the first seed; one for each seed lies beside it: config, overrides,
+commit, metrics and losses over the training, balance, and the SHA-256 of the weights, which starts as shown.
 Records without weights were made before they were noted.
 
 A row is run again by
@@ -32,8 +32,8 @@ A row is run again by
 """
 NOT_RUN = """## Recipes that were not run here
 
-There was no GPU. Each file builds, trains and evaluates on small data in the tests; its twin without
-a teacher is the same command with `MOKD.ENABLED False`.
+There was no GPU. Each file builds, trains and evaluates on small data in the tests; its twin
+without a teacher is the same command with `MOKD.ENABLED False`.
 
 | config | command |
 |---|---|

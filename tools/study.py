@@ -133,10 +133,10 @@ def run_one(study, name, seed):
     return f"{name} seed {seed}: {values} ({seconds:.0f} s)"
 
 
-def run(study, jobs, only):
+def run(study, jobs, only, first=None):
     """Run what is missing. SystemExit at the end if any run failed."""
     study["folder"].mkdir(parents=True, exist_ok=True)
-    runs = runs_of(study, only)
+    runs = runs_of(study, only, first)
     waits = {name: distils(study, name) for name in dict.fromkeys(name for name, _ in runs)}
     failed = 0
     for job in range(jobs if torch.cuda.device_count() else 0):
@@ -194,6 +194,7 @@ def main():
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side (%(default)s)")
     parser.add_argument("--output", help="folder of the results (studies/NAME)")
     parser.add_argument("--only", action="append", default=[], help="a method; may be repeated")
+    parser.add_argument("--first", type=int, help="only so many seeds of each method")
     args = parser.parse_args()
     if args.run == args.summarize:
         parser.error("give one of --run and --summarize")
@@ -201,7 +202,7 @@ def main():
     if args.output:
         study["folder"] = Path(args.output)
     if args.run:
-        run(study, args.jobs, args.only)
+        run(study, args.jobs, args.only, args.first)
     rows = summarize(study)
     table = format_table(study, rows)
     (study["folder"] / "table.json").write_text(json.dumps(rows, indent=1))

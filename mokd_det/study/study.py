@@ -58,12 +58,15 @@ def load_study(path):
     return {"teacher": "", "opts": [], "axis": "", **study, "folder": folder, "name": path.stem}
 
 
-def runs_of(study, only=()):
-    """Return (method, seed) of all runs; the first seed of every method comes first."""
+def runs_of(study, only=(), first=None):
+    """
+    Return (method, seed) of all runs, or of the methods ``only`` and each method's ``first`` seeds.
+    The first seed of every method comes first.
+    """
     if unknown := set(only) - set(study["methods"]):
         raise ValueError(f"--only {sorted(unknown)}: the methods are {list(study['methods'])}.")
     seeds = {
-        name: method.get("seeds", study["seeds"])
+        name: method.get("seeds", study["seeds"])[:first]
         for name, method in study["methods"].items()
         if not only or name in only
     }
