@@ -24,8 +24,8 @@ difference to method X, seed by seed, ± half of its 95 % interval (Student's t)
 also those that lose.
 
 "json" is the record of the first seed; one for each seed lies beside it: config, overrides,
-commit, metrics and losses over the training, balance, and the SHA-256 of the weights, which starts as shown.
-Records without weights were made before they were noted.
+commit, metrics and losses over the training, balance, and the SHA-256 of the weights, whose start
+is in the table. Records without it were made before it was noted.
 
 A row is run again by
 `python tools/study.py studies/NAME.yaml --run --only "METHOD" --output FOLDER`.

@@ -149,7 +149,8 @@ def stock_config(cfg):
     for key in ("UNIT", "OPTIMIZER", "BETAS", "MICRO_BATCHES", "EMA_DECAY"):
         del stock.SOLVER[key]
     del stock.SOLVER.AMP["PRECISION"]
-    del stock.DATALOADER["REPEATED_AUGMENTATION"]
+    for key in ("REPEATED_AUGMENTATION", "RESUMABLE"):
+        del stock.DATALOADER[key]
     for key in ("CHECKPOINTING", "COMPILE"):
         del stock.MODEL.BACKBONE[key]
     if stock.MODEL.META_ARCHITECTURE != "LazyConfigDetector":
