@@ -16,7 +16,7 @@ to the baselines with its 95 % interval) is printed and written beside them to t
 table.json, pictures to curves.png, balance.png and axis.png as far as there is something to draw.
 
 A study file:
-  teacher: CONFIG              # trained once, unless its weights are there
+  teacher: CONFIG              # or a list; trained once, unless their weights are there
   seeds: [1, 2, 3]
   baseline: scratch            # differences are to this method, seed by seed; or a list of them
   metrics: [SET/TASK/METRIC]   # of results.json
@@ -84,16 +84,16 @@ def train(config, opts, output):
     return time.time() - start
 
 
-def train_teacher(study):
-    """Train the teacher unless its weights are there already, and keep its results."""
-    if not study["teacher"]:
-        return
-    output = ROOT / load_config(str(ROOT / study["teacher"])).OUTPUT_DIR
-    if not (output / "model_final.pth").is_file():
-        seconds = train(study["teacher"], [], output)
-        print(f"teacher: {study['teacher']} ({seconds:.0f} s)", flush=True)
-    results = json.loads((output / "results.json").read_text())
-    write_json(study["folder"] / "teacher.json", {"config": study["teacher"], "results": results})
+def train_teachers(study):
+    """Train each teacher unless its weights are there already, and keep its results."""
+    for config in study["teacher"]:
+        output = ROOT / load_config(str(ROOT / config)).OUTPUT_DIR
+        if not (output / "model_final.pth").is_file():
+            seconds = train(config, [], output)
+            print(f"teacher: {config} ({seconds:.0f} s)", flush=True)
+        results = json.loads((output / "results.json").read_text())
+        name = "teacher" if len(study["teacher"]) == 1 else f"teacher_{Path(config).stem}"
+        write_json(study["folder"] / f"{name}.json", {"config": config, "results": results})
 
 
 def write_json(path, content):
@@ -142,7 +142,7 @@ def run(study, jobs, only, first=None):
     for job in range(jobs if torch.cuda.device_count() else 0):
         gpus.put(job % torch.cuda.device_count())
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        teacher = pool.submit(train_teacher, study) if any(waits.values()) else None
+        teacher = pool.submit(train_teachers, study) if any(waits.values()) else None
 
         def one(name, seed):
             if waits[name]:

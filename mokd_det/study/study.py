@@ -42,8 +42,10 @@ def load_study(path):
         raise ValueError(f"{path}: unknown {sorted(unknown)}; expected some of {sorted(KEYS)}.")
     if missing := {"seeds", "baseline", "metrics", "methods"} - set(study):
         raise ValueError(f"{path}: {sorted(missing)} are missing.")
-    if isinstance(study["baseline"], str):
-        study["baseline"] = [study["baseline"]]
+    study = {"teacher": [], "opts": [], "axis": "", **study}
+    for key in ("teacher", "baseline"):
+        if isinstance(study[key], str):
+            study[key] = [study[key]]
     for baseline in study["baseline"]:
         if baseline not in study["methods"]:
             raise ValueError(f"{path}: the baseline '{baseline}' is none of its methods.")
@@ -52,10 +54,10 @@ def load_study(path):
             raise ValueError(f"{path}: method '{name}' has unknown {sorted(unknown)}.")
         if "config" not in method:
             raise ValueError(f"{path}: method '{name}' has no config.")
-        if ("line" in method) != ("x" in method) or ("x" in method and "axis" not in study):
+        if ("line" in method) != ("x" in method) or ("x" in method and not study["axis"]):
             raise ValueError(f"{path}: '{name}' needs line and x, and the study an axis, or none.")
     folder = path.with_suffix("")
-    return {"teacher": "", "opts": [], "axis": "", **study, "folder": folder, "name": path.stem}
+    return {**study, "folder": folder, "name": path.stem}
 
 
 def runs_of(study, only=(), first=None):

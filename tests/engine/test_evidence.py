@@ -28,8 +28,8 @@ def top1_of(config, output, *opts):
 
 def test_the_default_beats_its_twin_from_scratch(tmp_path):
     """
-    Seeds are paired. With a teacher of four epochs, seeds 1 to 4 gained 11.6, 5.7, 4.6 and 2.8: on a
-    machine that rounds otherwise, a mean of three below zero is more than three standard errors off.
+    Seeds are paired. With a teacher of four epochs, seeds 1 to 4 gained 11.6, 5.7, 4.6 and 2.8; so
+    on a machine that rounds otherwise a mean of three below zero is 2.8 standard errors off.
     """
     teacher = tmp_path / "teacher"
     assert top1_of("configs/Digits/teacher.yaml", teacher, "SOLVER.MAX_ITER", 2) > 90
