@@ -97,9 +97,10 @@ def train_teachers(study):
 
 
 def write_json(path, content):
-    """Within one folder, so the file is either absent or whole."""
+    """A line for each key. Within one folder, so the file is either absent or whole."""
     part = path.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=1))
+    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in content.items()]
+    part.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     os.replace(part, path)
 
 
@@ -125,9 +126,10 @@ def run_one(study, name, seed):
     method = study["methods"][name]
     opts = [*study["opts"], *method.get("opts", []), "SEED", seed]
     output = ROOT / "output" / "studies" / study["name"] / record.stem
+    code = commit()  # before the run: the checkout may be moved on meanwhile
     seconds = train(method["config"], opts, output)
     content = {"method": name, "seed": seed, "config": method["config"], "opts": opts}
-    content |= {"seconds": round(seconds, 1), "commit": commit(), **read_run(output)}
+    content |= {"seconds": round(seconds, 1), "commit": code, **read_run(output)}
     write_json(record, content)
     values = ", ".join(f"{m}: {metric_of(content['results'], m):.2f}" for m in study["metrics"])
     return f"{name} seed {seed}: {values} ({seconds:.0f} s)"

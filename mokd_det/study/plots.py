@@ -146,7 +146,8 @@ def _draw_band(axis, points, label, number, **style):
 
 
 def _color(number):
-    return plt.get_cmap("tab20")(number % 20)
+    number %= 20  # ten dark colours, then their light ones
+    return plt.get_cmap("tab20")(2 * number if number < 10 else 2 * number - 19)
 
 
 def _save(figure, path):
