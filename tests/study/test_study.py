@@ -1,0 +1,82 @@
+# Copyright (c) The mokd_det authors.
+"""What is kept of a run, and the pictures of many."""
+
+import hashlib
+import json
+
+import pytest
+from PIL import Image
+
+from mokd_det.study import load_study, plot_axis, plot_balance, plot_curves, read_run
+
+METRIC = "trees/bbox/AP"
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    """A run of 96 steps, evaluated at 48 and 96; step 95 was run twice."""
+    lines = [{"iteration": i, "total_loss": 96.0 - i, "lr": 0.1} for i in range(0, 96, 2)]
+    lines += [{"iteration": 48, METRIC: 10.0}, {"iteration": 96, METRIC: 20.0}]
+    (tmp_path / "metrics.json").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    steps = [{"iteration": i, "balance/features/weight_features": float(i)} for i in range(96)]
+    steps.append({"iteration": 95, "balance/features/weight_features": 1000.0})
+    (tmp_path / "balance.json").write_text("\n".join(map(json.dumps, steps)) + "\n")
+    (tmp_path / "results.json").write_text(json.dumps({"trees": {"bbox": {"AP": 20.0}}}))
+    (tmp_path / "model_final.pth").write_bytes(b"weights")
+    return tmp_path
+
+
+def test_a_run_is_kept_in_few_numbers(run_dir):
+    record = read_run(run_dir)
+    assert record["results"] == {"trees": {"bbox": {"AP": 20.0}}}
+    assert record["curves"] == {METRIC: [[48, 10.0], [96, 20.0]]}
+    assert set(record["losses"]) == {"total_loss"} and len(record["losses"]["total_loss"]) == 24
+    assert record["losses"]["total_loss"][0] == [1, 95.0]  # of the iterations 0 and 2
+    weights = record["balance"]["weight_features"]
+    assert len(weights) == 24 and weights[0] == [1.5, 1.5]
+    assert weights[-1] == [93.5, 93.5]  # the median of 92, 93, 94 and 1000
+    assert record["weights_sha256"] == hashlib.sha256(b"weights").hexdigest()
+
+
+def test_a_run_without_a_teacher_has_no_balance(run_dir):
+    (run_dir / "balance.json").unlink()
+    assert read_run(run_dir)["balance"] == {}
+
+
+def record(scale):
+    return {
+        "curves": {METRIC: [[50, scale], [100, 2 * scale]]},
+        "balance": {
+            name: [[i, scale / (1 + i)] for i in range(0, 100, 10)]
+            for name in ("cosine_features", "dominance_features", "weight_features", "share_task")
+        },
+    }
+
+
+def test_pictures(tmp_path):
+    records = {"scratch": {1: {**record(3.0), "balance": {}}}, "mokd": {1: record(1.0)}}
+    records["mokd"][2] = record(2.0)
+    assert plot_curves(records, [METRIC], tmp_path / "curves.png")
+    assert plot_balance(records, tmp_path / "balance.png")
+    lines = {"mokd": {0.1: [1.0, 2.0], 10.0: [1.5, 2.5]}, "fixed": {0.1: [0.0], 10.0: [1.0]}}
+    plot_axis(lines, ("scratch", [1.0]), "factor", METRIC, tmp_path / "axis.png")
+    for name in ("curves", "balance", "axis"):
+        assert len(Image.open(tmp_path / f"{name}.png").convert("RGB").getcolors(10**6)) > 50
+
+
+def test_nothing_to_draw_writes_nothing(tmp_path):
+    only_end = {"scratch": {1: {"curves": {METRIC: [[100, 1.0]]}, "balance": {}}}}
+    assert not plot_curves(only_end, [METRIC], tmp_path / "curves.png")
+    assert not plot_balance(only_end, tmp_path / "balance.png")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_axis_needs_its_label(tmp_path):
+    path = tmp_path / "s.yaml"
+    text = "seeds: [1]\nbaseline: a\nmetrics: [m]\nmethods:\n  a: {config: c, line: l, x: 1}\n"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="'a' needs line and x, and the study an axis, or none"):
+        load_study(path)
+    path.write_text(text + "axis: factor\nteacher: t\n")
+    study = load_study(path)
+    assert study["teacher"] == ["t"] and study["baseline"] == ["a"] and study["axis"] == "factor"
