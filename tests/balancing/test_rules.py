@@ -261,7 +261,8 @@ def test_parallel_and_opposite_gradients_give_finite_weights(name, rescale):
     task = torch.tensor([3.0, 4.0], dtype=torch.float64)
     for factor in (1.0, 2.0, 0.5, 1e-6, 1e6, -1.0, -2.0):
         gradients = torch.stack([task, factor * task])
-        weights = weights_of(name, gradients, torch.ones(2), rescale)
+        # At a cap of one the task may stall, and a stalled update has no direction to rescale.
+        weights = weights_of(name, gradients, torch.ones(2), rescale, cap=0.5)
         assert weights.isfinite().all(), factor
         if name not in ("fixed", "famo", "imtl_g"):  # never a step that raises the task's loss
             assert (weights @ gradients) @ task >= -1e-6, factor
