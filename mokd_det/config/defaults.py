@@ -213,7 +213,8 @@ def add_mokd_config(cfg):
     # classifier's head. Empty: "pre_logits" (models whose head has hidden layers: the last map).
     cfg.MOKD.FEATURES.STUDENT = []
     cfg.MOKD.FEATURES.TEACHER = []
-    # Registered in mokd_det.subspace.PROJECTORS.
+    # Registered in mokd_det.subspace.PROJECTORS: "SubspaceProjector", or "FrozenProjector", whose
+    # maps are random and stay so on both sides.
     cfg.MOKD.FEATURES.PROJECTOR = "SubspaceProjector"
     # Dimension n of the common subspace. 0: the channels of the wider side,
     # the fewest that lose nothing of either.
@@ -223,6 +224,12 @@ def add_mokd_config(cfg):
     cfg.MOKD.FEATURES.TEACHER_SIDE = "frozen"
     # Registered in mokd_det.subspace.FEATURE_LOSSES: "smooth_l1", "mse", "cosine".
     cfg.MOKD.FEATURES.LOSS = "smooth_l1"
+    # Factor of an alignment term that is added to it: the distance between the two sides'
+    # correlations of the subspace's dimensions. 0: without.
+    cfg.MOKD.FEATURES.ALIGNMENT = 0.0
+    # Weight of each level of a pyramid: "equal", or its share of all "positions", so that the few
+    # positions of coarse levels count like any others.
+    cfg.MOKD.FEATURES.LEVEL_WEIGHTS = "equal"
     # Factor of the objective's loss, before it is balanced. Rules that are independent of the
     # loss's scale do not see it.
     cfg.MOKD.FEATURES.LOSS_WEIGHT = 1.0

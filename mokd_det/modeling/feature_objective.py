@@ -3,10 +3,12 @@
 
 from torch import nn
 
-from ..subspace import FEATURE_LOSSES, PROJECTORS, align_resolution
+from ..subspace import PROJECTORS, align_resolution, build_feature_loss
 from .foreground import SOURCES, foreground_weights
 
 __all__ = ["FeatureObjective", "build_level_map"]
+
+LEVEL_WEIGHTS = ("equal", "positions")
 
 
 class FeatureObjective(nn.Module):
@@ -22,6 +24,7 @@ class FeatureObjective(nn.Module):
         foreground="",
         foreground_share=0.5,
         foreground_score=0.5,
+        level_weights="equal",
     ):
         """
         Args:
@@ -29,7 +32,7 @@ class FeatureObjective(nn.Module):
             level_map (dict[str, str]): student's feature name -> teacher's.
             projectors (dict[str, nn.Module]): by the student's feature name, see ``PROJECTORS``.
             loss (callable): of two (N, n, H, W), see ``FEATURE_LOSSES``.
-            foreground, foreground_share, foreground_score: see ``MOKD.FEATURES``.
+            foreground, foreground_share, foreground_score, level_weights: see ``MOKD.FEATURES``.
 
         Raises:
             ValueError: an option out of its range.
@@ -44,12 +47,18 @@ class FeatureObjective(nn.Module):
                 raise ValueError(
                     f"MOKD.FEATURES.FOREGROUND_{option} is {value}: expected a number in [0, 1]."
                 )
+        if level_weights not in LEVEL_WEIGHTS:
+            raise ValueError(
+                f"MOKD.FEATURES.LEVEL_WEIGHTS is '{level_weights}': expected one of "
+                f"{LEVEL_WEIGHTS}."
+            )
         self.projectors = nn.ModuleDict(projectors)
         self.level_map = dict(level_map)
         self.loss = loss
         self.foreground = foreground
         self.share = foreground_share
         self.score = foreground_score
+        self.level_weights = level_weights
         self._strides = {
             name: (student_shapes[name].stride, teacher_shapes[other].stride)
             for name, other in self.level_map.items()
@@ -76,10 +85,11 @@ class FeatureObjective(nn.Module):
             teacher_shapes,
             level_map,
             projectors,
-            FEATURE_LOSSES.get(options.LOSS),
+            build_feature_loss(options.LOSS, options.ALIGNMENT),
             options.FOREGROUND,
             options.FOREGROUND_SHARE,
             options.FOREGROUND_SCORE,
+            options.LEVEL_WEIGHTS,
         )
 
     def forward(self, features, view, teacher, batched_inputs):
@@ -94,7 +104,7 @@ class FeatureObjective(nn.Module):
             dict[str, Tensor]: ``loss_features``, a scalar.
         """
         objects = self._objects(view, teacher, batched_inputs, features)
-        losses = []
+        losses, positions = [], []
         for name, other in self.level_map.items():
             stride, teacher_stride = self._strides[name]
             maps = align_resolution(features[name], view.features[other], stride, teacher_stride)
@@ -103,6 +113,10 @@ class FeatureObjective(nn.Module):
                 size = maps[0].shape[-2:]
                 maps = *maps, foreground_weights(objects, size, stride, self.share)
             losses.append(self.loss(*maps))
+            positions.append(maps[0].shape[-2:].numel())
+        if self.level_weights == "positions":
+            scale = len(positions) / sum(positions)
+            losses = [loss * (count * scale) for loss, count in zip(losses, positions)]
         return {"loss_features": sum(losses)}
 
     def _objects(self, view, teacher, batched_inputs, features):

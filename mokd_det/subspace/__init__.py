@@ -1,7 +1,7 @@
 # Copyright (c) The mokd_det authors.
 """The projection of features into a common subspace. Needs torch only; knows no detector."""
 
-from .losses import FEATURE_LOSSES, align_resolution
+from .losses import FEATURE_LOSSES, align_resolution, build_feature_loss, correlation_distance
 from .projector import PROJECTORS, TEACHER_SIDES, SubspaceProjector, standardise
 
 __all__ = [
@@ -10,5 +10,7 @@ __all__ = [
     "TEACHER_SIDES",
     "SubspaceProjector",
     "align_resolution",
+    "build_feature_loss",
+    "correlation_distance",
     "standardise",
 ]

@@ -3,11 +3,12 @@
 
 import math
 
+import torch
 import torch.nn.functional as F
 
 from ..registry import Registry
 
-__all__ = ["FEATURE_LOSSES", "align_resolution"]
+__all__ = ["FEATURE_LOSSES", "align_resolution", "build_feature_loss", "correlation_distance"]
 
 FEATURE_LOSSES = Registry("FEATURE_LOSSES", "MOKD.FEATURES.LOSS")
 """
@@ -39,6 +40,53 @@ def cosine(student, teacher, weights=None):
     if weights is None:
         return 1 - similarity.mean()
     return ((1 - similarity) * weights[:, 0]).mean()
+
+
+def correlation_distance(student, teacher, weights=None):
+    """
+    How differently the dimensions of both sides go together, whatever happens at single positions
+    (ours; MoKD names an alignment of the two spaces, but what it is is not known).
+
+    Args:
+        student, teacher (Tensor): (N, n, H, W), each channel with mean 0 and variance 1.
+        weights (Tensor): (N, 1, H, W) of the positions, with mean one.
+
+    Returns:
+        Tensor: scalar, the squared Frobenius distance of the two (n, n) correlation matrices over
+        n, which keeps it near the size of the other losses for any n.
+    """
+    dim = student.shape[1]
+
+    def correlation(features):
+        flat = features.float().transpose(0, 1).reshape(dim, -1)
+        weighted = flat if weights is None else flat * weights.reshape(1, -1)
+        return weighted @ flat.T / flat.shape[1]
+
+    with torch.autocast(student.device.type, enabled=False):  # a sum over all positions
+        return (correlation(student) - correlation(teacher)).square().sum() / dim
+
+
+def build_feature_loss(name, alignment=0.0):
+    """
+    Args:
+        name (str): of ``FEATURE_LOSSES``.
+        alignment (float): factor of :func:`correlation_distance`, which is added; 0: without.
+
+    Returns:
+        callable: as those of ``FEATURE_LOSSES``.
+
+    Raises:
+        ValueError: unknown name, or an alignment below zero.
+    """
+    loss = FEATURE_LOSSES.get(name)
+    if not 0 <= alignment < math.inf:
+        raise ValueError(
+            f"MOKD.FEATURES.ALIGNMENT is {alignment}: expected a finite number >= 0, the factor "
+            "of the alignment term."
+        )
+    if alignment == 0:
+        return loss
+    return lambda *maps: loss(*maps) + alignment * correlation_distance(*maps)
 
 
 def align_resolution(student, teacher, student_stride, teacher_stride):

@@ -17,7 +17,13 @@ from torch.nn.utils import parametrize
 
 from ..registry import Registry
 
-__all__ = ["PROJECTORS", "TEACHER_SIDES", "SemiOrthogonal", "SubspaceProjector"]
+__all__ = [
+    "PROJECTORS",
+    "TEACHER_SIDES",
+    "FrozenProjector",
+    "SemiOrthogonal",
+    "SubspaceProjector",
+]
 
 PROJECTORS = Registry("PROJECTORS", "MOKD.FEATURES.PROJECTOR")
 """
@@ -81,6 +87,15 @@ class SubspaceProjector(nn.Module):
         elif self.teacher_side == "frozen":
             teacher = _project(teacher, self.teacher_weight)
         return standardise(student), standardise(teacher)
+
+
+@PROJECTORS.register("FrozenProjector")
+class FrozenProjector(SubspaceProjector):
+    """Also the student's map stays random, so that only the student moves: for ablations."""
+
+    def __init__(self, student_channels, teacher_channels, **options):
+        super().__init__(student_channels, teacher_channels, **options)
+        self.requires_grad_(False)
 
 
 class SemiOrthogonal(nn.Module):

@@ -66,6 +66,38 @@ def test_foreground_changes_the_loss_only_where_there_are_objects(make_cfg, sour
     assert losses[0] != losses[1]
 
 
+def test_levels_by_positions_are_the_mean_over_all_positions(make_cfg):
+    """Two levels of 32 x 32 and 16 x 16 positions: four fifths and one fifth, times two."""
+    parts = []
+    for names, kind in ((["p3"], "equal"), (["p4"], "equal"), (["p3", "p4"], "positions")):
+        opts = ["MOKD.FEATURES.STUDENT", names, "MOKD.FEATURES.LEVEL_WEIGHTS", kind]
+        cfg = make_cfg("mokd", opts)
+        torch.manual_seed(0)
+        model = DistillationTrainer.build_model(cfg)
+        for projector in model.projectors.values():  # the same for a level alone and with others
+            for parameter in projector.parameters():
+                torch.nn.init.eye_(parameter)
+            torch.nn.init.eye_(projector.teacher_weight)
+        torch.manual_seed(0)
+        objectives, _ = step(model, batch_of(cfg))
+        parts.append(objectives["features"]["loss_features"].item())
+    fine, coarse, both = parts
+    assert both == pytest.approx(2 * (0.8 * fine + 0.2 * coarse), rel=1e-5)
+
+
+def test_a_frozen_projector_stays_and_the_student_learns(make_cfg):
+    cfg = make_cfg("mokd", ["MOKD.FEATURES.PROJECTOR", "FrozenProjector"])
+    model = DistillationTrainer.build_model(cfg)
+    objectives, balance = step(model, batch_of(cfg))
+    assert all(p.grad is None for p in model.projectors.parameters())
+    assert list(model.projectors.parameters()) and balance.gram[1, 1] > 0
+
+
+def test_bad_level_weights(make_cfg):
+    with pytest.raises(ValueError, match="LEVEL_WEIGHTS is 'area': expected one of"):
+        DistillationTrainer.build_model(make_cfg("mokd", ["MOKD.FEATURES.LEVEL_WEIGHTS", "area"]))
+
+
 def test_bad_foreground_options(make_cfg):
     for option, value, message in (
         ("FOREGROUND", "gt", "MOKD.FEATURES.FOREGROUND is 'gt': expected one of"),

@@ -8,6 +8,8 @@ from mokd_det.subspace import (
     PROJECTORS,
     SubspaceProjector,
     align_resolution,
+    build_feature_loss,
+    correlation_distance,
     standardise,
 )
 
@@ -101,6 +103,31 @@ def test_losses_frozen_numbers():
 def test_losses_vanish_for_equal_features(name):
     x = torch.randn(2, 5, 3, 3)
     assert FEATURE_LOSSES.get(name)(x, x.clone()).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_correlation_distance_sees_relations_only():
+    torch.manual_seed(0)
+    x = standardise(torch.randn(2, 3, 5, 4))
+    shuffled = x.flatten(2)[..., torch.randperm(20)].view_as(x)
+    assert correlation_distance(x, shuffled).item() == pytest.approx(0, abs=1e-10)
+    # Dimension 1 becomes dimension 0: both sides have correlation one there instead of r.
+    y = x.clone()
+    y[:, 1] = y[:, 0]
+    r = (x[:, 0] * x[:, 1]).mean()
+    s = (x[:, 0] * x[:, 2]).mean()
+    t = (x[:, 1] * x[:, 2]).mean()
+    expected = 2 * ((1 - r) ** 2 + (s - t) ** 2) / 3
+    assert correlation_distance(x, y).item() == pytest.approx(expected.item(), rel=1e-3)
+
+
+def test_alignment_is_added_to_the_loss():
+    torch.manual_seed(0)
+    x, y = standardise(torch.randn(2, 3, 5, 4)), standardise(torch.randn(2, 3, 5, 4))
+    plain, more = build_feature_loss("mse"), build_feature_loss("mse", 0.5)
+    assert plain is FEATURE_LOSSES.get("mse")
+    assert more(x, y) == plain(x, y) + 0.5 * correlation_distance(x, y) > plain(x, y)
+    with pytest.raises(ValueError, match="MOKD.FEATURES.ALIGNMENT is -1"):
+        build_feature_loss("mse", -1)
 
 
 def test_align_equal_strides_crops_the_padding():

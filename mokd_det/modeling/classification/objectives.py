@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
-from ...subspace import FEATURE_LOSSES, PROJECTORS
+from ...subspace import PROJECTORS, build_feature_loss
 from .classifier import default_tap
 from .taps import PRE_LOGITS, as_map, common_grid, find_taps
 
@@ -49,6 +49,11 @@ class ClassifierFeatureObjective(nn.Module):
                 f"MOKD.FEATURES.FOREGROUND is '{options.FOREGROUND}', but classifiers have no "
                 "boxes: leave it empty."
             )
+        if options.LEVEL_WEIGHTS != "equal":
+            raise ValueError(
+                f"MOKD.FEATURES.LEVEL_WEIGHTS is '{options.LEVEL_WEIGHTS}', but a classifier's "
+                "taps are no levels of a pyramid: leave it 'equal'."
+            )
         ours = list(options.STUDENT) or [default_tap(student)]
         theirs = list(options.TEACHER)
         if not theirs:
@@ -76,7 +81,7 @@ class ClassifierFeatureObjective(nn.Module):
             )
             for tap, other in level_map.items()
         }
-        loss = FEATURE_LOSSES.get(options.LOSS)
+        loss = build_feature_loss(options.LOSS, options.ALIGNMENT)
         return cls(shapes, teacher_shapes, level_map, projectors, loss)
 
     def forward(self, features, view, teacher, batch):

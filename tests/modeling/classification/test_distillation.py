@@ -416,6 +416,7 @@ def test_other_classes_have_no_common_logits(build):
     [
         (["MOKD.OUTPUTS.TEMPERATURE", 0.0], "TEMPERATURE is 0.0: expected > 0"),
         (["MOKD.FEATURES.FOREGROUND", "teacher"], "classifiers have no boxes"),
+        (["MOKD.FEATURES.LEVEL_WEIGHTS", "positions"], "no levels of a pyramid"),
         (["MOKD.FEATURES.STUDENT", ["stage4"]], "MOKD.FEATURES.TEACHER has 'stage4', which ResNet"),
         (
             ["MOKD.FEATURES.STUDENT", ["stage4"], "MOKD.FEATURES.TEACHER", ["layer4", "layer3"]],
