@@ -15,6 +15,7 @@ Koltun 2018), CAGrad (Liu et al. 2021), IMTL (Liu et al., ICLR 2021), gradient c
 
 import dataclasses
 import inspect
+import math
 
 import torch
 
@@ -170,35 +171,52 @@ class Aligned:
     With unit gradients ``u_i`` and ``cos_k = max(<u_k, u_task>, 0)`` the distillation gradients
     are added in the direction of ``sum_k cos_k u_k``: each in proportion to its agreement with
     the task, and without those that conflict. (If they are orthogonal to each other, that is the
-    direction of the task gradient's projection onto their span.) Its length is ``cap |g_task|``,
-    or proportionally less if even the best agrees less than ``agreement``: a gradient that has
-    nothing to do with the task is no help.
+    direction of the task gradient's projection onto their span.)
+
+    With ``c`` the cosine of that direction with the task's, its length is ``cap |g_task| /
+    (1 - c)``, at most ``reach cap |g_task|``: what it adds in length beyond its progress along the
+    task's gradient, the detour, is ``cap |g_task|`` at most. The better both agree, the longer.
+    The length is less in proportion if even the best gradient agrees less than ``agreement``: one
+    that has nothing to do with the task is no help.
 
     The update's inner product with the task gradient is at least ``|g_task|^2`` for any ``cap``:
     to first order the task descends at least as fast as alone. Min-norm rules prefer the gradient
     that agrees *least*, since that makes the norm small. The scale of the losses is irrelevant.
     """
 
-    def __init__(self, cap=1.0, agreement=0.1):
+    def __init__(self, cap=1.0, agreement=0.1, reach=4.0):
         """
         Args:
-            cap (float): length of the weighted distillation gradients together, in units of the
+            cap (float): detour of the weighted distillation gradients together, in units of the
                 task gradient's norm; > 0.
             agreement (float): cosine from which on the length is full; in (0, 1].
+            reach (float): length of the weighted distillation gradients at most, in units of
+                ``cap`` and the task gradient's norm; >= 1, where 1 means the same length at any
+                cosine.
         """
         self.cap = _positive("MOKD.BALANCING.CAP", cap)
         if not 0 < agreement <= 1:
             raise ValueError(
                 f"MOKD.BALANCING.AGREEMENT is {agreement}: expected 0 < agreement <= 1."
             )
+        if not 1 <= reach < math.inf:
+            raise ValueError(
+                f"MOKD.BALANCING.REACH is {reach}: expected a finite number >= 1, the largest "
+                "length of the distillation in units of CAP."
+            )
         self.agreement = agreement
+        self.reach = reach
 
     def weights(self, gram, losses):
         norms = gram.diagonal().sqrt()
         cosines = (gram[0, 1:] / norms[1:] / norms[0]).clamp_min(0)
         weights = torch.cat([gram.new_ones(1), cosines * norms[0] / norms[1:]])
         agreement = min(float(cosines.max()) / self.agreement, 1.0)
-        return _scaled_to(weights, gram, self.cap * agreement)
+        length = float(_distillation_norm(weights, gram))
+        # Of the direction: sum_k cos_k u_k has <., u_task> = sum_k cos_k^2.
+        cosine = float(cosines.square().sum()) / length if length > 0 else 0.0
+        reach = self.reach if 1 - cosine <= 1 / self.reach else 1 / (1 - cosine)
+        return _scaled_to(weights, gram, self.cap * agreement * reach)
 
 
 @BALANCERS.register("cosine_gate")

@@ -261,7 +261,7 @@ def add_mokd_config(cfg):
     cfg.MOKD.BALANCING = CN()
     # Registered in mokd_det.balancing.BALANCERS:
     #   "aligned"             each distillation gradient in proportion to its agreement with the
-    #                         task's, CAP times as long as that together
+    #                         task's, and the longer the better they agree
     #   "min_norm"            the published rule, literally; it can starve the task
     #   "famo"                the published amortised rule: one more student forward a step
     #   "protected_min_norm"  min-norm on log-losses with at least half of it for the task
@@ -299,13 +299,17 @@ def add_mokd_config(cfg):
     # Rules "fixed" and "cosine_gate": the weights of the objectives, in the order task, features,
     # outputs (those that are enabled).
     cfg.MOKD.BALANCING.WEIGHTS = [1.0, 1.0]
-    # Rules "aligned", "protected_min_norm" and "anchored": largest norm of the weighted
-    # distillation gradient, in units of the task gradient's. The last two let the task descend in
-    # every step if it is below 1, "aligned" always.
+    # Rules "protected_min_norm" and "anchored": largest norm of the weighted distillation gradient,
+    # in units of the task gradient's; the task descends in every step if it is below 1. Rule
+    # "aligned": the same for what the distillation adds beyond its progress along the task's
+    # gradient, so that its norm is CAP / (1 - cosine); the task always descends.
     cfg.MOKD.BALANCING.CAP = 1.0
     # Rule "aligned": cosine with the task gradient, of the distillation gradient that agrees best,
     # from which on CAP is used in full; in proportion below.
     cfg.MOKD.BALANCING.AGREEMENT = 0.1
+    # Rule "aligned": longest norm of the distillation in units of CAP, however well both agree.
+    # 1.0: the same length at any cosine.
+    cfg.MOKD.BALANCING.REACH = 4.0
     # Rule "min_norm": False is the literal formula, with weights outside [0, 1].
     cfg.MOKD.BALANCING.CLIP = True
     # Rule "min_norm": False takes the losses themselves instead of their logarithms (MGDA).

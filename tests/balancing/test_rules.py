@@ -136,22 +136,33 @@ def test_aligned_never_slows_the_task_down(count, cap):
         cosines = gradients[1:] @ task / gradients[1:].norm(dim=1) / task.norm()
         assert torch.equal(weights[1:] > 0, cosines > 0)
         assert aid @ task >= -1e-9 * (task @ task)
-        length = cap * float(cosines.max().clamp(0, 0.1)) / 0.1
-        assert aid.norm() == pytest.approx(length * float(task.norm()), rel=1e-9)
+        detour = float(aid.norm() - aid @ task / task.norm())
+        expected = cap * float(task.norm()) * float(cosines.max().clamp(0, 0.1)) / 0.1
+        longest = 4 * expected
+        assert detour <= expected * (1 + 1e-9) and aid.norm() <= longest * (1 + 1e-9)
+        reached = aid.norm() >= longest * (1 - 1e-9)
+        assert reached or detour == pytest.approx(expected, rel=1e-9)
+        same = weights_of("aligned", gradients, losses, cap=cap, reach=1.0)
+        assert (same[1:] @ gradients[1:]).norm() == pytest.approx(expected, rel=1e-9)
 
 
 def test_aligned_frozen_numbers():
     # Cosines 0.6 and 0.8 of units that are orthogonal to each other: the direction of the task.
     gradients = torch.tensor([[0.6, 0.8, 0.0], [10.0, 0.0, 0.0], [0.0, 0.1, 0.0]]).double()
     weights = weights_of("aligned", gradients, torch.ones(3), cap=0.5)
-    assert torch.allclose(weights @ gradients, 1.5 * gradients[0])
+    assert torch.allclose(weights @ gradients, (1 + 0.5 * 4) * gradients[0])
     # A cosine of 0.05: half of the length.
     gradients = torch.tensor([[0.05, (1 - 0.05**2) ** 0.5], [4.0, 0.0]]).double()
     weights = weights_of("aligned", gradients, torch.ones(2), cap=0.6)
-    assert weights.tolist() == pytest.approx([1.0, 0.6 * 0.5 / 4])
+    assert weights.tolist() == pytest.approx([1.0, 0.6 * 0.5 / (1 - 0.05) / 4])
+    # A cosine of 0.6: 2.5 times as long as the task's, or whatever is allowed.
+    gradients = torch.tensor([[0.6, 0.8], [4.0, 0.0]]).double()
+    for reach, length in ((1.0, 1.0), (2.0, 2.0), (4.0, 2.5)):
+        weights = weights_of("aligned", gradients, torch.ones(2), reach=reach)
+        assert weights.tolist() == pytest.approx([1.0, length / 4])
     # One that conflicts gets nothing, the other all of the length.
     gradients = torch.tensor([[1.0, 0.0], [-1.0, 1.0], [1.0, 1.0]]).double()
-    weights = weights_of("aligned", gradients, torch.ones(3), cap=1.0)
+    weights = weights_of("aligned", gradients, torch.ones(3), cap=1.0, reach=1.0)
     assert weights.tolist() == pytest.approx([1.0, 0.0, 0.5**0.5])
 
 
@@ -318,6 +329,7 @@ def test_fixed_weights():
         ("look_ahead", "none", {"look_ahead": {"LR": 0}}, "LOOK_AHEAD.LR is 0"),
         ("aligned", "none", {"cap": -1.0}, "MOKD.BALANCING.CAP is -1.0"),
         ("aligned", "none", {"agreement": 0.0}, "MOKD.BALANCING.AGREEMENT is 0.0"),
+        ("aligned", "none", {"reach": 0.5}, "MOKD.BALANCING.REACH is 0.5"),
         ("anchored", "none", {"cap": 0.0}, "MOKD.BALANCING.CAP is 0.0"),
         ("anchored", "none", {"cap": 2.0}, "MOKD.BALANCING.CAP is 2.0"),
         ("protected_min_norm", "none", {"cap": float("nan")}, "MOKD.BALANCING.CAP"),
