@@ -166,33 +166,33 @@ class Anchored:
 @BALANCERS.register("aligned")
 class Aligned:
     """
-    Distillation as far as it agrees with the task (ours).
+    The task's gradient, turned towards the distillation as far as they agree (ours).
 
     With unit gradients ``u_i`` and ``cos_k = max(<u_k, u_task>, 0)`` the distillation gradients
-    are added in the direction of ``sum_k cos_k u_k``: each in proportion to its agreement with
-    the task, and without those that conflict. (If they are orthogonal to each other, that is the
-    direction of the task gradient's projection onto their span.)
+    are added to ``u_task`` in the direction of ``sum_k cos_k u_k``: each in proportion to its
+    agreement with the task, and without those that conflict. (If they are orthogonal to each
+    other, that is the direction of the task gradient's projection onto their span.)
 
-    With ``c`` the cosine of that direction with the task's, its length is ``cap |g_task| /
-    (1 - c)``, at most ``reach cap |g_task|``: what it adds in length beyond its progress along the
-    task's gradient, the detour, is ``cap |g_task|`` at most. The better both agree, the longer.
-    The length is less in proportion if even the best gradient agrees less than ``agreement``: one
-    that has nothing to do with the task is no help.
+    With ``c`` the cosine of that direction with the task's, its length is ``cap / (1 - c)``, at
+    most ``reach cap``: what it adds in length beyond its progress along the task's gradient, the
+    detour, is at most ``cap``. The better both agree, the longer. The length is less in proportion
+    if even the best gradient agrees less than ``agreement``: one that has nothing to do with the
+    task is no help.
 
-    The update's inner product with the task gradient is at least ``|g_task|^2`` for any ``cap``:
-    to first order the task descends at least as fast as alone. Min-norm rules prefer the gradient
-    that agrees *least*, since that makes the norm small. The scale of the losses is irrelevant.
+    The update then gets the length of the task's gradient, so that the recipe's learning rate
+    keeps its meaning (a longer update is a higher rate). For ``cap <= 1`` it is never turned by
+    more than 45 degrees: ``<update, g_task> >= |g_task|^2 / sqrt(2)``, since the tangent of the
+    angle is ``cap sqrt(1 - c^2) / (1 - c + cap c) <= 1``. Min-norm rules prefer the gradient that
+    agrees *least*, since that makes the norm small. The scale of the losses is irrelevant.
     """
 
     def __init__(self, cap=1.0, agreement=0.1, reach=4.0):
         """
         Args:
-            cap (float): detour of the weighted distillation gradients together, in units of the
-                task gradient's norm; > 0.
+            cap (float): detour of the distillation, in units of the task gradient's length; > 0.
             agreement (float): cosine from which on the length is full; in (0, 1].
-            reach (float): length of the weighted distillation gradients at most, in units of
-                ``cap`` and the task gradient's norm; >= 1, where 1 means the same length at any
-                cosine.
+            reach (float): length of the distillation at most, in units of ``cap`` and the task
+                gradient's length; >= 1, where 1 means the same length at any cosine.
         """
         self.cap = _positive("MOKD.BALANCING.CAP", cap)
         if not 0 < agreement <= 1:
@@ -216,7 +216,8 @@ class Aligned:
         # Of the direction: sum_k cos_k u_k has <., u_task> = sum_k cos_k^2.
         cosine = float(cosines.square().sum()) / length if length > 0 else 0.0
         reach = self.reach if 1 - cosine <= 1 / self.reach else 1 / (1 - cosine)
-        return _scaled_to(weights, gram, self.cap * agreement * reach)
+        weights = _scaled_to(weights, gram, self.cap * agreement * reach)
+        return _rescale_task_norm(weights, gram)
 
 
 @BALANCERS.register("cosine_gate")

@@ -126,44 +126,53 @@ def test_protected_rules_keep_the_task_descending_and_bounded(name, count):
 
 
 @pytest.mark.parametrize("count", [2, 3, 4])
-@pytest.mark.parametrize("cap", [0.5, 3.0])
-def test_aligned_never_slows_the_task_down(count, cap):
+@pytest.mark.parametrize("cap", [0.5, 1.0, 3.0])
+def test_aligned_turns_the_tasks_gradient_within_its_bounds(count, cap):
     for seed in range(200):
         gradients, losses = random_gradients(seed, count)
         weights = weights_of("aligned", gradients, losses, cap=cap)
-        assert weights[0] == 1 and (weights >= 0).all()
-        task, aid = gradients[0], weights[1:] @ gradients[1:]
+        task, update = gradients[0], weights @ gradients
         cosines = gradients[1:] @ task / gradients[1:].norm(dim=1) / task.norm()
-        assert torch.equal(weights[1:] > 0, cosines > 0)
-        assert aid @ task >= -1e-9 * (task @ task)
-        detour = float(aid.norm() - aid @ task / task.norm())
-        expected = cap * float(task.norm()) * float(cosines.max().clamp(0, 0.1)) / 0.1
-        longest = 4 * expected
-        assert detour <= expected * (1 + 1e-9) and aid.norm() <= longest * (1 + 1e-9)
-        reached = aid.norm() >= longest * (1 - 1e-9)
-        assert reached or detour == pytest.approx(expected, rel=1e-9)
+        assert weights[0] > 0 and torch.equal(weights[1:] > 0, cosines > 0)
+        assert update.norm() == pytest.approx(float(task.norm()), rel=1e-9)
+        if cap <= 1:
+            assert update @ task >= (task @ task) / 2**0.5 * (1 - 1e-9)
+        # Before the update gets the task's length.
+        unit = task / task.norm()
+        aid = (weights[1:] / weights[0]) @ gradients[1:] / task.norm()
+        full = cap * float(cosines.max().clamp(0, 0.1)) / 0.1
+        detour, length = float(aid.norm() - aid @ unit), float(aid.norm())
+        assert aid @ unit >= -1e-9 and detour <= full * (1 + 1e-9) and length <= 4 * full + 1e-9
+        assert length >= 4 * full - 1e-9 or detour == pytest.approx(full, rel=1e-9)
         same = weights_of("aligned", gradients, losses, cap=cap, reach=1.0)
-        assert (same[1:] @ gradients[1:]).norm() == pytest.approx(expected, rel=1e-9)
+        aid = (same[1:] / same[0]) @ gradients[1:] / task.norm()
+        assert aid.norm() == pytest.approx(full, rel=1e-9)
 
 
 def test_aligned_frozen_numbers():
-    # Cosines 0.6 and 0.8 of units that are orthogonal to each other: the direction of the task.
+    # Cosines 0.6 and 0.8 of units that are orthogonal to each other: the direction of the task,
+    # 0.5 * 4 times as long.
     gradients = torch.tensor([[0.6, 0.8, 0.0], [10.0, 0.0, 0.0], [0.0, 0.1, 0.0]]).double()
     weights = weights_of("aligned", gradients, torch.ones(3), cap=0.5)
-    assert torch.allclose(weights @ gradients, (1 + 0.5 * 4) * gradients[0])
+    assert torch.allclose(weights @ gradients, gradients[0])
+    assert weights.tolist() == pytest.approx([1 / 3, 2 / 3 * 0.06, 2 / 3 * 8])
     # A cosine of 0.05: half of the length.
     gradients = torch.tensor([[0.05, (1 - 0.05**2) ** 0.5], [4.0, 0.0]]).double()
     weights = weights_of("aligned", gradients, torch.ones(2), cap=0.6)
-    assert weights.tolist() == pytest.approx([1.0, 0.6 * 0.5 / (1 - 0.05) / 4])
+    assert (weights[1] / weights[0]).item() == pytest.approx(0.6 * 0.5 / (1 - 0.05) / 4)
     # A cosine of 0.6: 2.5 times as long as the task's, or whatever is allowed.
     gradients = torch.tensor([[0.6, 0.8], [4.0, 0.0]]).double()
     for reach, length in ((1.0, 1.0), (2.0, 2.0), (4.0, 2.5)):
         weights = weights_of("aligned", gradients, torch.ones(2), reach=reach)
-        assert weights.tolist() == pytest.approx([1.0, length / 4])
+        whole = (1 + 2 * length * 0.6 + length**2) ** 0.5
+        assert weights.tolist() == pytest.approx([1 / whole, length / 4 / whole])
     # One that conflicts gets nothing, the other all of the length.
     gradients = torch.tensor([[1.0, 0.0], [-1.0, 1.0], [1.0, 1.0]]).double()
     weights = weights_of("aligned", gradients, torch.ones(3), cap=1.0, reach=1.0)
-    assert weights.tolist() == pytest.approx([1.0, 0.0, 0.5**0.5])
+    assert (weights / weights[0]).tolist() == pytest.approx([1.0, 0.0, 0.5**0.5])
+    # Nothing but conflict: the task's gradient as it is.
+    gradients = torch.tensor([[2.0, 0.0], [-1.0, 1.0]]).double()
+    assert weights_of("aligned", gradients, torch.ones(2)).tolist() == [1.0, 0.0]
 
 
 def test_anchored_solves_its_problem():
