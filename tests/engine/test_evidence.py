@@ -40,4 +40,5 @@ def test_the_default_beats_its_twin_from_scratch(tmp_path):
         scratch = top1_of("configs/Digits/student_scratch.yaml", tmp_path / f"s{seed}", *seeds)
         mokd = top1_of("configs/Digits/student_mokd.yaml", tmp_path / f"m{seed}", *seeds, *weights)
         gains.append(mokd - scratch)
+    print(gains)
     assert statistics.mean(gains) > 0, gains
