@@ -48,7 +48,8 @@ def assert_equal_states(first, second):
 
 @pytest.mark.parametrize("mixed", [[], MIXED], ids=["labels", "mixed"])
 def test_without_a_teacher_it_is_a_plain_torch_loop_bit_for_bit(make_digits_cfg, mixed):
-    opts = [*OFF, *mixed, "SOLVER.WEIGHT_DECAY", 0.05, "SOLVER.WEIGHT_DECAY_NORM", 0.0]
+    opts = [*OFF, *mixed, "SOLVER.OPTIMIZER", "AdamW", "SOLVER.BASE_LR", 0.004]
+    opts += ["SOLVER.WEIGHT_DECAY", 0.05, "SOLVER.WEIGHT_DECAY_NORM", 0.0]
     opts += ["SOLVER.WEIGHT_DECAY_BIAS", None, "MODEL.CLASSIFIER.LABEL_SMOOTHING", 0.1]
     cfg = make_digits_cfg(opts)
     trainer = train(cfg)
