@@ -17,7 +17,8 @@ from .helpers import balanced_steps, on_two_ranks
 OUTPUTS = ["MOKD.OUTPUTS.ENABLED", True, "MOKD.OUTPUTS.PROPOSALS", 16]
 CASES = {
     "features": ["MOKD.BALANCING.PLACE", "features"],
-    "parameters": ["MOKD.BALANCING.PLACE", "parameters"],
+    # A smaller part of the small gradient, whose rounding the third step's weights follow.
+    "parameters": ["MOKD.BALANCING.PLACE", "parameters", "MOKD.BALANCING.CAP", 0.5],
     "features with outputs": ["MOKD.BALANCING.RULE", "anchored", *OUTPUTS],
     "parameters with outputs": [
         *("MOKD.BALANCING.PLACE", "parameters", "MOKD.BALANCING.RULE", "fixed"),
@@ -71,8 +72,7 @@ def test_two_ranks_equal_one(two_ranks, teacher_weights, name):
     weights, state = steps(CASES[name], teacher_weights)
     first, second = (results[name] for results in two_ranks)
     assert torch.equal(first[0], second[0])
-    # The third step's weights follow two float32 steps; a small cosine magnifies their difference.
-    assert torch.allclose(first[0], weights, rtol=3e-4)
+    assert torch.allclose(first[0], weights, rtol=1e-4)
     for key, value in state.items():
         assert torch.equal(first[1][key], second[1][key]), key
         assert torch.allclose(first[1][key], value, rtol=1e-3, atol=5e-4), key
