@@ -27,7 +27,7 @@ PANELS = (
     ("conflict: cosine with the task gradient", "linear", ("cosine_", "seen_cosine_"), (0,)),
     ("dominance: norm / the task gradient's", "log", ("dominance_", "seen_dominance_"), (1,)),
     ("weights", "log", ("weight_",), (1,)),
-    ("the task's share of the update", "linear", ("share_task", "starved"), (0, 0.1, 1)),
+    ("the task in the update", "linear", ("share_task", "update_cosine", "starved"), (0, 0.1, 1)),
     ("levels' share of |g|^2", "linear", ("level_",), (0, 1)),
 )
 

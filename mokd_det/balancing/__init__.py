@@ -13,6 +13,7 @@ from .gram import (
     repair_gram,
     share,
     signal_gram,
+    update_cosine,
 )
 from .min_norm import min_norm_simplex, min_norm_two
 from .parameters import ParameterBoundary
@@ -38,4 +39,5 @@ __all__ = [
     "repair_gram",
     "share",
     "signal_gram",
+    "update_cosine",
 ]

@@ -10,6 +10,7 @@ __all__ = [
     "gram_matrix",
     "repair_gram",
     "share",
+    "update_cosine",
     "signal_gram",
 ]
 
@@ -120,3 +121,9 @@ def share(gram, weights, i):
     """
     norms = weights.abs() * gram.diagonal().clamp_min(0).sqrt()
     return float(norms[i] / norms.sum()) if norms.sum() > 0 else 0.0
+
+
+def update_cosine(gram, weights, i):
+    """Cosine of the update, ``sum_j w_j g_j``, with objective i's gradient; 0 if one is zero."""
+    square = float(weights @ gram @ weights) * float(gram[i, i])
+    return float(gram[i] @ weights) / square**0.5 if square > 0 else 0.0

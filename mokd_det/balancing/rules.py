@@ -15,7 +15,6 @@ Koltun 2018), CAGrad (Liu et al. 2021), IMTL (Liu et al., ICLR 2021), gradient c
 
 import dataclasses
 import inspect
-import math
 
 import torch
 
@@ -166,58 +165,50 @@ class Anchored:
 @BALANCERS.register("aligned")
 class Aligned:
     """
-    The task's gradient, turned towards the distillation as far as they agree (ours).
+    The task's gradient, and what the distillation knows beyond it (ours).
 
-    With unit gradients ``u_i`` and ``cos_k = max(<u_k, u_task>, 0)`` the distillation gradients
-    are added to ``u_task`` in the direction of ``sum_k cos_k u_k``: each in proportion to its
-    agreement with the task, and without those that conflict. (If they are orthogonal to each
-    other, that is the direction of the task gradient's projection onto their span.)
+    With unit gradients ``u_i`` and ``cos_k = max(<u_k, u_task>, 0)`` the distillation's direction
+    is ``d = sum_k cos_k u_k / |sum_k cos_k u_k|``: each gradient in proportion to its agreement
+    with the task, and without those that conflict. (If they are orthogonal to each other, that is
+    the direction of the task gradient's projection onto their span.) Of ``d`` the part orthogonal
+    to the task's gradient is added:
 
-    With ``c`` the cosine of that direction with the task's, its length is ``cap / (1 - c)``, at
-    most ``reach cap``: what it adds in length beyond its progress along the task's gradient, the
-    detour, is at most ``cap``. The better both agree, the longer. The length is less in proportion
-    if even the best gradient agrees less than ``agreement``: one that has nothing to do with the
-    task is no help.
+        ``update = g_task + cap |g_task| (d - <d, u_task> u_task)``
 
-    The update then gets the length of the task's gradient, so that the recipe's learning rate
-    keeps its meaning (a longer update is a higher rate). For ``cap <= 1`` it is never turned by
-    more than 45 degrees: ``<update, g_task> >= |g_task|^2 / sqrt(2)``, since the tangent of the
-    angle is ``cap sqrt(1 - c^2) / (1 - c + cap c) <= 1``. Min-norm rules prefer the gradient that
-    agrees *least*, since that makes the norm small. The scale of the losses is irrelevant.
+    So the task descends exactly as fast as alone, ``<update, g_task> = |g_task|^2``, and the
+    update is longer by a factor of ``sqrt(1 + cap^2)`` at most, so that the recipe's learning rate
+    keeps its meaning: the better both agree, the nearer it is to the task's own length, the larger
+    the teacher's share of it. ``cap`` is less in proportion if even the best gradient agrees less
+    than ``agreement``: one that has nothing to do with the task is no help. Min-norm rules prefer
+    the gradient that agrees *least*, since that makes the norm small. The scale of the losses is
+    irrelevant.
     """
 
-    def __init__(self, cap=1.0, agreement=0.1, reach=4.0):
+    def __init__(self, cap=1.0, agreement=0.1):
         """
         Args:
-            cap (float): detour of the distillation, in units of the task gradient's length; > 0.
-            agreement (float): cosine from which on the length is full; in (0, 1].
-            reach (float): length of the distillation at most, in units of ``cap`` and the task
-                gradient's length; >= 1, where 1 means the same length at any cosine.
+            cap (float): length of the distillation's direction in units of the task gradient's,
+                in (0, 1].
+            agreement (float): cosine from which on ``cap`` is used in full; in (0, 1].
         """
         self.cap = _positive("MOKD.BALANCING.CAP", cap)
+        if self.cap > 1:
+            raise ValueError(f"MOKD.BALANCING.CAP is {cap}: rule 'aligned' expects 0 < cap <= 1.")
         if not 0 < agreement <= 1:
             raise ValueError(
                 f"MOKD.BALANCING.AGREEMENT is {agreement}: expected 0 < agreement <= 1."
             )
-        if not 1 <= reach < math.inf:
-            raise ValueError(
-                f"MOKD.BALANCING.REACH is {reach}: expected a finite number >= 1, the largest "
-                "length of the distillation in units of CAP."
-            )
         self.agreement = agreement
-        self.reach = reach
 
     def weights(self, gram, losses):
         norms = gram.diagonal().sqrt()
-        cosines = (gram[0, 1:] / norms[1:] / norms[0]).clamp_min(0)
-        weights = torch.cat([gram.new_ones(1), cosines * norms[0] / norms[1:]])
-        agreement = min(float(cosines.max()) / self.agreement, 1.0)
-        length = float(_distillation_norm(weights, gram))
-        # Of the direction: sum_k cos_k u_k has <., u_task> = sum_k cos_k^2.
-        cosine = float(cosines.square().sum()) / length if length > 0 else 0.0
-        reach = self.reach if 1 - cosine <= 1 / self.reach else 1 / (1 - cosine)
-        weights = _scaled_to(weights, gram, self.cap * agreement * reach)
-        return _rescale_task_norm(weights, gram)
+        cosines = (gram[0, 1:] / norms[1:] / norms[0]).clamp(0, 1)
+        direction = torch.cat([gram.new_ones(1), cosines * norms[0] / norms[1:]])
+        length = self.cap * min(float(cosines.max()) / self.agreement, 1.0)
+        weights = _scaled_to(direction, gram, length)
+        # Without what the distillation adds along the task's gradient.
+        weights[0] -= (weights[1:] @ gram[1:, 0] / gram[0, 0]).clamp_max(1)
+        return weights
 
 
 @BALANCERS.register("cosine_gate")

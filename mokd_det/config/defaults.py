@@ -260,8 +260,8 @@ def add_mokd_config(cfg):
     # How the gradients of task and distillation are weighed against each other where they meet.
     cfg.MOKD.BALANCING = CN()
     # Registered in mokd_det.balancing.BALANCERS:
-    #   "aligned"             the task's gradient, turned towards the distillation as far as they
-    #                         agree; its length stays
+    #   "aligned"             the task's gradient as it is, and what the distillation gradients
+    #                         that agree with it add beyond it
     #   "min_norm"            the published rule, literally; it can starve the task
     #   "famo"                the published amortised rule: one more student forward a step
     #   "protected_min_norm"  min-norm on log-losses with at least half of it for the task
@@ -274,7 +274,7 @@ def add_mokd_config(cfg):
     cfg.MOKD.BALANCING.RULE = "aligned"
     # How the rule's weights are scaled: "none" (as the rule gives them), "convex" (they sum to
     # one), "sum" (to the number of objectives), "task_norm" (the update has the task gradient's
-    # norm). "aligned" has that norm by itself; "protected_min_norm" and "anchored" give the task
+    # norm). "aligned" keeps the task's progress; "protected_min_norm" and "anchored" give the task
     # weight one. These three want "none".
     cfg.MOKD.BALANCING.RESCALE = "none"
     # Where gradients are measured: "features" (those of the student that are matched; nearly
@@ -299,18 +299,13 @@ def add_mokd_config(cfg):
     # Rules "fixed" and "cosine_gate": the weights of the objectives, in the order task, features,
     # outputs (those that are enabled).
     cfg.MOKD.BALANCING.WEIGHTS = [1.0, 1.0]
-    # Rules "protected_min_norm" and "anchored": largest norm of the weighted distillation gradient,
-    # in units of the task gradient's; the task descends in every step if it is below 1. Rule
-    # "aligned": the same for what the distillation adds beyond its progress along the task's
-    # gradient, so that its norm is CAP / (1 - cosine), before the sum gets the task gradient's
-    # norm; up to 1, the update is never turned by more than 45 degrees.
+    # Rules "aligned", "protected_min_norm" and "anchored": largest norm of the weighted
+    # distillation gradient, in units of the task gradient's. With the latter two the task descends
+    # in every step if it is below 1; with "aligned" (CAP up to 1) as fast as alone in any case.
     cfg.MOKD.BALANCING.CAP = 1.0
     # Rule "aligned": cosine with the task gradient, of the distillation gradient that agrees best,
     # from which on CAP is used in full; in proportion below.
     cfg.MOKD.BALANCING.AGREEMENT = 0.1
-    # Rule "aligned": longest norm of the distillation in units of CAP, however well both agree.
-    # 1.0: the same at any cosine.
-    cfg.MOKD.BALANCING.REACH = 4.0
     # Rule "min_norm": False is the literal formula, with weights outside [0, 1].
     cfg.MOKD.BALANCING.CLIP = True
     # Rule "min_norm": False takes the losses themselves instead of their logarithms (MGDA).

@@ -4,21 +4,22 @@
 import collections
 import logging
 
-from ..balancing import cosine, dominance, share
+from ..balancing import cosine, dominance, share, update_cosine
 
 __all__ = ["BalanceDiagnostics"]
 
 logger = logging.getLogger(__name__)
 
 WINDOW = 100  # steps
-LEAST_SHARE = 0.1
+LEAST_COSINE = 0.1
 
 
 class BalanceDiagnostics:
     """
-    Counts fallbacks and starved steps, and warns when the task starves: its share of the update
-    (``w_task |g_task|`` over the sum of all ``w_i |g_i|``) was below 0.1 in more than half of the
-    last 100 steps. Also when another objective had no weight at all in more than half of them.
+    Counts fallbacks and starved steps, and warns when the task starves: the update's cosine with
+    its gradient was below 0.1 in more than half of the last 100 steps. (Not its share of the
+    weights: an update of the teacher's alone serves the task if both agree.) Also when another
+    objective had no weight at all in more than half of them.
     """
 
     def __init__(self, place):
@@ -53,7 +54,10 @@ class BalanceDiagnostics:
 
     def _measured(self, names, balance, parts):
         gram = balance.gram
-        values = {"share_task": share(gram, balance.weights, 0)}
+        values = {
+            "share_task": share(gram, balance.weights, 0),
+            "update_cosine": update_cosine(gram, balance.weights, 0),
+        }
         for i, name in enumerate(names[1:], start=1):
             values[f"cosine_{name}"] = cosine(gram, i, 0)
             values[f"dominance_{name}"] = dominance(gram, i, 0)
@@ -67,7 +71,7 @@ class BalanceDiagnostics:
                     for part, square in zip(parts, squares)
                     if square > 0
                 }
-        self.starved.append(values["share_task"] < LEAST_SHARE)
+        self.starved.append(values["update_cosine"] < LEAST_COSINE)
         values["starved"] = sum(self.starved) / len(self.starved)
         self._warn(values["starved"])
         return values
@@ -89,10 +93,10 @@ class BalanceDiagnostics:
             return
         if not self.warned:
             logger.warning(
-                f"The task starves: its share of the update at {self.prefix.split('/')[1]} was "
-                f"below {LEAST_SHARE} in {starved:.0%} of the last {WINDOW} steps. Use a rule "
-                "that protects it (MOKD.BALANCING.RULE aligned or anchored), or less "
-                "weight for distillation."
+                "The task starves: the cosine of the update with its gradient at "
+                f"{self.prefix.split('/')[1]} was below {LEAST_COSINE} in {starved:.0%} of the "
+                f"last {WINDOW} steps. Use a rule that protects it (MOKD.BALANCING.RULE aligned "
+                "or anchored), or less weight for distillation."
             )
             self.warned = True
 

@@ -2,6 +2,7 @@
 """The step's options: each is exact, or refused before any data is read."""
 
 import copy
+import dataclasses
 import logging
 
 import pytest
@@ -397,7 +398,22 @@ def test_starvation_is_warned_of_once(caplog):
             scalars = diagnostics.scalars(names, record(0.01))
     assert scalars["balance/features/starved"] == 1
     assert scalars["balance/features/share_task"] == pytest.approx(0.01 / 1.01)
+    assert scalars["balance/features/update_cosine"] == pytest.approx(0.01 / (1 + 0.01**2) ** 0.5)
     assert len(caplog.records) == 1 and "task starves" in caplog.records[0].message
+
+
+def test_a_task_that_the_teacher_agrees_with_does_not_starve():
+    gradients = torch.tensor([[1.0, 0.2], [1.0, 0.0]], dtype=torch.float64)
+    agree = Balance(
+        torch.tensor([0.01, 1.0]).double(), gradients @ gradients.T, torch.ones(2).double()
+    )
+    scalars = BalanceDiagnostics("features").scalars(["task", "features"], agree)
+    assert scalars["balance/features/share_task"] < 0.1
+    assert scalars["balance/features/starved"] == 0
+    against = dataclasses.replace(agree, weights=torch.tensor([0.01, -1.0]).double())
+    assert BalanceDiagnostics("features").scalars(["task", "features"], against)[
+        "balance/features/starved"
+    ]
 
 
 def test_an_objective_without_weight_is_warned_of_once(caplog):

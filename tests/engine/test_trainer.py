@@ -279,6 +279,7 @@ def test_diagnostics_are_logged_with_their_place_and_never_in_the_loss(one_step)
             "cosine_features",
             "dominance_features",
             "share_task",
+            "update_cosine",
             "starved",
             "level_features_p3",
             "level_features_p4",
