@@ -130,6 +130,20 @@ def test_alignment_is_added_to_the_loss():
         build_feature_loss("mse", -1)
 
 
+def test_alignment_counts_positions_with_their_weights():
+    generator = torch.Generator().manual_seed(0)
+    x, y, noise = (torch.randn(2, 5, 4, 3, generator=generator) for _ in range(3))
+    loss = build_feature_loss("smooth_l1", 0.5)
+    assert loss(x, y, torch.ones(2, 1, 4, 3)).item() == pytest.approx(loss(x, y).item(), rel=1e-6)
+    # Of weight zero: whatever is there does not matter, to either term.
+    weights = torch.ones(2, 1, 4, 3)
+    weights[:, :, 2:] = 0
+    weights *= 2
+    other = torch.where(weights > 0, x, noise)
+    assert torch.equal(loss(other, y, weights), loss(x, y, weights))
+    assert loss(other, y) != loss(x, y)
+
+
 def test_align_equal_strides_crops_the_padding():
     student, teacher = torch.randn(1, 2, 8, 8), torch.randn(1, 3, 10, 7)
     s, t = align_resolution(student, teacher, 8, 8)
