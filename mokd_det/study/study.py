@@ -34,7 +34,7 @@ def load_study(path):
         dict: with all keys, and ``folder`` and ``name``.
 
     Raises:
-        ValueError: an unknown or missing key.
+        ValueError: an unknown or missing key, or two methods whose records would be one file.
     """
     path = Path(path)
     study = yaml.safe_load(path.read_text())
@@ -56,8 +56,16 @@ def load_study(path):
             raise ValueError(f"{path}: method '{name}' has no config.")
         if ("line" in method) != ("x" in method) or ("x" in method and not study["axis"]):
             raise ValueError(f"{path}: '{name}' needs line and x, and the study an axis, or none.")
-    folder = path.with_suffix("")
-    return {**study, "folder": folder, "name": path.stem}
+    study = {**study, "folder": path.with_suffix(""), "name": path.stem}
+    names = {}
+    for name in study["methods"]:
+        file = record_of(study, name, 1).name
+        if file in names:
+            raise ValueError(
+                f"{path}: '{names[file]}' and '{name}' would both be {file}: rename one."
+            )
+        names[file] = name
+    return study
 
 
 def runs_of(study, only=(), first=None):

@@ -71,6 +71,14 @@ def test_nothing_to_draw_writes_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_two_methods_never_share_a_record(tmp_path):
+    path = tmp_path / "study.yaml"
+    methods = "{x 2^-1: {config: c}, x 2^1: {config: c}}"
+    path.write_text(f"{{seeds: [1], baseline: x 2^1, metrics: [a], methods: {methods}}}")
+    with pytest.raises(ValueError, match="'x 2\\^-1' and 'x 2\\^1' would both be x_2_1-1.json"):
+        load_study(path)
+
+
 def test_an_axis_needs_its_label(tmp_path):
     path = tmp_path / "s.yaml"
     text = "seeds: [1]\nbaseline: a\nmetrics: [m]\nmethods:\n  a: {config: c, line: l, x: 1}\n"
