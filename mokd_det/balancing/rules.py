@@ -165,23 +165,23 @@ class Anchored:
 @BALANCERS.register("aligned")
 class Aligned:
     """
-    The task's gradient, and what the distillation knows beyond it (ours).
+    The task's gradient, turned towards what the distillation knows beyond it (ours).
 
     With unit gradients ``u_i`` and ``cos_k = max(<u_k, u_task>, 0)`` the distillation's direction
     is ``d = sum_k cos_k u_k / |sum_k cos_k u_k|``: each gradient in proportion to its agreement
     with the task, and without those that conflict. (If they are orthogonal to each other, that is
     the direction of the task gradient's projection onto their span.) Of ``d`` the part orthogonal
-    to the task's gradient is added:
+    to the task's gradient is added, and the sum gets the length of the task's gradient:
 
-        ``update = g_task + cap |g_task| (d - <d, u_task> u_task)``
+        ``update = |g_task| (u_task + a) / |u_task + a|``, ``a = cap (d - <d, u_task> u_task)``
 
-    So the task descends exactly as fast as alone, ``<update, g_task> = |g_task|^2``, and the
-    update is longer by a factor of ``sqrt(1 + cap^2)`` at most, so that the recipe's learning rate
-    keeps its meaning: the better both agree, the nearer it is to the task's own length, the larger
-    the teacher's share of it. ``cap`` is less in proportion if even the best gradient agrees less
-    than ``agreement``: one that has nothing to do with the task is no help. Min-norm rules prefer
-    the gradient that agrees *least*, since that makes the norm small. The scale of the losses is
-    irrelevant.
+    The length stays, so the recipe's learning rate keeps its meaning: a longer update is a higher
+    rate. The better both agree, the smaller is the turn, and the larger the teacher's share of the
+    update; the tangent of its angle is ``|a| <= cap``, so ``<update, g_task>`` is at least
+    ``|g_task|^2 / sqrt(1 + cap^2)`` whatever the teacher says. ``cap`` is less in proportion if
+    even the best gradient agrees less than ``agreement``: one that has nothing to do with the task
+    is no help. Min-norm rules prefer the gradient that agrees *least*, since that makes the norm
+    small. The scale of the losses is irrelevant.
     """
 
     def __init__(self, cap=1.0, agreement=0.1):
@@ -208,7 +208,7 @@ class Aligned:
         weights = _scaled_to(direction, gram, length)
         # Without what the distillation adds along the task's gradient.
         weights[0] -= (weights[1:] @ gram[1:, 0] / gram[0, 0]).clamp_max(1)
-        return weights
+        return _rescale_task_norm(weights, gram)
 
 
 @BALANCERS.register("cosine_gate")
@@ -284,11 +284,18 @@ def _rescale_task_norm(weights, gram):
     return weights * torch.sqrt(gram[0, 0] / (weights @ gram @ weights))
 
 
+def _rescale_task_progress(weights, gram):
+    # An update against the task's gradient would be turned round: NaN is "undefined".
+    progress = (gram[0] @ weights) / gram[0, 0]
+    return weights / progress if progress > 0 else torch.full_like(weights, torch.nan)
+
+
 RESCALES = {
     "none": lambda weights, gram: weights,
     "convex": _rescale_convex,
     "sum": _rescale_sum,
     "task_norm": _rescale_task_norm,
+    "task_progress": _rescale_task_progress,
 }
 
 

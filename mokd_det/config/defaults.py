@@ -260,8 +260,8 @@ def add_mokd_config(cfg):
     # How the gradients of task and distillation are weighed against each other where they meet.
     cfg.MOKD.BALANCING = CN()
     # Registered in mokd_det.balancing.BALANCERS:
-    #   "aligned"             the task's gradient as it is, and what the distillation gradients
-    #                         that agree with it add beyond it
+    #   "aligned"             the task's gradient, turned towards what the distillation gradients
+    #                         that agree with it add beyond it; its length stays
     #   "min_norm"            the published rule, literally; it can starve the task
     #   "famo"                the published amortised rule: one more student forward a step
     #   "protected_min_norm"  min-norm on log-losses with at least half of it for the task
@@ -274,7 +274,8 @@ def add_mokd_config(cfg):
     cfg.MOKD.BALANCING.RULE = "aligned"
     # How the rule's weights are scaled: "none" (as the rule gives them), "convex" (they sum to
     # one), "sum" (to the number of objectives), "task_norm" (the update has the task gradient's
-    # norm). "aligned" keeps the task's progress; "protected_min_norm" and "anchored" give the task
+    # norm), "task_progress" (the update is as far along the task's gradient as that is long).
+    # "aligned" has the task's norm by itself; "protected_min_norm" and "anchored" give the task
     # weight one. These three want "none".
     cfg.MOKD.BALANCING.RESCALE = "none"
     # Where gradients are measured: "features" (those of the student that are matched; nearly
@@ -301,7 +302,8 @@ def add_mokd_config(cfg):
     cfg.MOKD.BALANCING.WEIGHTS = [1.0, 1.0]
     # Rules "aligned", "protected_min_norm" and "anchored": largest norm of the weighted
     # distillation gradient, in units of the task gradient's. With the latter two the task descends
-    # in every step if it is below 1; with "aligned" (CAP up to 1) as fast as alone in any case.
+    # in every step if it is below 1; "aligned" (CAP up to 1) turns its gradient by an angle with
+    # this tangent at most, 45 degrees.
     cfg.MOKD.BALANCING.CAP = 1.0
     # Rule "aligned": cosine with the task gradient, of the distillation gradient that agrees best,
     # from which on CAP is used in full; in proportion below.

@@ -127,11 +127,16 @@ def test_protected_rules_keep_the_task_descending_and_bounded(name, count):
 
 @pytest.mark.parametrize("count", [2, 3, 4])
 @pytest.mark.parametrize("cap", [0.2, 0.5, 1.0])
-def test_aligned_keeps_the_tasks_progress_and_adds_what_is_orthogonal_to_it(count, cap):
+def test_aligned_turns_the_tasks_gradient_by_what_is_orthogonal_to_it(count, cap):
     for seed in range(200):
         gradients, losses = random_gradients(seed, count)
         weights = weights_of("aligned", gradients, losses, cap=cap)
         task, update = gradients[0], weights @ gradients
+        assert update.norm() == pytest.approx(float(task.norm()), rel=1e-9)
+        assert update @ task >= (task @ task) / (1 + cap**2) ** 0.5 * (1 - 1e-9)
+        # As long as its progress along the task's gradient is the task's own.
+        weights = weights_of("aligned", gradients, losses, "task_progress", cap=cap)
+        update = weights @ gradients
         units = gradients[1:] / gradients[1:].norm(dim=1, keepdim=True)
         cosines = units @ task / task.norm()
         assert weights[0] >= 0 and torch.equal(weights[1:] > 0, cosines > 0)
@@ -158,15 +163,15 @@ def test_aligned_frozen_numbers():
     assert weights.tolist() == pytest.approx([0.5, 0.03, 4.0])
     # A cosine of 0.05: half of the length.
     gradients = torch.tensor([[0.05, (1 - 0.05**2) ** 0.5], [4.0, 0.0]]).double()
-    weights = weights_of("aligned", gradients, torch.ones(2), cap=0.6)
+    weights = weights_of("aligned", gradients, torch.ones(2), "task_progress", cap=0.6)
     assert weights.tolist() == pytest.approx([1 - 0.3 * 0.05, 0.3 / 4])
-    # A cosine of 0.6.
+    # A cosine of 0.6: the turn has a tangent of 0.8.
     gradients = torch.tensor([[1.2, 1.6], [4.0, 0.0]]).double()
     weights = weights_of("aligned", gradients, torch.ones(2))
-    assert weights.tolist() == pytest.approx([0.4, 0.5])
+    assert weights.tolist() == pytest.approx([0.4 / 1.64**0.5, 0.5 / 1.64**0.5])
     # One that conflicts gets nothing, the other all of the length.
     gradients = torch.tensor([[1.0, 0.0], [-1.0, 1.0], [1.0, 1.0]]).double()
-    weights = weights_of("aligned", gradients, torch.ones(3))
+    weights = weights_of("aligned", gradients, torch.ones(3), "task_progress")
     assert weights.tolist() == pytest.approx([1 - 0.5**0.5, 0.0, 0.5**0.5])
     # Nothing but agreement: the update is the task's gradient, by the teacher's alone.
     gradients = torch.tensor([[2.0, 0.0], [5.0, 0.0]]).double()
@@ -224,6 +229,8 @@ def test_rescaling():
     assert torch.isclose(RESCALES["sum"](raw, gram).sum(), raw.new_tensor(2.0))
     update = RESCALES["task_norm"](raw, gram) @ gradients
     assert torch.isclose(update.norm(), gradients[0].norm())
+    update = RESCALES["task_progress"](raw, gram) @ gradients
+    assert torch.isclose(update @ gradients[0], gradients[0] @ gradients[0])
     for rescaled in (RESCALES[name](raw, gram) for name in RESCALES):
         assert torch.allclose(rescaled / rescaled.sum(), raw / raw.sum())
     # Equal weights with "sum" are the plain sum of losses.
