@@ -124,6 +124,15 @@ def share(gram, weights, i):
 
 
 def update_cosine(gram, weights, i):
-    """Cosine of the update, ``sum_j w_j g_j``, with objective i's gradient; 0 if one is zero."""
+    """
+    Args:
+        gram (Tensor): (K, K), of the objectives' gradients.
+        weights (Tensor): (K,).
+        i (int): an objective.
+
+    Returns:
+        float: cosine of the update, ``sum_j w_j g_j``, with the gradient of objective i, in
+        [-1, 1] but for rounding; 0 if one of them is zero.
+    """
     square = float(weights @ gram @ weights) * float(gram[i, i])
     return float(gram[i] @ weights) / square**0.5 if square > 0 else 0.0
