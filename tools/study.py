@@ -26,6 +26,7 @@ A study file:
     scratch: {config: CONFIG}
     mokd: {config: CONFIG, opts: [KEY, VALUE, ...], seeds: [1]}   # seeds: if not all
     mokd 10: {config: CONFIG, opts: [...], line: mokd, x: 10}
+    before: {config: CONFIG, commit: HASH}   # of older code: its records are shown, never run
 
 Seeds give initial weights, order of the data and augmentation, alike for every method (a detector
 from scratch needs DATALOADER.RESUMABLE True for that).

@@ -22,7 +22,7 @@ __all__ = [
 ]
 
 KEYS = {"teacher", "seeds", "baseline", "metrics", "opts", "axis", "methods"}
-METHOD_KEYS = {"config", "opts", "seeds", "line", "x"}
+METHOD_KEYS = {"commit", "config", "opts", "seeds", "line", "x"}
 
 
 def load_study(path):
@@ -71,14 +71,21 @@ def load_study(path):
 def runs_of(study, only=(), first=None):
     """
     Return (method, seed) of all runs, or of the methods ``only`` and each method's ``first`` seeds.
-    The first seed of every method comes first.
+    The first seed of every method comes first. Methods with a ``commit`` are of older code: their
+    records are shown, but this code cannot run them.
     """
     if unknown := set(only) - set(study["methods"]):
         raise ValueError(f"--only {sorted(unknown)}: the methods are {list(study['methods'])}.")
+    for name in only:
+        if commit := study["methods"][name].get("commit"):
+            raise ValueError(
+                f"--only '{name}': it is of the code of commit {commit}, which is not this one's. "
+                "Check that commit out and run the study file it has."
+            )
     seeds = {
         name: method.get("seeds", study["seeds"])[:first]
         for name, method in study["methods"].items()
-        if not only or name in only
+        if (not only or name in only) and "commit" not in method
     }
     return [
         (name, own[i])

@@ -7,7 +7,14 @@ import json
 import pytest
 from PIL import Image
 
-from mokd_det.study import load_study, plot_axis, plot_balance, plot_curves, read_run
+from mokd_det.study import (
+    load_study,
+    plot_axis,
+    plot_balance,
+    plot_curves,
+    read_run,
+    runs_of,
+)
 
 METRIC = "trees/bbox/AP"
 
@@ -77,6 +84,16 @@ def test_two_methods_never_share_a_record(tmp_path):
     path.write_text(f"{{seeds: [1], baseline: x 2^1, metrics: [a], methods: {methods}}}")
     with pytest.raises(ValueError, match="'x 2\\^-1' and 'x 2\\^1' would both be x_2_1-1.json"):
         load_study(path)
+
+
+def test_methods_of_older_code_are_not_run(tmp_path):
+    path = tmp_path / "study.yaml"
+    methods = "{now: {config: c}, before: {config: c, commit: 0123abc}}"
+    path.write_text(f"{{seeds: [1, 2], baseline: now, metrics: [a], methods: {methods}}}")
+    study = load_study(path)
+    assert runs_of(study) == [("now", 1), ("now", 2)]
+    with pytest.raises(ValueError, match="--only 'before': it is of the code of commit 0123abc"):
+        runs_of(study, ["before"])
 
 
 def test_an_axis_needs_its_label(tmp_path):
