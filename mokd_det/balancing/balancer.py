@@ -25,15 +25,14 @@ class Balancer:
     """
 
     def __init__(
-        self, rule, rescale="none", smoothing=None, interval=1, schedule=(1.0, 1.0), steps=None
+        self, rule, rescale="none", smoothing=0.0, interval=1, schedule=(1.0, 1.0), steps=None
     ):
         """
         Args:
             rule: of ``BALANCERS``.
             rescale (str): a key of ``RESCALES``.
             smoothing (float): in [0, 1): the rule sees the running mean of the Gram matrix, with
-                this share of the past (bias-corrected, as in Adam). None: the rule's own, its
-                attribute ``smoothing``, or 0.
+                this share of the past (bias-corrected, as in Adam).
             interval (int): compute weights at every k-th step and reuse them in between.
             schedule (sequence[float]): factors of all weights but the task's at the first and the
                 last step, in [0, inf); a straight line in between.
@@ -47,8 +46,6 @@ class Balancer:
                 f"MOKD.BALANCING.RESCALE is '{rescale}': expected one of "
                 f"{', '.join(map(repr, RESCALES))}."
             )
-        if smoothing is None:
-            smoothing = getattr(rule, "smoothing", 0.0)
         if not 0 <= smoothing < 1:
             raise ValueError(f"MOKD.BALANCING.SMOOTHING is {smoothing}: expected 0 <= s < 1.")
         if interval < 1:

@@ -18,7 +18,7 @@ def build_boundary(
     shared=None,
     rescale="none",
     gram="batch",
-    smoothing=None,
+    smoothing=0.0,
     interval=1,
     schedule=(1.0, 1.0),
     steps=None,

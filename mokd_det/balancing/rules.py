@@ -165,36 +165,35 @@ class Anchored:
 @BALANCERS.register("aligned")
 class Aligned:
     """
-    The task's gradient and what agrees with it, the distillation always equally dominant (ours).
+    The task's gradient, turned towards what the distillation knows beyond it (ours).
 
     With unit gradients ``u_i`` and ``cos_k = max(<u_k, u_task>, 0)`` the distillation's direction
     is ``d = sum_k cos_k u_k / |sum_k cos_k u_k|``: each gradient in proportion to its agreement
     with the task, and without those that conflict. (If they are orthogonal to each other, that is
-    the direction of the task gradient's projection onto their span.) The update is
+    the direction of the task gradient's projection onto their span.) Of ``d`` the part orthogonal
+    to the task's gradient is added, and the sum gets the length of the task's gradient:
 
-        ``g_task + dominance |g_task| d``
+        ``update = |g_task| (u_task + a) / |u_task + a|``, ``a = cap (d - <d, u_task> u_task)``
 
-    Since ``<d, g_task> >= 0``, it improves the task to first order at least as much as the task's
-    gradient alone, whatever the teacher says and however dominant it is. ``dominance`` is less in
-    proportion if even the best gradient agrees less than ``agreement``: one that has nothing to do
-    with the task is no help. Min-norm rules prefer the gradient that agrees *least*, since that
-    makes the norm small. The scale of the losses is irrelevant.
-
-    All this is said of a running mean of the Gram matrix (``smoothing``), not of each batch: in a
-    batch that the student happens to have right already, the task's gradient is short, and the
-    teacher's is as good as in any other.
+    The length stays, so the recipe's learning rate keeps its meaning: a longer update is a higher
+    rate. The better both agree, the smaller is the turn, and the larger the teacher's share of the
+    update; the tangent of its angle is ``|a| <= cap``, so ``<update, g_task>`` is at least
+    ``|g_task|^2 / sqrt(1 + cap^2)`` whatever the teacher says. ``cap`` is less in proportion if
+    even the best gradient agrees less than ``agreement``: one that has nothing to do with the task
+    is no help. Min-norm rules prefer the gradient that agrees *least*, since that makes the norm
+    small. The scale of the losses is irrelevant.
     """
 
-    smoothing = 0.98
-
-    def __init__(self, dominance=3.0, agreement=0.1):
+    def __init__(self, cap=1.0, agreement=0.1):
         """
         Args:
-            dominance (float): length of the distillation's part in units of the task gradient's;
-                > 0.
-            agreement (float): cosine from which on ``dominance`` is used in full; in (0, 1].
+            cap (float): length of the distillation's direction in units of the task gradient's,
+                in (0, 1].
+            agreement (float): cosine from which on ``cap`` is used in full; in (0, 1].
         """
-        self.dominance = _positive("MOKD.BALANCING.DOMINANCE", dominance)
+        self.cap = _positive("MOKD.BALANCING.CAP", cap)
+        if self.cap > 1:
+            raise ValueError(f"MOKD.BALANCING.CAP is {cap}: rule 'aligned' expects 0 < cap <= 1.")
         if not 0 < agreement <= 1:
             raise ValueError(
                 f"MOKD.BALANCING.AGREEMENT is {agreement}: expected 0 < agreement <= 1."
@@ -205,8 +204,11 @@ class Aligned:
         norms = gram.diagonal().sqrt()
         cosines = (gram[0, 1:] / norms[1:] / norms[0]).clamp(0, 1)
         direction = torch.cat([gram.new_ones(1), cosines * norms[0] / norms[1:]])
-        length = self.dominance * min(float(cosines.max()) / self.agreement, 1.0)
-        return _scaled_to(direction, gram, length)
+        length = self.cap * min(float(cosines.max()) / self.agreement, 1.0)
+        weights = _scaled_to(direction, gram, length)
+        # Without what the distillation adds along the task's gradient.
+        weights[0] -= (weights[1:] @ gram[1:, 0] / gram[0, 0]).clamp_max(1)
+        return _rescale_task_norm(weights, gram)
 
 
 @BALANCERS.register("cosine_gate")

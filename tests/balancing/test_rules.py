@@ -126,52 +126,56 @@ def test_protected_rules_keep_the_task_descending_and_bounded(name, count):
 
 
 @pytest.mark.parametrize("count", [2, 3, 4])
-@pytest.mark.parametrize("dominance", [0.2, 1.0, 3.0])
-def test_aligned_adds_what_agrees_with_the_task_at_a_fixed_dominance(count, dominance):
+@pytest.mark.parametrize("cap", [0.2, 0.5, 1.0])
+def test_aligned_turns_the_tasks_gradient_by_what_is_orthogonal_to_it(count, cap):
     for seed in range(200):
         gradients, losses = random_gradients(seed, count)
-        weights = weights_of("aligned", gradients, losses, dominance=dominance)
-        task, aid = gradients[0], weights[1:] @ gradients[1:]
+        weights = weights_of("aligned", gradients, losses, cap=cap)
+        task, update = gradients[0], weights @ gradients
+        assert update.norm() == pytest.approx(float(task.norm()), rel=1e-9)
+        assert update @ task >= (task @ task) / (1 + cap**2) ** 0.5 * (1 - 1e-9)
+        # As long as its progress along the task's gradient is the task's own.
+        weights = weights_of("aligned", gradients, losses, "task_progress", cap=cap)
+        update = weights @ gradients
         units = gradients[1:] / gradients[1:].norm(dim=1, keepdim=True)
         cosines = units @ task / task.norm()
-        assert weights[0] == 1 and torch.equal(weights[1:] > 0, cosines > 0)
-        # As long as it is to be, and in proportion to the cosines.
-        length = dominance * float(cosines.max().clamp(0, 0.1)) / 0.1
-        assert aid.norm() == pytest.approx(length * float(task.norm()), rel=1e-9)
+        assert weights[0] >= 0 and torch.equal(weights[1:] > 0, cosines > 0)
+        assert update @ task == pytest.approx(float(task @ task), rel=1e-9)
+        assert update.norm() <= (1 + cap**2) ** 0.5 * task.norm() * (1 + 1e-9)
+        # The distillation's part: in proportion to the cosines, and as long as it is to be.
+        aid = weights[1:] @ gradients[1:] / task.norm()
+        full = cap * float(cosines.max().clamp(0, 0.1)) / 0.1
+        assert aid.norm() == pytest.approx(full, rel=1e-9)
         parts = weights[1:] * gradients[1:].norm(dim=1)
         direction = cosines.clamp_min(0)
         assert torch.allclose(parts / parts.sum().clamp_min(1e-9) * direction.sum(), direction)
-
-
-def test_aligned_improves_the_task_at_least_as_much_as_its_own_gradient():
-    # Of two objectives this is plain; several that agree with the task may disagree with each
-    # other, and still none takes from the task.
-    for count in (2, 3, 4):
-        for seed in range(200):
-            gradients, losses = random_gradients(seed, count)
-            update = weights_of("aligned", gradients, losses, dominance=10.0) @ gradients
-            task = gradients[0]
-            assert update @ task >= (task @ task) * (1 - 1e-9)
+        # Orthogonal to the task's gradient, there is nothing else in the update.
+        across = aid - aid @ task / task.norm() ** 2 * task
+        assert torch.allclose(update, task + across * task.norm())
 
 
 def test_aligned_frozen_numbers():
     # Cosines 0.6 and 0.8 of units that are orthogonal to each other: together they have the
     # task's direction, and half of its length.
     gradients = torch.tensor([[0.6, 0.8, 0.0], [10.0, 0.0, 0.0], [0.0, 0.1, 0.0]]).double()
-    weights = weights_of("aligned", gradients, torch.ones(3), dominance=0.5)
-    assert torch.allclose(weights @ gradients, 1.5 * gradients[0])
-    assert weights.tolist() == pytest.approx([1.0, 0.03, 4.0])
+    weights = weights_of("aligned", gradients, torch.ones(3), cap=0.5)
+    assert torch.allclose(weights @ gradients, gradients[0])
+    assert weights.tolist() == pytest.approx([0.5, 0.03, 4.0])
     # A cosine of 0.05: half of the length.
     gradients = torch.tensor([[0.05, (1 - 0.05**2) ** 0.5], [4.0, 0.0]]).double()
-    weights = weights_of("aligned", gradients, torch.ones(2), dominance=0.6)
-    assert weights.tolist() == pytest.approx([1.0, 0.3 / 4])
-    # By default three times as long as the task's.
+    weights = weights_of("aligned", gradients, torch.ones(2), "task_progress", cap=0.6)
+    assert weights.tolist() == pytest.approx([1 - 0.3 * 0.05, 0.3 / 4])
+    # A cosine of 0.6: the turn has a tangent of 0.8.
     gradients = torch.tensor([[1.2, 1.6], [4.0, 0.0]]).double()
-    assert weights_of("aligned", gradients, torch.ones(2)).tolist() == pytest.approx([1.0, 1.5])
+    weights = weights_of("aligned", gradients, torch.ones(2))
+    assert weights.tolist() == pytest.approx([0.4 / 1.64**0.5, 0.5 / 1.64**0.5])
     # One that conflicts gets nothing, the other all of the length.
     gradients = torch.tensor([[1.0, 0.0], [-1.0, 1.0], [1.0, 1.0]]).double()
-    weights = weights_of("aligned", gradients, torch.ones(3), dominance=1.0)
-    assert weights.tolist() == pytest.approx([1.0, 0.0, 0.5**0.5])
+    weights = weights_of("aligned", gradients, torch.ones(3), "task_progress")
+    assert weights.tolist() == pytest.approx([1 - 0.5**0.5, 0.0, 0.5**0.5])
+    # Nothing but agreement: the update is the task's gradient, by the teacher's alone.
+    gradients = torch.tensor([[2.0, 0.0], [5.0, 0.0]]).double()
+    assert weights_of("aligned", gradients, torch.ones(2)).tolist() == [0.0, 0.4]
     # Nothing but conflict: the task's gradient as it is.
     gradients = torch.tensor([[2.0, 0.0], [-1.0, 1.0]]).double()
     assert weights_of("aligned", gradients, torch.ones(2)).tolist() == [1.0, 0.0]
@@ -340,8 +344,9 @@ def test_fixed_weights():
         ("look_ahead", "none", {"look_ahead": {"START": "two"}}, "LOOK_AHEAD.START is 'two'"),
         ("look_ahead", "none", {"look_ahead": {"CAP": 0.5}}, "LOOK_AHEAD.CAP is 0.5"),
         ("look_ahead", "none", {"look_ahead": {"LR": 0}}, "LOOK_AHEAD.LR is 0"),
-        ("aligned", "none", {"dominance": -1.0}, "MOKD.BALANCING.DOMINANCE is -1.0"),
+        ("aligned", "none", {"cap": -1.0}, "MOKD.BALANCING.CAP is -1.0"),
         ("aligned", "none", {"agreement": 0.0}, "MOKD.BALANCING.AGREEMENT is 0.0"),
+        ("aligned", "none", {"cap": 2.0}, "MOKD.BALANCING.CAP is 2.0"),
         ("anchored", "none", {"cap": 0.0}, "MOKD.BALANCING.CAP is 0.0"),
         ("anchored", "none", {"cap": 2.0}, "MOKD.BALANCING.CAP is 2.0"),
         ("protected_min_norm", "none", {"cap": float("nan")}, "MOKD.BALANCING.CAP"),
@@ -675,13 +680,6 @@ def test_repaired_gram_is_a_gram_matrix(count):
 def balancer_weights(balancer, gradients, losses):
     balancer.end_step()
     return balancer.balance((gradients @ gradients.T)[None], losses).weights
-
-
-@pytest.mark.parametrize("name, own", [("aligned", 0.98), ("min_norm", 0.0), ("fixed", 0.0)])
-def test_a_rules_own_smoothing_is_the_default(name, own):
-    assert Balancer(build_rule(name)).smoothing == own
-    assert Balancer(build_rule(name), smoothing=0.5).smoothing == 0.5
-    assert Balancer(build_rule(name), smoothing=0.0).smoothing == 0.0
 
 
 def test_smoothing_is_a_bias_corrected_running_mean():
