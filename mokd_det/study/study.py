@@ -111,10 +111,11 @@ def metric_of(results, metric):
 def read_records(study):
     """Return dict: method -> seed -> record, of the runs that are there."""
     records = {}
-    for name, seed in runs_of(study):
-        path = record_of(study, name, seed)
-        if path.is_file():
-            records.setdefault(name, {})[seed] = json.loads(path.read_text())
+    for name, method in study["methods"].items():
+        for seed in method.get("seeds", study["seeds"]):
+            path = record_of(study, name, seed)
+            if path.is_file():
+                records.setdefault(name, {})[seed] = json.loads(path.read_text())
     return records
 
 

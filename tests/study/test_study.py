@@ -12,6 +12,7 @@ from mokd_det.study import (
     plot_axis,
     plot_balance,
     plot_curves,
+    read_records,
     read_run,
     runs_of,
 )
@@ -86,7 +87,7 @@ def test_two_methods_never_share_a_record(tmp_path):
         load_study(path)
 
 
-def test_methods_of_older_code_are_not_run(tmp_path):
+def test_methods_of_older_code_are_shown_and_not_run(tmp_path):
     path = tmp_path / "study.yaml"
     methods = "{now: {config: c}, before: {config: c, commit: 0123abc}}"
     path.write_text(f"{{seeds: [1, 2], baseline: now, metrics: [a], methods: {methods}}}")
@@ -94,6 +95,9 @@ def test_methods_of_older_code_are_not_run(tmp_path):
     assert runs_of(study) == [("now", 1), ("now", 2)]
     with pytest.raises(ValueError, match="--only 'before': it is of the code of commit 0123abc"):
         runs_of(study, ["before"])
+    study["folder"].mkdir()
+    (study["folder"] / "before-2.json").write_text('{"seed": 2}')
+    assert read_records(study) == {"before": {2: {"seed": 2}}}
 
 
 def test_an_axis_needs_its_label(tmp_path):
