@@ -28,7 +28,8 @@ commit, metrics and losses over the training, balance, and the SHA-256 of the we
 is in the table. Records without it were made before it was noted.
 
 A row is run again by
-`python tools/study.py studies/NAME.yaml --run --only "METHOD" --output FOLDER`.
+`python tools/study.py studies/NAME.yaml --run --only "METHOD" --output FOLDER`;
+those that the study file gives a commit are of older code, and run from it only.
 """
 NOT_RUN = """## Recipes that were not run here
 
