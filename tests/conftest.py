@@ -130,7 +130,7 @@ def digits_teacher_weights(tmp_path_factory):
 def make_digits_cfg(tmp_path, digits_teacher_weights):
     """
     From (overrides, folder name) to the config of the digits' student and its teacher, on the
-    packed digits of tests/data.
+    packed digits of tests/data, at the default place (its config says otherwise).
     """
 
     def make(opts=(), folder="run"):
@@ -144,6 +144,8 @@ def make_digits_cfg(tmp_path, digits_teacher_weights):
                 str(output),
                 "MOKD.TEACHER.WEIGHTS",
                 digits_teacher_weights,
+                "MOKD.BALANCING.PLACE",
+                "features",
             ],
         )
         merge_overrides(cfg, opts)

@@ -244,9 +244,9 @@ def test_inheriting_uses_the_networks_own_names(make_digits_cfg):
 # Two processes: the step of one on the joined batch. BatchNorm would see parts of it, so the
 # student has none; squeezenet's dropout is off for the same reason.
 RANK_CASES = {
-    "features": [],
+    "features": ["MOKD.BALANCING.PLACE", "features"],
     "parameters": ["MOKD.BALANCING.PLACE", "parameters"],
-    "anchored": ["MOKD.BALANCING.RULE", "anchored"],
+    "anchored": ["MOKD.BALANCING.PLACE", "features", "MOKD.BALANCING.RULE", "anchored"],
 }
 RANK_OPTS = [
     *(*DIGIT_OPTS, "MODEL.CLASSIFIER.NAME", "squeezenet1_1", "SOLVER.BASE_LR", 0.005),
