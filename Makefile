@@ -9,7 +9,7 @@ UV_VERSION := 0.13.9
 
 help:
 	@echo "make demo   from nothing to a distilled tree detector (some 20 minutes or more on 2 CPU cores)"
-	@echo "make demo-classification   the same for digits, three seeds (about 6 minutes)"
+	@echo "make demo-classification   the same for digits, three seeds (minutes)"
 	@echo "make test   the test suite"
 	@echo "make env    only the set-up, in $(VENV)"
 	@echo "make lint   ruff over the code"
