@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from .gram import repair_gram
+from .gram import RunningGram, repair_gram
 from .rules import RESCALES, Balance, balance
 
 __all__ = ["Balancer"]
@@ -25,14 +25,16 @@ class Balancer:
     """
 
     def __init__(
-        self, rule, rescale="none", smoothing=0.0, interval=1, schedule=(1.0, 1.0), steps=None
+        self, rule, rescale="none", smoothing=None, interval=1, schedule=(1.0, 1.0), steps=None
     ):
         """
         Args:
             rule: of ``BALANCERS``.
             rescale (str): a key of ``RESCALES``.
-            smoothing (float): in [0, 1): the rule sees the running mean of the Gram matrix, with
-                this share of the past (bias-corrected, as in Adam).
+            smoothing (float): in [0, 1): the rule sees a :class:`RunningGram` with this share of
+                the past; of a signal Gram matrix, which is unbiased only if it is averaged as it
+                is, the plain running mean. None: the rule's own, its attribute ``smoothing``,
+                or 0.
             interval (int): compute weights at every k-th step and reuse them in between.
             schedule (sequence[float]): factors of all weights but the task's at the first and the
                 last step, in [0, inf); a straight line in between.
@@ -46,6 +48,8 @@ class Balancer:
                 f"MOKD.BALANCING.RESCALE is '{rescale}': expected one of "
                 f"{', '.join(map(repr, RESCALES))}."
             )
+        if smoothing is None:
+            smoothing = getattr(rule, "smoothing", 0.0)
         if not 0 <= smoothing < 1:
             raise ValueError(f"MOKD.BALANCING.SMOOTHING is {smoothing}: expected 0 <= s < 1.")
         if interval < 1:
@@ -70,7 +74,8 @@ class Balancer:
         self.steps = steps
         self.step = 0
         self.weights = None
-        self._mean = None  # running means of (batch Gram, signal Gram or the same)
+        self._running = RunningGram(smoothing)
+        self._mean = None  # plain running means of (batch Gram, signal Gram)
         self._count = 0
 
     @property
@@ -150,15 +155,15 @@ class Balancer:
         return torch.cat([weights[:1], weights[1:] * factor])
 
     def _smoothed(self, gram, signal):
-        if not self.smoothing and signal is None:
-            return gram
-        both = torch.stack([gram, gram if signal is None else signal])
+        if signal is None:
+            return self._running.update(gram) if self.smoothing else gram
+        both = torch.stack([gram, signal])
         if self.smoothing:
             past = torch.zeros_like(both) if self._mean is None else self._mean
             self._mean = self.smoothing * past + (1 - self.smoothing) * both
             self._count += 1
             both = self._mean / (1 - self.smoothing**self._count)
-        return both[0] if signal is None else repair_gram(both[1], both[0])
+        return repair_gram(both[1], both[0])
 
     def state_dict(self):
         rule = self.rule.state_dict() if hasattr(self.rule, "state_dict") else {}
@@ -168,6 +173,7 @@ class Balancer:
             "weights": self.weights,
             "mean": self._mean,
             "count": self._count,
+            "running": self._running.state_dict(),
             "rule": rule,
         }
 
@@ -186,5 +192,6 @@ class Balancer:
         self.weights = state["weights"]
         self._mean = state["mean"]
         self._count = state["count"]
+        self._running.load_state_dict(state["running"])
         if hasattr(self.rule, "load_state_dict"):
             self.rule.load_state_dict(state["rule"])

@@ -13,12 +13,12 @@ GRAMS = ("batch", "signal")
 
 
 def build_boundary(
-    rule="aligned",
+    rule="constant_dominance",
     place="features",
     shared=None,
     rescale="none",
     gram="batch",
-    smoothing=0.0,
+    smoothing=None,
     interval=1,
     schedule=(1.0, 1.0),
     steps=None,

@@ -4,6 +4,7 @@
 import torch
 
 __all__ = [
+    "RunningGram",
     "cosine",
     "dominance",
     "gram_by_part",
@@ -12,6 +13,7 @@ __all__ = [
     "share",
     "update_cosine",
     "signal_gram",
+    "vanishing",
 ]
 
 
@@ -99,6 +101,73 @@ def repair_gram(gram, reference, floor=1e-3):
         norm = cosines.diagonal().sqrt()
         cosines = cosines / torch.outer(norm, norm)
     return cosines * sizes
+
+
+class RunningGram:
+    """
+    A running mean of Gram matrices in which no single batch weighs much (ours): the geometric mean
+    of the gradients' norms in units of the first one's, and the arithmetic mean of the cosines,
+    both with weights that fall by ``smoothing`` a step and are corrected for the start, as Adam's.
+
+    A plain mean of the matrices is one of squared norms: a batch with a task gradient ten times as
+    long as usual has a hundred times the weight, and for many steps the distillation would look
+    short and get large weights, on which training can diverge. A step in which a gradient vanishes
+    is not averaged, and not changed.
+
+    Attributes:
+        first (Tensor or None): (K,) norms of the first step, in units of the first of them.
+        logs (Tensor or None): (K,) mean logarithm of the norms in units of the first and of
+            ``first``: factors of two between objectives do not even change the rounding.
+        cosines (Tensor or None): (K, K).
+        count (int): steps in the means.
+    """
+
+    def __init__(self, smoothing):
+        """
+        Args:
+            smoothing (float): in [0, 1).
+        """
+        self.smoothing = smoothing
+        self.first = self.logs = self.cosines = None
+        self.count = 0
+
+    def update(self, gram):
+        """
+        Args:
+            gram (Tensor): (K, K), of this step.
+
+        Returns:
+            Tensor: (K, K), the mean; its first gradient has this step's norm.
+        """
+        if vanishing(gram).any():
+            return gram
+        norms = gram.diagonal().sqrt()
+        ratios = norms / norms[0]
+        if self.first is None:
+            self.first = ratios
+            self.logs, self.cosines = torch.zeros_like(ratios), torch.zeros_like(gram)
+        # New tensors: a step that mixed precision skips is undone by putting the old ones back.
+        new = 1 - self.smoothing
+        self.logs = self.smoothing * self.logs + new * (ratios / self.first).log()
+        self.cosines = self.smoothing * self.cosines + new * gram / torch.outer(norms, norms)
+        self.count += 1
+        complete = 1 - self.smoothing**self.count
+        sizes = norms[0] * self.first * (self.logs / complete).exp()
+        return self.cosines / complete * torch.outer(sizes, sizes)
+
+    def state_dict(self):
+        names = ("first", "logs", "cosines", "count")
+        return {name: getattr(self, name) for name in names}
+
+    def load_state_dict(self, state):
+        for name, value in state.items():
+            setattr(self, name, value)
+
+
+def vanishing(gram):
+    """Return (K,) booleans: which gradients are zero, or nothing beside the longest."""
+    squares = gram.diagonal()
+    return squares <= 1e-20 * squares.max()
 
 
 def cosine(gram, i, j):

@@ -19,6 +19,7 @@ import inspect
 import torch
 
 from ..registry import Registry
+from .gram import vanishing
 from .min_norm import min_norm_simplex, min_norm_two
 
 __all__ = ["BALANCERS", "LOSS_FLOOR", "RESCALES", "Balance", "balance", "build_rule"]
@@ -162,26 +163,62 @@ class Anchored:
         return _scaled_to(weights, gram, self.cap)
 
 
+@BALANCERS.register("constant_dominance")
+class ConstantDominance:
+    """
+    The task's gradient and a distillation that is always equally dominant (ours).
+
+    With unit gradients ``u_i`` and ``cos_k = max(<u_k, u_task>, 0)`` the distillation's direction
+    is ``d = sum_k cos_k u_k / |sum_k cos_k u_k|``: each gradient in proportion to its agreement
+    with the task, and without those that conflict. (If they are orthogonal to each other, that is
+    the direction of the task gradient's projection onto their span.) The update is
+
+        ``g_task + dominance |g_task| d``
+
+    Since ``<d, g_task> >= 0``, it improves the task to first order at least as much as the task's
+    gradient alone, however dominant the teacher is. ``dominance`` is less in proportion if even
+    the best gradient agrees less than ``agreement``: one that has nothing to do with the task is no
+    help. Min-norm rules prefer the gradient that agrees *least*, since that makes the norm small.
+    The scale of the losses is irrelevant.
+
+    All this is said of running means of the norms' ratios and of the cosines
+    (:class:`RunningGram`), not of each batch: in a batch that the student happens to have right
+    already the task's gradient is short, and the teacher's is as good as in any other.
+    """
+
+    smoothing = 0.98
+
+    def __init__(self, dominance=3.0, agreement=0.1):
+        """
+        Args:
+            dominance (float): norm of the distillation's part in units of the task gradient's;
+                > 0.
+            agreement (float): cosine from which on ``dominance`` is used in full; in (0, 1].
+        """
+        self.dominance = _positive("MOKD.BALANCING.DOMINANCE", dominance)
+        self.agreement = _agreement(agreement)
+
+    def weights(self, gram, losses):
+        direction, best = _agreeing(gram)
+        return _scaled_to(direction, gram, self.dominance * min(best / self.agreement, 1.0))
+
+
 @BALANCERS.register("aligned")
 class Aligned:
     """
     The task's gradient, turned towards what the distillation knows beyond it (ours).
 
-    With unit gradients ``u_i`` and ``cos_k = max(<u_k, u_task>, 0)`` the distillation's direction
-    is ``d = sum_k cos_k u_k / |sum_k cos_k u_k|``: each gradient in proportion to its agreement
-    with the task, and without those that conflict. (If they are orthogonal to each other, that is
-    the direction of the task gradient's projection onto their span.) Of ``d`` the part orthogonal
-    to the task's gradient is added, and the sum gets the length of the task's gradient:
+    Of the distillation's direction ``d`` (:class:`ConstantDominance`) the part orthogonal to the
+    task's gradient, whose direction is ``u_task``, is added, and the sum gets the length of the
+    task's gradient:
 
         ``update = |g_task| (u_task + a) / |u_task + a|``, ``a = cap (d - <d, u_task> u_task)``
 
-    The length stays, so the recipe's learning rate keeps its meaning: a longer update is a higher
-    rate. The better both agree, the smaller is the turn, and the larger the teacher's share of the
-    update; the tangent of its angle is ``|a| <= cap``, so ``<update, g_task>`` is at least
+    A longer update is a higher learning rate; with this length the recipe's keeps its meaning. The
+    better both agree, the smaller is the turn, and the larger the teacher's share of the update;
+    the tangent of its angle is ``|a| <= cap``, so ``<update, g_task>`` is at least
     ``|g_task|^2 / sqrt(1 + cap^2)`` whatever the teacher says. ``cap`` is less in proportion if
-    even the best gradient agrees less than ``agreement``: one that has nothing to do with the task
-    is no help. Min-norm rules prefer the gradient that agrees *least*, since that makes the norm
-    small. The scale of the losses is irrelevant.
+    even the best gradient agrees less than ``agreement``. The scale of the losses is irrelevant.
     """
 
     def __init__(self, cap=1.0, agreement=0.1):
@@ -194,18 +231,11 @@ class Aligned:
         self.cap = _positive("MOKD.BALANCING.CAP", cap)
         if self.cap > 1:
             raise ValueError(f"MOKD.BALANCING.CAP is {cap}: rule 'aligned' expects 0 < cap <= 1.")
-        if not 0 < agreement <= 1:
-            raise ValueError(
-                f"MOKD.BALANCING.AGREEMENT is {agreement}: expected 0 < agreement <= 1."
-            )
-        self.agreement = agreement
+        self.agreement = _agreement(agreement)
 
     def weights(self, gram, losses):
-        norms = gram.diagonal().sqrt()
-        cosines = (gram[0, 1:] / norms[1:] / norms[0]).clamp(0, 1)
-        direction = torch.cat([gram.new_ones(1), cosines * norms[0] / norms[1:]])
-        length = self.cap * min(float(cosines.max()) / self.agreement, 1.0)
-        weights = _scaled_to(direction, gram, length)
+        direction, best = _agreeing(gram)
+        weights = _scaled_to(direction, gram, self.cap * min(best / self.agreement, 1.0))
         # Without what the distillation adds along the task's gradient.
         weights[0] -= (weights[1:] @ gram[1:, 0] / gram[0, 0]).clamp_max(1)
         return _rescale_task_norm(weights, gram)
@@ -250,6 +280,22 @@ def _positive(option, value):
     if not 0 < value < float("inf"):
         raise ValueError(f"{option} is {value}: expected a finite number > 0.")
     return float(value)
+
+
+def _agreement(agreement):
+    if not 0 < agreement <= 1:
+        raise ValueError(f"MOKD.BALANCING.AGREEMENT is {agreement}: expected 0 < agreement <= 1.")
+    return agreement
+
+
+def _agreeing(gram):
+    """
+    Weights of one for the task and of ``cos_k |g_task| / |g_k|`` for the others, none for those
+    that conflict with it; and the largest cosine, at least 0.
+    """
+    norms = gram.diagonal().sqrt()
+    cosines = (gram[0, 1:] / norms[1:] / norms[0]).clamp(0, 1)
+    return torch.cat([gram.new_ones(1), cosines * norms[0] / norms[1:]]), float(cosines.max())
 
 
 def _distillation_norm(weights, gram):
@@ -349,8 +395,7 @@ def balance(rule, gram, losses, rescale="none"):
     ones = torch.ones(len(gram), dtype=torch.float64)
     if not (gram.isfinite().all() and losses.isfinite().all()):
         return Balance(ones, gram, losses, "non_finite")
-    squares = gram.diagonal()
-    vanished = squares <= 1e-20 * squares.max()
+    vanished = vanishing(gram)
     fallback, kept = "", torch.arange(len(gram))
     if vanished.any() and getattr(rule, "reads_gradients", True):
         kept = (~vanished).nonzero().flatten()

@@ -260,6 +260,8 @@ def add_mokd_config(cfg):
     # How the gradients of task and distillation are weighed against each other where they meet.
     cfg.MOKD.BALANCING = CN()
     # Registered in mokd_det.balancing.BALANCERS:
+    #   "constant_dominance"  the task's gradient, and DOMINANCE times as long those distillation
+    #                         gradients that agree with it
     #   "aligned"             the task's gradient, turned towards what the distillation gradients
     #                         that agree with it add beyond it; its length stays
     #   "min_norm"            the published rule, literally; it can starve the task
@@ -271,12 +273,12 @@ def add_mokd_config(cfg):
     #   "cosine_gate"         WEIGHTS, without distillation while it conflicts with the task
     #   "fixed"               WEIGHTS at every step
     #   "torchjd.X"           TorchJD's XWeighting, e.g. "torchjd.UPGrad"
-    cfg.MOKD.BALANCING.RULE = "aligned"
+    cfg.MOKD.BALANCING.RULE = "constant_dominance"
     # How the rule's weights are scaled: "none" (as the rule gives them), "convex" (they sum to
     # one), "sum" (to the number of objectives), "task_norm" (the update has the task gradient's
     # norm), "task_progress" (the update is as far along the task's gradient as that is long).
-    # "aligned" has the task's norm by itself; "protected_min_norm" and "anchored" give the task
-    # weight one. These three want "none".
+    # "aligned" has the task's norm by itself; "constant_dominance", "protected_min_norm" and
+    # "anchored" give the task weight one. These four want "none".
     cfg.MOKD.BALANCING.RESCALE = "none"
     # Where gradients are measured: "features" (those of the student that are matched; nearly
     # free) or "parameters" (of the student's backbone, as in the papers; a backward pass of the
@@ -289,8 +291,10 @@ def add_mokd_config(cfg):
     # unbiased products across SOLVER.MICRO_BATCHES and processes (PLACE "parameters", at least
     # two of them), which wants SMOOTHING.
     cfg.MOKD.BALANCING.GRAM = "batch"
-    # Share of the past in the running mean of the inner products that the rule sees, in [0, 1).
-    cfg.MOKD.BALANCING.SMOOTHING = 0.0
+    # Share of the past, in [0, 1), in the running means that the rule sees: the geometric of the
+    # norms' ratios, the arithmetic of the cosines (with GRAM "signal": of the products as they
+    # are). None: the rule's own, 0.98 for "constant_dominance" and 0 for the others.
+    cfg.MOKD.BALANCING.SMOOTHING = None
     # Compute weights at every k-th step only, and reuse them in between.
     cfg.MOKD.BALANCING.INTERVAL = 1
     # Factor of the distillation objectives' weights, whatever the rule, at the first and at the
@@ -300,13 +304,17 @@ def add_mokd_config(cfg):
     # Rules "fixed" and "cosine_gate": the weights of the objectives, in the order task, features,
     # outputs (those that are enabled).
     cfg.MOKD.BALANCING.WEIGHTS = [1.0, 1.0]
+    # Rule "constant_dominance": norm of the weighted distillation gradient in units of the task
+    # gradient's.
+    cfg.MOKD.BALANCING.DOMINANCE = 3.0
     # Rules "aligned", "protected_min_norm" and "anchored": largest norm of the weighted
     # distillation gradient, in units of the task gradient's. With the latter two the task descends
     # in every step if it is below 1; "aligned" (CAP up to 1) turns its gradient by an angle with
     # this tangent at most, 45 degrees.
     cfg.MOKD.BALANCING.CAP = 1.0
-    # Rule "aligned": cosine with the task gradient, of the distillation gradient that agrees best,
-    # from which on CAP is used in full; in proportion below.
+    # Rules "constant_dominance" and "aligned": cosine with the task gradient, of the distillation
+    # gradient that agrees best, from which on DOMINANCE or CAP is used in full; in proportion
+    # below.
     cfg.MOKD.BALANCING.AGREEMENT = 0.1
     # Rule "min_norm": False is the literal formula, with weights outside [0, 1].
     cfg.MOKD.BALANCING.CLIP = True
