@@ -6,6 +6,7 @@ from .balancer import Balancer
 from .boundary import Boundary, FeatureBoundary
 from .build import build_boundary
 from .gram import (
+    RunningGram,
     cosine,
     dominance,
     gram_by_part,
@@ -27,6 +28,7 @@ __all__ = [
     "Boundary",
     "FeatureBoundary",
     "ParameterBoundary",
+    "RunningGram",
     "balance",
     "build_boundary",
     "build_rule",

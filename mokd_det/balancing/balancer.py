@@ -192,6 +192,7 @@ class Balancer:
         self.weights = state["weights"]
         self._mean = state["mean"]
         self._count = state["count"]
-        self._running.load_state_dict(state["running"])
+        if "running" in state:  # not in checkpoints of before there was such a mean
+            self._running.load_state_dict(state["running"])
         if hasattr(self.rule, "load_state_dict"):
             self.rule.load_state_dict(state["rule"])

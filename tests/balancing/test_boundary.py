@@ -67,7 +67,9 @@ def test_weights_one_equal_the_plain_sum_bit_for_bit(setting):
         assert torch.equal(plain[name], balanced[name]), name
 
 
-@pytest.mark.parametrize("name", ["aligned", "fixed", "min_norm", "protected_min_norm", "anchored"])
+@pytest.mark.parametrize(
+    "name", ["constant_dominance", "aligned", "fixed", "min_norm", "protected_min_norm", "anchored"]
+)
 def test_shared_part_gets_the_weighted_sum_and_heads_stay_unmixed(setting, name):
     net, x, target = setting
     boundary = build_boundary(name, weights=[0.7, 2.0])

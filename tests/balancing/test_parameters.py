@@ -47,7 +47,16 @@ def reference(net, shared, x, target):
     return gradients, rest
 
 
-RULES = ["aligned", "fixed", "min_norm", "protected_min_norm", "anchored", "imtl_g", "cosine_gate"]
+RULES = [
+    "constant_dominance",
+    "aligned",
+    "fixed",
+    "min_norm",
+    "protected_min_norm",
+    "anchored",
+    "imtl_g",
+    "cosine_gate",
+]
 RULES += ["famo"]
 
 
@@ -233,7 +242,16 @@ def test_losses_that_miss_the_boundary_are_an_error(setting):
 
 @pytest.mark.parametrize("place", ["features", "parameters"])
 @pytest.mark.parametrize(
-    "name", ["aligned", "anchored", "protected_min_norm", "min_norm", "famo", "imtl_g"]
+    "name",
+    [
+        "constant_dominance",
+        "aligned",
+        "anchored",
+        "protected_min_norm",
+        "min_norm",
+        "famo",
+        "imtl_g",
+    ],
 )
 def test_bfloat16_is_close_to_float32(setting, place, name):
     net, shared, x, target = setting
@@ -254,7 +272,8 @@ def test_bfloat16_is_close_to_float32(setting, place, name):
 
 @pytest.mark.parametrize("place", ["features", "parameters"])
 @pytest.mark.parametrize(
-    "name", ["aligned", "min_norm", "protected_min_norm", "anchored", "imtl_g"]
+    "name",
+    ["constant_dominance", "aligned", "min_norm", "protected_min_norm", "anchored", "imtl_g"],
 )
 def test_three_objectives(setting, place, name):
     net, shared, x, target = setting

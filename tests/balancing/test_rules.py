@@ -10,6 +10,7 @@ from mokd_det.balancing import (
     BALANCERS,
     RESCALES,
     Balancer,
+    RunningGram,
     balance,
     build_rule,
     cosine,
@@ -126,6 +127,50 @@ def test_protected_rules_keep_the_task_descending_and_bounded(name, count):
 
 
 @pytest.mark.parametrize("count", [2, 3, 4])
+@pytest.mark.parametrize("dominance", [0.2, 1.0, 3.0])
+def test_constant_dominance_adds_what_agrees_with_the_task(count, dominance):
+    for seed in range(200):
+        gradients, losses = random_gradients(seed, count)
+        weights = weights_of("constant_dominance", gradients, losses, dominance=dominance)
+        task, aid = gradients[0], weights[1:] @ gradients[1:]
+        units = gradients[1:] / gradients[1:].norm(dim=1, keepdim=True)
+        cosines = units @ task / task.norm()
+        assert weights[0] == 1 and torch.equal(weights[1:] > 0, cosines > 0)
+        # As long as it is to be, and in proportion to the cosines.
+        length = dominance * float(cosines.max().clamp(0, 0.1)) / 0.1
+        assert aid.norm() == pytest.approx(length * float(task.norm()), rel=1e-9)
+        parts = weights[1:] * gradients[1:].norm(dim=1)
+        direction = cosines.clamp_min(0)
+        assert torch.allclose(parts / parts.sum().clamp_min(1e-9) * direction.sum(), direction)
+        # Several that agree with the task may disagree with each other; none takes from the task.
+        assert (task + aid) @ task >= (task @ task) * (1 - 1e-9)
+
+
+def test_constant_dominance_frozen_numbers():
+    # Cosines 0.6 and 0.8 of units that are orthogonal to each other: together they have the
+    # task's direction, and half of its length.
+    gradients = torch.tensor([[0.6, 0.8, 0.0], [10.0, 0.0, 0.0], [0.0, 0.1, 0.0]]).double()
+    weights = weights_of("constant_dominance", gradients, torch.ones(3), dominance=0.5)
+    assert torch.allclose(weights @ gradients, 1.5 * gradients[0])
+    assert weights.tolist() == pytest.approx([1.0, 0.03, 4.0])
+    # A cosine of 0.05: half of the length.
+    gradients = torch.tensor([[0.05, (1 - 0.05**2) ** 0.5], [4.0, 0.0]]).double()
+    weights = weights_of("constant_dominance", gradients, torch.ones(2), dominance=0.6)
+    assert weights.tolist() == pytest.approx([1.0, 0.3 / 4])
+    # By default three times as long as the task's.
+    gradients = torch.tensor([[1.2, 1.6], [4.0, 0.0]]).double()
+    weights = weights_of("constant_dominance", gradients, torch.ones(2))
+    assert weights.tolist() == pytest.approx([1.0, 1.5])
+    # One that conflicts gets nothing, the other all of the length.
+    gradients = torch.tensor([[1.0, 0.0], [-1.0, 1.0], [1.0, 1.0]]).double()
+    weights = weights_of("constant_dominance", gradients, torch.ones(3), dominance=1.0)
+    assert weights.tolist() == pytest.approx([1.0, 0.0, 0.5**0.5])
+    # Nothing but conflict: the task's gradient as it is.
+    gradients = torch.tensor([[2.0, 0.0], [-1.0, 1.0]]).double()
+    assert weights_of("constant_dominance", gradients, torch.ones(2)).tolist() == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
 @pytest.mark.parametrize("cap", [0.2, 0.5, 1.0])
 def test_aligned_turns_the_tasks_gradient_by_what_is_orthogonal_to_it(count, cap):
     for seed in range(200):
@@ -195,7 +240,10 @@ def test_anchored_solves_its_problem():
             assert worse >= (others @ units.T).min(dim=1).values.max() - 1e-9, seed
 
 
-@pytest.mark.parametrize("name", ["aligned", "min_norm", "protected_min_norm", "anchored"])
+GUARDED = ["aligned", "anchored", "constant_dominance", "min_norm", "protected_min_norm"]
+
+
+@pytest.mark.parametrize("name", GUARDED)
 @pytest.mark.parametrize("scale", [1e-3, 1e3])
 def test_update_ignores_the_scale_of_the_distillation_loss(name, scale):
     for seed in range(50):
@@ -207,7 +255,7 @@ def test_update_ignores_the_scale_of_the_distillation_loss(name, scale):
 
 
 # Pure functions of Gram matrix and losses that treat all distillation objectives alike.
-PURE = ["aligned", "anchored", "cosine_gate", "famo", "imtl_g", "min_norm", "protected_min_norm"]
+PURE = [*GUARDED, "cosine_gate", "famo", "imtl_g"]
 
 
 @pytest.mark.parametrize("name", PURE)
@@ -279,7 +327,7 @@ def test_three_parallel_and_opposite_gradients_give_finite_weights(name):
         gradients = torch.stack([task, second, third])
         weights = weights_of(name, gradients, torch.ones(3), weights=[1.0, 1.0, 1.0])
         assert weights.isfinite().all()
-        if name in ("aligned", "min_norm", "protected_min_norm", "anchored"):
+        if name in GUARDED:
             assert (weights @ gradients) @ task >= -1e-6
 
 
@@ -335,7 +383,7 @@ def test_fixed_weights():
 @pytest.mark.parametrize(
     "name, rescale, options, message",
     [
-        ("min_nrom", "none", {}, "expected one of 'aligned', 'anchored', 'cosine_gate'"),
+        ("min_nrom", "none", {}, "expected one of 'aligned', 'anchored', 'constant_dominance'"),
         ("fixed", "non", {}, "MOKD.BALANCING.RESCALE is 'non'"),
         ("fixed", "none", {"weights": [1.0, -1.0]}, "MOKD.BALANCING.WEIGHTS"),
         ("fixed", "none", {"weights": [0.0, 0.0]}, "MOKD.BALANCING.WEIGHTS"),
@@ -346,6 +394,8 @@ def test_fixed_weights():
         ("look_ahead", "none", {"look_ahead": {"LR": 0}}, "LOOK_AHEAD.LR is 0"),
         ("aligned", "none", {"cap": -1.0}, "MOKD.BALANCING.CAP is -1.0"),
         ("aligned", "none", {"agreement": 0.0}, "MOKD.BALANCING.AGREEMENT is 0.0"),
+        ("constant_dominance", "none", {"dominance": 0.0}, "MOKD.BALANCING.DOMINANCE is 0.0"),
+        ("constant_dominance", "none", {"agreement": 1.5}, "MOKD.BALANCING.AGREEMENT is 1.5"),
         ("aligned", "none", {"cap": 2.0}, "MOKD.BALANCING.CAP is 2.0"),
         ("anchored", "none", {"cap": 0.0}, "MOKD.BALANCING.CAP is 0.0"),
         ("anchored", "none", {"cap": 2.0}, "MOKD.BALANCING.CAP is 2.0"),
@@ -682,18 +732,85 @@ def balancer_weights(balancer, gradients, losses):
     return balancer.balance((gradients @ gradients.T)[None], losses).weights
 
 
-def test_smoothing_is_a_bias_corrected_running_mean():
+def smoothing_factors(smoothing, steps):
+    factors = torch.tensor([smoothing**k for k in range(steps)], dtype=torch.float64).flip(0)
+    return factors / factors.sum()
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_smoothing_is_a_bias_corrected_running_mean_of_ratios_and_cosines(count):
     balancer = Balancer(build_rule("anchored"), smoothing=0.8)
-    grams = []
+    ratios, cosines = [], []
+    for seed in range(4):
+        gradients, losses = random_gradients(seed, count)
+        norms = gradients.norm(dim=1)
+        ratios.append(norms / norms[0])
+        cosines.append(gradients @ gradients.T / torch.outer(norms, norms))
+        result = balancer.balance((gradients @ gradients.T)[None], losses)
+        assert torch.allclose(result.gram, gradients @ gradients.T)
+    factors = smoothing_factors(0.8, 4)
+    sizes = norms[0] * torch.exp(factors @ torch.stack(ratios).log())
+    mean = torch.outer(sizes, sizes) * sum(f * c for f, c in zip(factors, cosines))
+    assert torch.allclose(result.seen, mean, rtol=1e-9)
+    assert torch.equal(result.weights, build_rule("anchored").weights(result.seen, losses))
+
+
+def test_smoothing_of_a_signal_is_the_plain_running_mean():
+    """Unbiased products may be negative on the diagonal, and only their plain mean is unbiased."""
+    balancer = Balancer(build_rule("anchored"), smoothing=0.8)
+    grams, signals = [], []
     for seed in range(4):
         gradients, losses = random_gradients(seed)
         grams.append(gradients @ gradients.T)
-        result = balancer.balance(grams[-1][None], losses)
-    factors = torch.tensor([0.8**3, 0.8**2, 0.8, 1.0], dtype=torch.float64)
-    mean = sum(f * g for f, g in zip(factors, grams)) / factors.sum()
-    assert torch.allclose(result.seen, mean)
-    assert torch.equal(result.gram, grams[-1])
-    assert torch.equal(result.weights, build_rule("anchored").weights(mean, losses))
+        signals.append(grams[-1] - 0.1 * torch.eye(2, dtype=torch.float64))
+        result = balancer.balance(grams[-1][None], losses, signals[-1])
+    factors = smoothing_factors(0.8, 4)
+    gram, signal = (sum(f * g for f, g in zip(factors, past)) for past in (grams, signals))
+    assert torch.allclose(result.seen, repair_gram(signal, gram))
+
+
+def test_a_running_gram_hardly_moves_by_one_batch():
+    """A task gradient a hundred times as long as usual is one of fifty steps, not all there is."""
+    running = RunningGram(0.98)
+    usual = torch.tensor([[1.0, 0.3], [0.3, 1.0]], dtype=torch.float64)
+    for _ in range(100):
+        assert torch.allclose(running.update(usual), usual)
+    factor = torch.tensor([100.0, 1.0], dtype=torch.float64)
+    running.update(usual * torch.outer(factor, factor))
+    after = running.update(usual)
+    part = 0.02 * 0.98 / (1 - 0.98**102)
+    assert dominance(after, 1, 0) == pytest.approx(100**-part)  # 0.90; a plain mean has 0.07
+    assert cosine(after, 0, 1) == pytest.approx(0.3)
+
+
+def test_a_running_gram_leaves_a_vanishing_gradient_as_it_is():
+    running = RunningGram(0.5)
+    gram = torch.tensor([[4.0, 1.0], [1.0, 1.0]], dtype=torch.float64)
+    gone = torch.tensor([[4.0, 0.0], [0.0, 0.0]], dtype=torch.float64)
+    assert torch.equal(running.update(gone), gone)
+    running.update(gram)
+    assert torch.equal(running.update(gone), gone)
+    assert torch.allclose(running.update(gram), gram) and running.count == 2
+
+
+@pytest.mark.parametrize("power", [-5, 4])
+def test_a_running_gram_does_not_round_otherwise_in_other_units(power):
+    """Losses in units that differ by a power of two: the same weights times that, exactly."""
+    first, second = (Balancer(build_rule("constant_dominance")) for _ in range(2))
+    factor = torch.tensor([1.0, 2.0**power, 2.0 ** (-2 * power)], dtype=torch.float64)
+    for seed in range(20):
+        gradients, losses = random_gradients(seed, 3)
+        weights = first.balance((gradients @ gradients.T)[None], losses).weights
+        scaled = gradients * factor[:, None]
+        other = second.balance((scaled @ scaled.T)[None], losses * factor).weights
+        assert torch.equal(other * factor, weights)
+
+
+@pytest.mark.parametrize("name, own", [("constant_dominance", 0.98), ("aligned", 0.0)])
+def test_a_rules_own_smoothing_is_the_default(name, own):
+    assert Balancer(build_rule(name)).smoothing == own
+    assert Balancer(build_rule(name), smoothing=0.5).smoothing == 0.5
+    assert Balancer(build_rule(name), smoothing=0.0).smoothing == 0.0
 
 
 def test_interval_reuses_weights_in_between():

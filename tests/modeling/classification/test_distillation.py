@@ -207,7 +207,8 @@ def test_the_head_gets_its_task_and_the_weighted_logits(build, place):
 
 
 @pytest.mark.parametrize(
-    "rule", ["aligned", "protected_min_norm", "min_norm", "anchored", "imtl_g"]
+    "rule",
+    ["constant_dominance", "aligned", "protected_min_norm", "min_norm", "anchored", "imtl_g"],
 )
 def test_three_objectives_are_balanced_by_every_rule(build, rule):
     model = build(["MOKD.BALANCING.RULE", rule])
