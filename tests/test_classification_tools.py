@@ -4,6 +4,7 @@
 import json
 import math
 import statistics
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -249,6 +250,34 @@ def test_study_files_that_cannot_be(tmp_path, change, message):
     with pytest.raises(ValueError, match=r"--only \['y'\]: the methods are"):
         path.write_text(STUDY)
         tool.runs_of(tool.load_study(path), ["y"])
+
+
+def test_a_study_without_records_says_how_to_make_them(study, monkeypatch, capsys):
+    tool, loaded, _ = study
+    monkeypatch.setattr(tool, "load_study", lambda path: loaded)
+    monkeypatch.setattr(sys, "argv", ["study.py", "s.yaml", "--summarize"])
+    with pytest.raises(SystemExit):
+        tool.main()
+    assert "has no records of s.yaml: make them with --run" in capsys.readouterr().err
+
+
+def test_records_do_not_make_the_code_dirty(tmp_path, monkeypatch):
+    tool = load_script("tools/study.py")
+    monkeypatch.setattr(tool, "ROOT", tmp_path)
+    assert tool.commit() is None  # no repository: an installed package
+    files = ["studies/s.yaml", "studies/s/table.md", "code.py"]
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *command], cwd=tmp_path, check=True)
+    (tmp_path / files[1]).write_text("a row")
+    assert len(tool.commit()) == 12
+    for name in (files[0], files[2]):
+        (tmp_path / name).write_text("x")
+        assert tool.commit().endswith("-dirty")
+        (tmp_path / name).write_text("")
 
 
 def test_studies_of_the_repository_name_configs_that_exist():

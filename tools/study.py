@@ -34,6 +34,7 @@ from scratch needs DATALOADER.RESUMABLE True for that).
 
 import argparse
 import concurrent.futures
+import functools
 import json
 import os
 import queue
@@ -106,10 +107,16 @@ def write_json(path, content):
 
 
 def commit():
-    """Of the code that runs; "-dirty" if files were changed since. None outside a repository."""
-    command = ["git", "describe", "--always", "--abbrev=12", "--dirty"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else None
+    """
+    Of the code that runs; "-dirty" if files were changed since, but for studies' records, which
+    change nothing. None outside a repository.
+    """
+    git = functools.partial(subprocess.run, cwd=ROOT, capture_output=True, text=True)
+    done = git(["git", "rev-parse", "--short=12", "HEAD"])
+    if done.returncode:
+        return None
+    changed = git(["git", "diff", "--quiet", "HEAD", "--", ".", ":!studies/*/*"]).returncode
+    return done.stdout.strip() + ("-dirty" if changed else "")
 
 
 def distils(study, name):
@@ -207,6 +214,8 @@ def main():
     if args.run:
         run(study, args.jobs, args.only, args.first)
     rows = summarize(study)
+    if not rows:
+        parser.error(f"{study['folder']} has no records of {args.study}: make them with --run")
     table = format_table(study, rows)
     (study["folder"] / "table.json").write_text(json.dumps(rows, indent=1))
     (study["folder"] / "table.md").write_text(table + "\n")
