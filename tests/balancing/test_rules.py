@@ -126,6 +126,16 @@ def test_protected_rules_keep_the_task_descending_and_bounded(name, count):
         assert (task + aid) @ task >= 0.5 * (task @ task) * (1 - 1e-9)
 
 
+def cosines_in_proportion(weights, gradients):
+    """Assert that each gradient counts by its cosine with the task's, if positive; return them."""
+    norms = gradients.norm(dim=1)
+    cosines = gradients[1:] @ gradients[0] / norms[1:] / norms[0]
+    assert torch.equal(weights[1:] > 0, cosines > 0)
+    parts, direction = weights[1:] * norms[1:], cosines.clamp_min(0)
+    assert torch.allclose(parts / parts.sum().clamp_min(1e-9) * direction.sum(), direction)
+    return cosines
+
+
 @pytest.mark.parametrize("count", [2, 3, 4])
 @pytest.mark.parametrize("dominance", [0.2, 1.0, 3.0])
 def test_constant_dominance_adds_what_agrees_with_the_task(count, dominance):
@@ -133,15 +143,11 @@ def test_constant_dominance_adds_what_agrees_with_the_task(count, dominance):
         gradients, losses = random_gradients(seed, count)
         weights = weights_of("constant_dominance", gradients, losses, dominance=dominance)
         task, aid = gradients[0], weights[1:] @ gradients[1:]
-        units = gradients[1:] / gradients[1:].norm(dim=1, keepdim=True)
-        cosines = units @ task / task.norm()
-        assert weights[0] == 1 and torch.equal(weights[1:] > 0, cosines > 0)
-        # As long as it is to be, and in proportion to the cosines.
+        cosines = cosines_in_proportion(weights, gradients)
+        assert weights[0] == 1
+        # As long as it is to be.
         length = dominance * float(cosines.max().clamp(0, 0.1)) / 0.1
         assert aid.norm() == pytest.approx(length * float(task.norm()), rel=1e-9)
-        parts = weights[1:] * gradients[1:].norm(dim=1)
-        direction = cosines.clamp_min(0)
-        assert torch.allclose(parts / parts.sum().clamp_min(1e-9) * direction.sum(), direction)
         # Several that agree with the task may disagree with each other; none takes from the task.
         assert (task + aid) @ task >= (task @ task) * (1 - 1e-9)
 
@@ -182,18 +188,14 @@ def test_aligned_turns_the_tasks_gradient_by_what_is_orthogonal_to_it(count, cap
         # As long as its progress along the task's gradient is the task's own.
         weights = weights_of("aligned", gradients, losses, "task_progress", cap=cap)
         update = weights @ gradients
-        units = gradients[1:] / gradients[1:].norm(dim=1, keepdim=True)
-        cosines = units @ task / task.norm()
-        assert weights[0] >= 0 and torch.equal(weights[1:] > 0, cosines > 0)
+        cosines = cosines_in_proportion(weights, gradients)
+        assert weights[0] >= 0
         assert update @ task == pytest.approx(float(task @ task), rel=1e-9)
         assert update.norm() <= (1 + cap**2) ** 0.5 * task.norm() * (1 + 1e-9)
-        # The distillation's part: in proportion to the cosines, and as long as it is to be.
+        # The distillation's part: as long as it is to be.
         aid = weights[1:] @ gradients[1:] / task.norm()
         full = cap * float(cosines.max().clamp(0, 0.1)) / 0.1
         assert aid.norm() == pytest.approx(full, rel=1e-9)
-        parts = weights[1:] * gradients[1:].norm(dim=1)
-        direction = cosines.clamp_min(0)
-        assert torch.allclose(parts / parts.sum().clamp_min(1e-9) * direction.sum(), direction)
         # Orthogonal to the task's gradient, there is nothing else in the update.
         across = aid - aid @ task / task.norm() ** 2 * task
         assert torch.allclose(update, task + across * task.norm())
