@@ -117,7 +117,7 @@ def test_scale_of_the_distillation_losses_is_irrelevant_for_the_default_rule(mak
         opts = ["MOKD.OUTPUTS.ENABLED", True, "TEST.EVAL_PERIOD", 100]
         opts += ["MOKD.FEATURES.LOSS_WEIGHT", scale, "MOKD.OUTPUTS.LOSS_WEIGHT", 1 / scale]
         trainer = train(make_cfg("mokd", opts, f"scale_{scale}"))
-        assert trainer.model.boundary.balancer.rule_name == "Aligned"
+        assert trainer.model.boundary.balancer.rule_name == "ConstantDominance"
         states.append(trainer.model.state_dict())
     for other in states[1:]:
         for key, value in states[0].items():
@@ -278,6 +278,8 @@ def test_diagnostics_are_logged_with_their_place_and_never_in_the_loss(one_step)
             "weight_features",
             "cosine_features",
             "dominance_features",
+            "seen_cosine_features",  # the default rule sees running means
+            "seen_dominance_features",
             "share_task",
             "update_cosine",
             "starved",
