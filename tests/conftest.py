@@ -144,8 +144,6 @@ def make_digits_cfg(tmp_path, digits_teacher_weights):
                 str(output),
                 "MOKD.TEACHER.WEIGHTS",
                 digits_teacher_weights,
-                "MOKD.BALANCING.PLACE",
-                "features",
             ],
         )
         merge_overrides(cfg, opts)
