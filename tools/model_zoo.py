@@ -25,7 +25,9 @@ also those that lose.
 
 "json" is the record of the first seed; one for each seed lies beside it: config, overrides,
 commit, metrics and losses over the training, balance, and the SHA-256 of the weights, whose start
-is in the table. Records without it were made before it was noted.
+is in the table; "teacher" is that of the teacher's. Records without them were made before they
+were noted. Rows of other teachers cannot be compared: the same seed trains another one on another
+kind of processor.
 
 A row is run again by
 `python tools/study.py studies/NAME.yaml --run --only "METHOD" --output FOLDER`;
@@ -45,7 +47,7 @@ def section(study, records):
     """The table of one study, Markdown."""
     comment = [line[1:].strip() for line in study["comment"]]
     metrics = study["metrics"]
-    head = ["method", "seeds"]
+    head = ["method", "teacher", "seeds"]
     for metric in metrics:
         head += [metric, *(f"- {baseline}" for baseline in study["baseline"])]
     head += ["config", "record", "weights"]
@@ -53,7 +55,9 @@ def section(study, records):
     rows = summarize(study)
     for name in dict.fromkeys(row["method"] for row in rows):
         own = {row["metric"]: row for row in rows if row["method"] == name}
-        cells = [name, str(own[metrics[0]]["seeds"])]
+        first = own[metrics[0]]
+        teachers = ", ".join(f"`{checksum[:8]}`" for checksum in first["teachers"])
+        cells = [name, teachers, str(first["seeds"])]
         for metric in metrics:
             row = own[metric]
             std = "" if row["std"] is None else f" ± {row['std']:.2f}"

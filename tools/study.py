@@ -9,7 +9,7 @@ Examples:
   python tools/study.py studies/fashion_mnist.yaml --summarize
 
 Every run is one call of tools/train_net.py, on one thread; with GPUs the jobs take turns on them.
-What it gave (results, metrics over iterations, losses, balance, checksum of the weights) is kept in
+What it gave (results, metrics over iterations, losses, balance, checksums of weights) is kept in
 studies/NAME/METHOD-SEED.json (or in the folder --output); a run whose file is there is not run
 again, so a study that was stopped goes on. The table (mean, standard deviation, paired difference
 to the baselines with its 95 % interval) is printed and written beside them to table.md and
@@ -45,8 +45,10 @@ from pathlib import Path
 
 import mokd_det  # noqa: F401  (first: mends Detectron2 where it needs it)
 import torch
+from detectron2.utils.file_io import PathManager
 
 from mokd_det.config import load_config
+from mokd_det.data.packages import sha256_of
 from mokd_det.study import (
     format_table,
     load_study,
@@ -119,11 +121,12 @@ def commit():
     return done.stdout.strip() + ("-dirty" if changed else "")
 
 
-def distils(study, name):
-    """Whether a method needs the teacher."""
+def teacher_of(study, name):
+    """The weights of a method's teacher; None if it needs none."""
     method = study["methods"][name]
     opts = [str(opt) for opt in (*study["opts"], *method.get("opts", []))]
-    return load_config(str(ROOT / method["config"]), opts).MOKD.ENABLED
+    mokd = load_config(str(ROOT / method["config"]), opts).MOKD
+    return mokd.TEACHER.WEIGHTS if mokd.ENABLED else None
 
 
 def run_one(study, name, seed):
@@ -138,6 +141,9 @@ def run_one(study, name, seed):
     seconds = train(method["config"], opts, output)
     content = {"method": name, "seed": seed, "config": method["config"], "opts": opts}
     content |= {"seconds": round(seconds, 1), "commit": code, **read_run(output)}
+    if teacher := teacher_of(study, name):
+        # Another processor trains another teacher from the same seed.
+        content["teacher_sha256"] = sha256_of(ROOT / PathManager.get_local_path(teacher))
     write_json(record, content)
     values = ", ".join(f"{m}: {metric_of(content['results'], m):.2f}" for m in study["metrics"])
     return f"{name} seed {seed}: {values} ({seconds:.0f} s)"
@@ -147,7 +153,8 @@ def run(study, jobs, only, first=None):
     """Run what is missing. SystemExit at the end if any run failed."""
     study["folder"].mkdir(parents=True, exist_ok=True)
     runs = runs_of(study, only, first)
-    waits = {name: distils(study, name) for name in dict.fromkeys(name for name, _ in runs)}
+    names = dict.fromkeys(name for name, _ in runs)
+    waits = {name: teacher_of(study, name) is not None for name in names}
     failed = 0
     for job in range(jobs if torch.cuda.device_count() else 0):
         gpus.put(job % torch.cuda.device_count())

@@ -107,7 +107,9 @@ class RunningGram:
     """
     A running mean of Gram matrices in which no single batch weighs much (ours): the geometric mean
     of the gradients' norms in units of the first one's, and the arithmetic mean of the cosines,
-    both with weights that fall by ``smoothing`` a step and are corrected for the start, as Adam's.
+    both with weights that fall by ``smoothing`` a step. The norms' are corrected for the start, as
+    Adam's; the cosines' start from orthogonal gradients: that two objectives agree has to be shown
+    by many batches, and the first ones, by chance, may look so.
 
     A plain mean of the matrices is one of squared norms: a batch with a task gradient ten times as
     long as usual has a hundred times the weight, and for many steps the distillation would look
@@ -145,7 +147,8 @@ class RunningGram:
         ratios = norms / norms[0]
         if self.first is None:
             self.first = ratios
-            self.logs, self.cosines = torch.zeros_like(ratios), torch.zeros_like(gram)
+            self.logs = torch.zeros_like(ratios)
+            self.cosines = torch.eye(len(gram)).to(gram)
         # New tensors: a step that mixed precision skips is undone by putting the old ones back.
         new = 1 - self.smoothing
         self.logs = self.smoothing * self.logs + new * (ratios / self.first).log()
@@ -153,7 +156,7 @@ class RunningGram:
         self.count += 1
         complete = 1 - self.smoothing**self.count
         sizes = norms[0] * self.first * (self.logs / complete).exp()
-        return self.cosines / complete * torch.outer(sizes, sizes)
+        return self.cosines * torch.outer(sizes, sizes)
 
     def state_dict(self):
         names = ("first", "logs", "cosines", "count")

@@ -176,10 +176,10 @@ class ConstantDominance:
         ``g_task + dominance |g_task| d``
 
     Since ``<d, g_task> >= 0``, it improves the task to first order at least as much as the task's
-    gradient alone, however dominant the teacher is. ``dominance`` is less in proportion if even
-    the best gradient agrees less than ``agreement``: one that has nothing to do with the task is no
-    help. Min-norm rules prefer the gradient that agrees *least*, since that makes the norm small.
-    The scale of the losses is irrelevant.
+    gradient alone, however dominant the teacher is. If even the best cosine is below ``agreement``,
+    ``dominance`` is multiplied by ``(cosine / agreement)^2``: a teacher that has nothing to do with
+    the task agrees with it, too, a little and by chance. Min-norm rules prefer the gradient that
+    agrees *least*, since that makes the norm small. The scale of the losses is irrelevant.
 
     All this is said of running means of the norms' ratios and of the cosines
     (:class:`RunningGram`), not of each batch: in a batch that the student happens to have right
@@ -200,7 +200,7 @@ class ConstantDominance:
 
     def weights(self, gram, losses):
         direction, best = _agreeing(gram)
-        return _scaled_to(direction, gram, self.dominance * min(best / self.agreement, 1.0))
+        return _scaled_to(direction, gram, self.dominance * min(best / self.agreement, 1.0) ** 2)
 
 
 @BALANCERS.register("aligned")

@@ -292,8 +292,9 @@ def add_mokd_config(cfg):
     # two of them), which wants SMOOTHING.
     cfg.MOKD.BALANCING.GRAM = "batch"
     # Share of the past, in [0, 1), in the running means that the rule sees: the geometric of the
-    # norms' ratios, the arithmetic of the cosines (with GRAM "signal": of the products as they
-    # are). None: the rule's own, 0.98 for "constant_dominance" and 0 for the others.
+    # norms' ratios, the arithmetic of the cosines, which starts from 0 (with GRAM "signal": of the
+    # products as they are). None: the rule's own, 0.98 for "constant_dominance" and 0 for the
+    # others.
     cfg.MOKD.BALANCING.SMOOTHING = None
     # Compute weights at every k-th step only, and reuse them in between.
     cfg.MOKD.BALANCING.INTERVAL = 1
@@ -313,8 +314,8 @@ def add_mokd_config(cfg):
     # this tangent at most, 45 degrees.
     cfg.MOKD.BALANCING.CAP = 1.0
     # Rules "constant_dominance" and "aligned": cosine with the task gradient, of the distillation
-    # gradient that agrees best, from which on DOMINANCE or CAP is used in full; in proportion
-    # below.
+    # gradient that agrees best, from which on DOMINANCE or CAP is used in full. Below, DOMINANCE
+    # falls with the cosine's square, CAP in proportion.
     cfg.MOKD.BALANCING.AGREEMENT = 0.1
     # Rule "min_norm": False is the literal formula, with weights outside [0, 1].
     cfg.MOKD.BALANCING.CLIP = True

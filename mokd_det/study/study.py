@@ -135,13 +135,15 @@ def values_of(by_seed, metric):
 def summarize(study):
     """
     Returns:
-        list[dict]: for each method and metric ``values`` by seed, ``mean``, ``std``, and for each
-        baseline in ``differences`` the mean of the paired ``difference`` to it and ``interval``,
-        half of its 95 % interval; None where there is too little to say.
+        list[dict]: for each method and metric ``teachers``, the checksums of its teachers' weights
+        as far as they were recorded; ``values`` by seed, ``mean``, ``std``, and for each baseline
+        in ``differences`` the mean of the paired ``difference`` to it and ``interval``, half of its
+        95 % interval; None where there is too little to say.
     """
     records = read_records(study)
     rows = []
     for name, by_seed in records.items():
+        checksums = {record.get("teacher_sha256") for record in by_seed.values()}
         for metric in study["metrics"]:
             values = values_of(by_seed, metric)
             differences = {}
@@ -156,6 +158,7 @@ def summarize(study):
                 {
                     "method": name,
                     "metric": metric,
+                    "teachers": sorted(checksums - {None}),
                     "seeds": len(values),
                     "values": values,
                     "mean": statistics.mean(values.values()),
@@ -168,13 +171,15 @@ def summarize(study):
 
 def format_table(study, rows):
     """Return the rows as a Markdown table, one line a method."""
-    head = ["method", "seeds"]
+    head = ["method", "teacher", "seeds"]
     for metric in study["metrics"]:
         head += [metric, *(f"difference to {baseline}" for baseline in study["baseline"])]
     lines = [head, ["---"] * len(head)]
     for name in dict.fromkeys(row["method"] for row in rows):
         own = {row["metric"]: row for row in rows if row["method"] == name}
-        cells = [name, str(max(row["seeds"] for row in own.values()))]
+        first = next(iter(own.values()))
+        teachers = ", ".join(checksum[:8] for checksum in first["teachers"])
+        cells = [name, teachers, str(first["seeds"])]
         for metric in study["metrics"]:
             row = own[metric]
             std = "" if row["std"] is None else f" (std {row['std']:.2f})"

@@ -71,7 +71,7 @@ def test_equals_the_brute_force_reference(setting, name, layers):
         if not layers or any(n == layer or n.startswith(f"{layer}.") for layer in layers)
     ]
     boundary = build_boundary(
-        name, place="parameters", shared=shared, layers=layers, weights=[0.7, 2.0]
+        name, place="parameters", shared=shared, layers=layers, smoothing=0, weights=[0.7, 2.0]
     )
     losses = losses_of(net, boundary, x, target)
     boundary.backward(losses, net.parameters())
