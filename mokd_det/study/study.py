@@ -132,13 +132,24 @@ def values_of(by_seed, metric):
     return {seed: metric_of(record["results"], metric) for seed, record in by_seed.items()}
 
 
+def _comparable(others, by_seed):
+    """Of the baseline's records those whose seed is there, and whose teacher, if any, is the same."""
+    return {
+        seed: record
+        for seed, record in others.items()
+        if seed in by_seed
+        and record.get("teacher_sha256") in (None, by_seed[seed].get("teacher_sha256"))
+    }
+
+
 def summarize(study):
     """
     Returns:
         list[dict]: for each method and metric ``teachers``, the checksums of its teachers' weights
         as far as they were recorded; ``values`` by seed, ``mean``, ``std``, and for each baseline
         in ``differences`` the mean of the paired ``difference`` to it and ``interval``, half of its
-        95 % interval; None where there is too little to say.
+        95 % interval; None where there is too little to say. A run is not compared with one that
+        had another teacher: that difference would be the teachers'.
     """
     records = read_records(study)
     rows = []
@@ -148,8 +159,9 @@ def summarize(study):
             values = values_of(by_seed, metric)
             differences = {}
             for baseline in study["baseline"]:
-                base = values_of(records.get(baseline, {}), metric) if baseline != name else {}
-                pairs = [values[seed] - base[seed] for seed in values if seed in base]
+                others = records.get(baseline, {}) if baseline != name else {}
+                base = values_of(_comparable(others, by_seed), metric)
+                pairs = [values[seed] - base[seed] for seed in base]
                 differences[baseline] = {
                     "difference": statistics.mean(pairs) if pairs else None,
                     "interval": interval(pairs) if len(pairs) > 1 else None,

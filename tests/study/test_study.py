@@ -15,6 +15,7 @@ from mokd_det.study import (
     read_records,
     read_run,
     runs_of,
+    summarize,
 )
 
 METRIC = "trees/bbox/AP"
@@ -109,3 +110,29 @@ def test_an_axis_needs_its_label(tmp_path):
     path.write_text(text + "axis: factor\nteacher: t\n")
     study = load_study(path)
     assert study["teacher"] == ["t"] and study["baseline"] == ["a"] and study["axis"] == "factor"
+
+
+def test_runs_with_other_teachers_are_not_compared(tmp_path):
+    """The same seed trains another teacher on another kind of processor."""
+    path = tmp_path / "study.yaml"
+    methods = "{scratch: {config: c}, fixed: {config: c}, mokd: {config: c}, before: {config: c}}"
+    path.write_text(
+        f"{{seeds: [1, 2], baseline: [scratch, fixed], metrics: [a/b], methods: {methods}}}"
+    )
+    (tmp_path / "study").mkdir()
+
+    def write(name, seed, value, teacher):
+        content = {"method": name, "seed": seed, "results": {"a": {"b": value}}}
+        content |= {"teacher_sha256": teacher} if teacher else {}
+        (tmp_path / "study" / f"{name}-{seed}.json").write_text(json.dumps(content))
+
+    for seed in (1, 2):
+        write("scratch", seed, 50.0, None)
+        write("fixed", seed, 60.0, "x")
+        write("mokd", seed, 61.0, "x" if seed == 1 else "y")
+        write("before", seed, 70.0, None)  # not recorded
+    rows = {row["method"]: row for row in summarize(load_study(path))}
+    assert rows["mokd"]["differences"]["fixed"] == {"difference": 1.0, "interval": None}
+    assert rows["mokd"]["differences"]["scratch"] == {"difference": 11.0, "interval": 0.0}
+    assert rows["before"]["differences"]["fixed"] == {"difference": None, "interval": None}
+    assert rows["mokd"]["teachers"] == ["x", "y"] and rows["before"]["teachers"] == []
