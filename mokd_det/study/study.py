@@ -133,7 +133,7 @@ def values_of(by_seed, metric):
 
 
 def _comparable(others, by_seed):
-    """Of the baseline's records those whose seed is there, and whose teacher, if any, is the same."""
+    """The baseline's records whose seed is there too, and whose teacher, if any, is the same."""
     return {
         seed: record
         for seed, record in others.items()
