@@ -204,7 +204,8 @@ def test_a_study_runs_what_is_missing_and_makes_its_table(study):
     assert paired["interval"] == pytest.approx(4.3027 / math.sqrt(3), rel=1e-4)
     assert rows["once"]["differences"]["plain"] == {"difference": 3, "interval": None}
     table = tool.format_table(loaded, tool.summarize(loaded))
-    teacher = hashlib.sha256(b"").hexdigest()[:8]
+    teacher = json.loads((loaded["folder"] / "teacher.json").read_text())["weights_sha256"][:8]
+    assert teacher == hashlib.sha256(b"").hexdigest()[:8]
     assert f"| with teacher | {teacher} | 3 | 57.00 (std 4.58) | +3.00 ± 2.48 |" in table
     assert f"| once | {teacher} | 1 | 55.00 | +3.00 |" in table
     assert "| plain |  | 3 | 54.00 " in table

@@ -97,7 +97,9 @@ def train_teachers(study):
             print(f"teacher: {config} ({seconds:.0f} s)", flush=True)
         results = json.loads((output / "results.json").read_text())
         name = "teacher" if len(study["teacher"]) == 1 else f"teacher_{Path(config).stem}"
-        write_json(study["folder"] / f"{name}.json", {"config": config, "results": results})
+        content = {"config": config, "results": results}
+        content["weights_sha256"] = sha256_of(output / "model_final.pth")
+        write_json(study["folder"] / f"{name}.json", content)
 
 
 def write_json(path, content):
