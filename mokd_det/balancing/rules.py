@@ -188,7 +188,7 @@ class ConstantDominance:
 
     smoothing = 0.98
 
-    def __init__(self, dominance=5.0, agreement=0.1):
+    def __init__(self, dominance=3.0, agreement=0.1):
         """
         Args:
             dominance (float): norm of the distillation's part in units of the task gradient's;

@@ -307,7 +307,7 @@ def add_mokd_config(cfg):
     cfg.MOKD.BALANCING.WEIGHTS = [1.0, 1.0]
     # Rule "constant_dominance": norm of the weighted distillation gradient in units of the task
     # gradient's.
-    cfg.MOKD.BALANCING.DOMINANCE = 5.0
+    cfg.MOKD.BALANCING.DOMINANCE = 3.0
     # Rules "aligned", "protected_min_norm" and "anchored": largest norm of the weighted
     # distillation gradient, in units of the task gradient's. With the latter two the task descends
     # in every step if it is below 1; "aligned" (CAP up to 1) turns its gradient by an angle with

@@ -163,10 +163,10 @@ def test_constant_dominance_frozen_numbers():
     gradients = torch.tensor([[0.05, (1 - 0.05**2) ** 0.5], [4.0, 0.0]]).double()
     weights = weights_of("constant_dominance", gradients, torch.ones(2), dominance=0.6)
     assert weights.tolist() == pytest.approx([1.0, 0.15 / 4])
-    # By default five times as long as the task's.
+    # By default three times as long as the task's.
     gradients = torch.tensor([[1.2, 1.6], [4.0, 0.0]]).double()
     weights = weights_of("constant_dominance", gradients, torch.ones(2))
-    assert weights.tolist() == pytest.approx([1.0, 2.5])
+    assert weights.tolist() == pytest.approx([1.0, 1.5])
     # One that conflicts gets nothing, the other all of the length.
     gradients = torch.tensor([[1.0, 0.0], [-1.0, 1.0], [1.0, 1.0]]).double()
     weights = weights_of("constant_dominance", gradients, torch.ones(3), dominance=1.0)
