@@ -302,10 +302,26 @@ def test_benchmark_of_teacher_options(tmp_path):
     assert all(name in done.stdout for name in options)
 
 
-def test_benchmark_needs_distillation(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["benchmark", "--config-file", CONFIGS["faster_rcnn"]])
+def test_benchmark_of_two_processes(tmp_path):
+    output = tmp_path / "bench.json"
+    launcher = ["torch.distributed.run", "--nproc-per-node", 2, "tools/benchmark.py"]
+    args = ["--config-file", CONFIGS["mokd"], "--size", 128, 128, "--batch", 1, "--rounds", 2]
+    done = run("-m", *launcher, *args, "--output", output, "MOKD.OUTPUTS.ENABLED", "False")
+    result = json.loads(output.read_text())
+    assert result["machine"]["processes"] == 2
+    variants = result["variants"]
+    assert "over processes" in variants.pop("torchjd")["error"]
+    assert set(variants) == {
+        *("student", "teacher_backbone", "fixed", "features", "parameters", "famo")
+    }
+    assert all(variant["vs_fixed"] > 0 for variant in variants.values())
+    assert done.stdout.count("fixed / (student + teacher_backbone)") == 1  # one process prints
+
+
+def test_benchmark_needs_distillation():
+    tool = load_script("tools/benchmark.py")
     with pytest.raises(ValueError, match="has MOKD.ENABLED False"):
-        load_script("tools/benchmark.py").main()
+        tool.main(tool.argument_parser().parse_args(["--config-file", CONFIGS["faster_rcnn"]]))
 
 
 def test_prepare_voc(tmp_path):

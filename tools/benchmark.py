@@ -20,6 +20,10 @@ are needed: images and boxes are random, and all weights stay as they are (learn
   famo              rule "famo": a second forward pass of the student
   torchjd           TorchJD's mtl_backward with MGDA on the same losses and features
 
+Several processes, each with --batch images (the figures are those of the first one):
+
+  torchrun --nproc-per-node 2 tools/benchmark.py --config-file ...
+
   python tools/benchmark.py --config-file ... --teacher-options
 
 compares the options of MOKD.TEACHER instead: the teacher alone, the whole training step, and how
@@ -43,13 +47,15 @@ from detectron2.engine import SimpleTrainer
 from detectron2.modeling import build_model
 from detectron2.solver import build_optimizer
 from detectron2.structures import BitMasks, Boxes, Instances
+from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage, get_event_storage
 from torch import nn
 
 from mokd_det.balancing import Boundary, build_boundary
 from mokd_det.config import find_config, get_cfg, load_config
-from mokd_det.engine import BalancedTrainer, DistillationTrainer
+from mokd_det.engine import BalancedTrainer, DistillationTrainer, launch
+from mokd_det.engine.trainer import wrap_distributed
 from mokd_det.modeling import build_teacher
 
 VARIANTS = ("student", "teacher_backbone", "fixed", "features", "parameters", "famo", "torchjd")
@@ -86,6 +92,7 @@ class FlatLosses(nn.Module):
     def __init__(self, model):
         super().__init__()
         self.model = model
+        self.device = model.device
 
     def forward(self, batch):
         return {k: v for parts in self.model(batch).values() for k, v in parts.items()}
@@ -103,8 +110,8 @@ class NoBoundary(Boundary):
 
 
 def random_batch(cfg, height, width, count):
-    """Random images with 8 random boxes (and masks) each, in Detectron2's format."""
-    generator = torch.Generator().manual_seed(0)
+    """Random images with 8 random boxes (and masks), in Detectron2's format; each rank its own."""
+    generator = torch.Generator().manual_seed(comm.get_rank())
     classes = cfg.MODEL.ROI_HEADS.NUM_CLASSES
     if cfg.MODEL.META_ARCHITECTURE == "RetinaNet":
         classes = cfg.MODEL.RETINANET.NUM_CLASSES
@@ -153,6 +160,7 @@ def build_steps(cfg, model, batch):
     no_boundary = NoBoundary(balancer=build_boundary().balancer)
     loader = Constant(batch)
     optimizer = build_optimizer(cfg, model)
+    distributed_model = wrap_distributed(model)
 
     def with_boundary(boundary, step):
         def run():
@@ -168,17 +176,22 @@ def build_steps(cfg, model, batch):
         except ValueError as error:
             return str(error)
         model.boundary = boundary
-        return with_boundary(boundary, _stepper(BalancedTrainer(model, loader, optimizer, 0)))
+        return with_boundary(
+            boundary, _stepper(BalancedTrainer(distributed_model, loader, optimizer, 0))
+        )
 
     def teacher_backbone():
         model.teacher.view(batch, model.input_format)
 
     student_optimizer = build_optimizer(cfg, model.student)
     steps = {
-        "student": _stepper(SimpleTrainer(model.student, loader, student_optimizer)),
+        "student": _stepper(
+            SimpleTrainer(wrap_distributed(model.student), loader, student_optimizer)
+        ),
         "teacher_backbone": teacher_backbone,
         "fixed": with_boundary(
-            no_boundary, _stepper(SimpleTrainer(FlatLosses(model), loader, optimizer))
+            no_boundary,
+            _stepper(SimpleTrainer(wrap_distributed(FlatLosses(model)), loader, optimizer)),
         ),
         "features": balanced(place="features", layers=(), gram="batch"),
         "parameters": balanced(place="parameters", gram="batch"),
@@ -186,6 +199,9 @@ def build_steps(cfg, model, batch):
     }
     if len(model.objectives) != 2:
         steps["torchjd"] = "this comparison is for one distillation objective: features or outputs"
+        return steps
+    if comm.get_world_size() > 1:
+        steps["torchjd"] = "TorchJD averages no gradients over processes"
         return steps
     try:
         step = torchjd_step(model, batch, optimizer, no_boundary)
@@ -236,16 +252,21 @@ def compare_teachers(cfg, model, batch, rounds):
     return result
 
 
+def print_once(*values):
+    if comm.is_main_process():
+        print(*values)
+
+
 def print_teachers(result):
     columns = f"{'seconds':>8} {'x plain':>8} {'step s':>8} {'x plain':>8} {'difference':>10}"
-    print(f"{'option':<23} {columns}")
+    print_once(f"{'option':<23} {columns}")
     keys = ("seconds", "vs_plain", "step_seconds", "step_vs_plain")
     for name, entry in result.items():
         if "error" in entry:
-            print(f"{name:<23} {entry['error']}")
+            print_once(f"{name:<23} {entry['error']}")
             continue
         numbers = " ".join(f"{entry[key]:8.3f}" for key in keys)
-        print(f"{name:<23} {numbers} {entry['difference']:10.2e}")
+        print_once(f"{name:<23} {numbers} {entry['difference']:10.2e}")
 
 
 def _stepper(trainer):
@@ -334,7 +355,12 @@ def peak_bytes(step, device, resident):
 
 def time_rounds(steps, rounds, device):
     """Return {name: seconds of each round}; all steps take turns, after two runs to warm up."""
-    synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+    def synchronise():
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        comm.synchronize()
+
     seconds = {name: [] for name in steps}
     for step in steps.values():
         step()
@@ -395,6 +421,7 @@ def machine(device):
     name = torch.cuda.get_device_name() if device.type == "cuda" else cpu
     return {
         "device": name,
+        "processes": comm.get_world_size(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -415,11 +442,12 @@ def argument_parser():
     )
     parser.add_argument("--output", default="", help="JSON file to write")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides KEY VALUE ...")
+    # One process, unless torchrun has started several.
+    parser.set_defaults(num_gpus=1, num_machines=1, machine_rank=0, dist_url=None)
     return parser
 
 
-def main():
-    args = argument_parser().parse_args()
+def main(args):
     if args.rounds < 2:
         raise ValueError(f"--rounds is {args.rounds}: expected 2 or more.")
     cfg = load_config(args.config_file, args.opts)
@@ -427,7 +455,7 @@ def main():
         raise ValueError(f"--config-file '{args.config_file}' has MOKD.ENABLED False.")
     if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
-        print("No GPU: MODEL.DEVICE is cpu.")
+        print_once("No GPU: MODEL.DEVICE is cpu.")
     seed_all_rng(0)
     model = build(cfg)
     batch = random_batch(cfg, *args.size, args.batch)
@@ -438,17 +466,17 @@ def main():
         "batch": args.batch,
         "rounds": args.rounds,
     }
-    print(f"{result['machine']}; {args.batch} images of {args.size[0]} x {args.size[1]}")
+    print_once(f"{result['machine']}; {args.batch} images of {args.size[0]} x {args.size[1]}")
     if args.teacher_options:
         with EventStorage():
             result["teacher_options"] = compare_teachers(cfg, model, batch, args.rounds)
         print_teachers(result["teacher_options"])
     else:
         result |= compare_variants(args, cfg, model, batch)
-    if args.output:
+    if args.output and comm.is_main_process():
         with open(args.output, "w") as f:
             json.dump(result, f, indent=1)
-        print(args.output)
+        print_once(args.output)
 
 
 def compare_variants(args, cfg, model, batch):
@@ -459,20 +487,20 @@ def compare_variants(args, cfg, model, batch):
         variants, seconds = measure(model, wanted, args.rounds, model.device)
     ratios = compare(variants, seconds)
     columns = f"{'seconds':>8} {'quartiles':>15} {'x fixed':>8} {'MiB':>7} {'x fixed':>8}"
-    print(f"{'variant':<17} {columns}")
+    print_once(f"{'variant':<17} {columns}")
     for name, entry in variants.items():
         if "error" in entry:
-            print(f"{name:<17} {entry['error']}")
+            print_once(f"{name:<17} {entry['error']}")
             continue
         low, high = entry["quartiles"]
-        print(
+        print_once(
             f"{name:<17} {entry['seconds']:8.3f} {low:7.3f}-{high:7.3f} {entry['vs_fixed']:8.3f} "
             f"{entry['peak_bytes'] / 2**20:7.0f} {entry['memory_vs_fixed']:8.3f}"
         )
     for name, value in ratios.items():
-        print(f"{name}: {value:.3f}")
+        print_once(f"{name}: {value:.3f}")
     return {"variants": variants, "ratios": ratios, "seconds_of_rounds": seconds}
 
 
 if __name__ == "__main__":
-    main()
+    launch(main, argument_parser().parse_args())
