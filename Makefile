@@ -8,12 +8,13 @@ UV_VERSION := 0.13.9
 .PHONY: help env demo demo-classification test lint pins clean
 
 help:
-	@echo "make demo   from nothing to a distilled tree detector (some 20 minutes or more on 2 CPU cores)"
+	@echo "make demo   from nothing to a distilled tree detector (20 to 45 minutes on 2 CPU cores)"
 	@echo "make demo-classification   the same for digits, three seeds (minutes)"
 	@echo "make test   the test suite"
 	@echo "make env    only the set-up, in $(VENV)"
 	@echo "make lint   ruff over the code"
 	@echo "make pins   resolve the newest versions into requirements.txt"
+	@echo "make clean  delete $(VENV) and output/, all runs in it included"
 
 env: $(VENV)/installed
 
@@ -40,7 +41,7 @@ lint: env
 
 pins: env
 	$(UV) pip compile --universal --python-version 3.10 --upgrade --no-annotate --no-header --quiet \
-	    --extra detectron2 --extra balancers --extra studies --extra onnx --extra dev pyproject.toml -o requirements.txt
+	    --extra detectron2 --extra balancers --extra studies --extra timm --extra onnx --extra dev pyproject.toml -o requirements.txt
 	sed -i.bak "1i # Pinned environment of 'make env'. Remade by: make pins" requirements.txt && rm requirements.txt.bak
 
 clean:

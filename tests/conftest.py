@@ -55,6 +55,8 @@ TREE_OPTS = [
     0,
     "SEED",
     7,
+    "DATALOADER.RESUMABLE",  # without a teacher: Detectron2's own loader and step
+    False,
     "MOKD.OUTPUTS.ENABLED",  # tests of outputs ask for them
     False,
 ]

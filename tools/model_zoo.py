@@ -36,7 +36,7 @@ those that the study file gives a commit are of older code, and run from it only
 NOT_RUN = """## Recipes that were not run here
 
 There was no GPU. Each file builds, trains and evaluates on small data in the tests; its twin
-without a teacher is the same command with `MOKD.ENABLED False`.
+without a teacher is the same command with `MOKD.ENABLED False DATALOADER.RESUMABLE True`.
 
 | config | command |
 |---|---|

@@ -125,8 +125,9 @@ def add_mokd_config(cfg):
     cfg.MODEL.CLASSIFIER.LABEL_SMOOTHING = 0.0
 
     # ---------------------------------------------------------------------------------------- #
-    # How a step is computed, with and without a teacher. Anything but the defaults uses our step
-    # instead of Detectron2's also if MOKD.ENABLED is False: for a twin trained in the same way.
+    # How a step is computed, with and without a teacher. If MOKD.ENABLED is False, a detector has
+    # Detectron2's own loader and step, unless an option that those do not know is set (MICRO_BATCHES,
+    # EMA_DECAY, bfloat16, CHECKPOINTING, COMPILE), or DATALOADER.RESUMABLE, as twins want it.
     # ---------------------------------------------------------------------------------------- #
     # What SOLVER.MAX_ITER, STEPS, WARMUP_ITERS and CHECKPOINT_PERIOD, and TEST.EVAL_PERIOD count:
     # "iteration", or "epoch" (as many images as the training set has).
@@ -182,8 +183,8 @@ def add_mokd_config(cfg):
     cfg.MOKD.TEACHER.TORCHSCRIPT.PIXEL_STD = [58.395, 57.12, 57.375]
     cfg.MOKD.TEACHER.TORCHSCRIPT.SIZE_DIVISIBILITY = 32
     # Instead of a config, for classifiers: the teacher's MODEL.CLASSIFIER.NAME. TEACHER.WEIGHTS is
-    # then "DEFAULT", the name of a weight enum, or a file. It sees images as those weights want
-    # (from a file: as ImageNet's weights do).
+    # then "DEFAULT", the name of a weight enum, or a file. Images are normalised as those
+    # weights want (from a file: as ImageNet's weights do).
     cfg.MOKD.TEACHER.CLASSIFIER = ""
     # Classifiers: side of the images that the teacher sees, in pixels. 0: the student's.
     cfg.MOKD.TEACHER.IMAGE_SIZE = 0
@@ -289,7 +290,7 @@ def add_mokd_config(cfg):
     cfg.MOKD.BALANCING.LAYERS = []
     # What the rule sees: "batch", the gradients of the batch with their noise; or "signal",
     # unbiased products across SOLVER.MICRO_BATCHES and processes (PLACE "parameters", at least
-    # two of them), which wants SMOOTHING.
+    # two of them), which are noisy: for rules without a running mean of their own set SMOOTHING.
     cfg.MOKD.BALANCING.GRAM = "batch"
     # Share of the past, in [0, 1), in the running means that the rule sees: the geometric of the
     # norms' ratios, the arithmetic of the cosines, which starts from 0 (with GRAM "signal": of the

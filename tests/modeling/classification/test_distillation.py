@@ -13,7 +13,7 @@ from mokd_det.config import load_config
 from mokd_det.data.classification import Batch
 from mokd_det.engine import DistillationTrainer
 from mokd_det.modeling import Classifier
-from mokd_det.modeling.classification import build_classifier_teacher
+from mokd_det.modeling.classification import build_classifier_teacher, build_network
 from mokd_det.modeling.classification.taps import (
     PRE_LOGITS,
     TapShape,
@@ -308,6 +308,23 @@ def test_a_transformer_as_teacher_at_its_own_resolution(build, tmp_path, taps):
     model = build(opts)
     assert model.teacher.image_size == 48 and model.teacher.is_resized
     gradients(model)
+
+
+def test_timms_networks_teach_each_other(build, tmp_path):
+    pytest.importorskip("timm")
+    teacher = build_network("timm.resnet18", 10)
+    torch.save(teacher.state_dict(), tmp_path / "resnet.pth")
+    opts = ["MODEL.CLASSIFIER.NAME", "timm.vit_tiny_patch16_224"]
+    opts += ["MODEL.CLASSIFIER.OPTIONS", "{img_size: 32, depth: 2}"]
+    opts += ["MOKD.TEACHER.CONFIG_FILE", "", "MOKD.TEACHER.CLASSIFIER", "timm.resnet18"]
+    opts += ["MOKD.TEACHER.WEIGHTS", str(tmp_path / "resnet.pth")]
+    opts += ["MOKD.FEATURES.STUDENT", ["blocks.0", "pre_logits"]]
+    model = build([*opts, "MOKD.FEATURES.TEACHER", ["layer3", "pre_logits"]])
+    state = model.teacher.model.network.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in teacher.state_dict().items())
+    assert set(model(digit_batch())) == {"task", "features", "outputs"}
+    gradients(model)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.student.parameters())
 
 
 def test_teacher_sees_the_same_images_under_its_own_normalisation(make_digits_cfg):
