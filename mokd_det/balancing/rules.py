@@ -8,6 +8,19 @@ float64 CPU tensor and a (K,) one, where index 0 is the task. The update of the 
 rule sees finite, non-vanishing gradients and positive finite losses. Rules with a state (``famo``,
 ``look_ahead``) live in modules of their own and say how it changes.
 
+What else a rule may have, if it wants it:
+
+* ``smoothing``: the default of MOKD.BALANCING.SMOOTHING for it;
+* ``check_objectives(count)``: raises ValueError for a number of objectives that it has no answer
+  for, before training;
+* ``reads_gradients = False``: vanishing gradients are no special case for it;
+* ``needs_gradients = True`` and ``observe(gradients)``: called before ``weights`` with the
+  gradients themselves (K lists of tensors; place "parameters" only);
+* ``needs_second_forward = True`` and ``update(before, after)``: called after the model's step with
+  the (K,) losses of the batch before and after it;
+* ``state_dict()``, ``load_state_dict(state)``: what is resumed, and undone if mixed precision skips
+  the step.
+
 Sources: MoKD (arXiv 2505.08170, withdrawn by its authors), DTO-KD (ICLR 2026), MGDA (Sener &
 Koltun 2018), CAGrad (Liu et al. 2021), IMTL (Liu et al., ICLR 2021), gradient cosine (Du et al.
 2018, arXiv 1812.02224).

@@ -126,8 +126,9 @@ def add_mokd_config(cfg):
 
     # ---------------------------------------------------------------------------------------- #
     # How a step is computed, with and without a teacher. If MOKD.ENABLED is False, a detector has
-    # Detectron2's own loader and step, unless an option that those do not know is set (MICRO_BATCHES,
-    # EMA_DECAY, bfloat16, CHECKPOINTING, COMPILE), or DATALOADER.RESUMABLE, as twins want it.
+    # Detectron2's own loader and step, unless an option that those do not know is set
+    # (MICRO_BATCHES, EMA_DECAY, bfloat16, CHECKPOINTING, COMPILE), or DATALOADER.RESUMABLE, as
+    # twins want it.
     # ---------------------------------------------------------------------------------------- #
     # What SOLVER.MAX_ITER, STEPS, WARMUP_ITERS and CHECKPOINT_PERIOD, and TEST.EVAL_PERIOD count:
     # "iteration", or "epoch" (as many images as the training set has).
