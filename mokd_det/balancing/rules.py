@@ -181,17 +181,18 @@ class ConstantDominance:
     """
     The task's gradient and a distillation that is always equally dominant (ours).
 
-    With unit gradients ``u_i`` and ``cos_k = max(<u_k, u_task>, 0)`` the distillation's direction
-    is ``d = sum_k cos_k u_k / |sum_k cos_k u_k|``: each gradient in proportion to its agreement
-    with the task, and without those that conflict. (If they are orthogonal to each other, that is
-    the direction of the task gradient's projection onto their span.) The update is
+    With unit gradients ``u_i``, ``cos_k = max(<u_k, u_task>, 0)`` and the trust ``t_k =
+    min(cos_k / agreement, 1)^2`` the distillation's direction is that of ``sum_k t_k cos_k u_k``:
+    each gradient in proportion to its agreement with the task, without those that conflict, and
+    hardly those whose cosine is below ``agreement``, since gradients that have nothing to do with
+    the task agree with it, too, a little and by chance. (Of trusted ones that are orthogonal to
+    each other, it is the direction of the task gradient's projection onto their span.) With the
+    unit vector ``d`` of that direction, the update is
 
-        ``g_task + dominance |g_task| d``
+        ``g_task + dominance max_k(t_k) |g_task| d``
 
     Since ``<d, g_task> >= 0``, it improves the task to first order at least as much as the task's
-    gradient alone, however dominant the teacher is. If even the best cosine is below ``agreement``,
-    ``dominance`` is multiplied by ``(cosine / agreement)^2``: a teacher that has nothing to do with
-    the task agrees with it, too, a little and by chance. Min-norm rules prefer the gradient that
+    gradient alone, however dominant the teacher is. Min-norm rules prefer the gradient that
     agrees *least*, since that makes the norm small. The scale of the losses is irrelevant.
 
     All this is said of running means of the norms' ratios and of the cosines
@@ -206,14 +207,16 @@ class ConstantDominance:
         Args:
             dominance (float): norm of the distillation's part in units of the task gradient's;
                 > 0.
-            agreement (float): cosine from which on ``dominance`` is used in full; in (0, 1].
+            agreement (float): cosine from which on a gradient is trusted in full; in (0, 1].
         """
         self.dominance = _positive("MOKD.BALANCING.DOMINANCE", dominance)
         self.agreement = _agreement(agreement)
 
     def weights(self, gram, losses):
-        direction, best = _agreeing(gram)
-        return _scaled_to(direction, gram, self.dominance * min(best / self.agreement, 1.0) ** 2)
+        direction, cosines = _agreeing(gram)
+        trust = (cosines / self.agreement).clamp_max(1) ** 2
+        direction[1:] *= trust
+        return _scaled_to(direction, gram, self.dominance * trust.max())
 
 
 @BALANCERS.register("aligned")
@@ -221,9 +224,9 @@ class Aligned:
     """
     The task's gradient, turned towards what the distillation knows beyond it (ours).
 
-    Of the distillation's direction ``d`` (:class:`ConstantDominance`) the part orthogonal to the
-    task's gradient, whose direction is ``u_task``, is added, and the sum gets the length of the
-    task's gradient:
+    Of the distillation's direction ``d``, that of ``sum_k cos_k u_k`` with unit gradients ``u_k``
+    and ``cos_k = max(<u_k, u_task>, 0)``, the part orthogonal to the task's gradient is added, and
+    the sum gets the length of the task's gradient:
 
         ``update = |g_task| (u_task + a) / |u_task + a|``, ``a = cap (d - <d, u_task> u_task)``
 
@@ -247,8 +250,9 @@ class Aligned:
         self.agreement = _agreement(agreement)
 
     def weights(self, gram, losses):
-        direction, best = _agreeing(gram)
-        weights = _scaled_to(direction, gram, self.cap * min(best / self.agreement, 1.0))
+        direction, cosines = _agreeing(gram)
+        full = (cosines.max() / self.agreement).clamp_max(1)
+        weights = _scaled_to(direction, gram, self.cap * full)
         # Without what the distillation adds along the task's gradient.
         weights[0] -= (weights[1:] @ gram[1:, 0] / gram[0, 0]).clamp_max(1)
         return _rescale_task_norm(weights, gram)
@@ -304,11 +308,11 @@ def _agreement(agreement):
 def _agreeing(gram):
     """
     Weights of one for the task and of ``cos_k |g_task| / |g_k|`` for the others, none for those
-    that conflict with it; and the largest cosine, at least 0.
+    that conflict with it; and the others' cosines with it, (K - 1,), at least 0.
     """
     norms = gram.diagonal().sqrt()
     cosines = (gram[0, 1:] / norms[1:] / norms[0]).clamp(0, 1)
-    return torch.cat([gram.new_ones(1), cosines * norms[0] / norms[1:]]), float(cosines.max())
+    return torch.cat([gram.new_ones(1), cosines * norms[0] / norms[1:]]), cosines
 
 
 def _distillation_norm(weights, gram):

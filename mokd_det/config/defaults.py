@@ -315,9 +315,10 @@ def add_mokd_config(cfg):
     # in every step if it is below 1; "aligned" (CAP up to 1) turns its gradient by an angle with
     # this tangent at most, 45 degrees.
     cfg.MOKD.BALANCING.CAP = 1.0
-    # Rules "constant_dominance" and "aligned": cosine with the task gradient, of the distillation
-    # gradient that agrees best, from which on DOMINANCE or CAP is used in full. Below, DOMINANCE
-    # falls with the cosine's square, CAP in proportion.
+    # Rules "constant_dominance" and "aligned": cosine with the task gradient, from which on a
+    # distillation gradient is trusted in full. Below, its part falls with the cosine's square, and
+    # so does DOMINANCE if none is trusted. ("aligned": CAP falls with the best one's cosine, in
+    # proportion.)
     cfg.MOKD.BALANCING.AGREEMENT = 0.1
     # Rule "min_norm": False is the literal formula, with weights outside [0, 1].
     cfg.MOKD.BALANCING.CLIP = True

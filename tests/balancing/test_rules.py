@@ -126,12 +126,17 @@ def test_protected_rules_keep_the_task_descending_and_bounded(name, count):
         assert (task + aid) @ task >= 0.5 * (task @ task) * (1 - 1e-9)
 
 
-def cosines_in_proportion(weights, gradients):
-    """Assert that each gradient counts by its cosine with the task's, if positive; return them."""
+def cosines_in_proportion(weights, gradients, trust_below=None):
+    """
+    Assert that each gradient counts by its cosine with the task's, if positive, and below
+    ``trust_below`` by the cube; return the cosines.
+    """
     norms = gradients.norm(dim=1)
     cosines = gradients[1:] @ gradients[0] / norms[1:] / norms[0]
     assert torch.equal(weights[1:] > 0, cosines > 0)
     parts, direction = weights[1:] * norms[1:], cosines.clamp_min(0)
+    if trust_below is not None:
+        direction = torch.where(direction < trust_below, direction**3 / trust_below**2, direction)
     assert torch.allclose(parts / parts.sum().clamp_min(1e-9) * direction.sum(), direction)
     return cosines
 
@@ -143,7 +148,7 @@ def test_constant_dominance_adds_what_agrees_with_the_task(count, dominance):
         gradients, losses = random_gradients(seed, count)
         weights = weights_of("constant_dominance", gradients, losses, dominance=dominance)
         task, aid = gradients[0], weights[1:] @ gradients[1:]
-        cosines = cosines_in_proportion(weights, gradients)
+        cosines = cosines_in_proportion(weights, gradients, trust_below=0.1)
         assert weights[0] == 1
         # As long as it is to be.
         length = dominance * (float(cosines.max().clamp(0, 0.1)) / 0.1) ** 2
@@ -163,6 +168,12 @@ def test_constant_dominance_frozen_numbers():
     gradients = torch.tensor([[0.05, (1 - 0.05**2) ** 0.5], [4.0, 0.0]]).double()
     weights = weights_of("constant_dominance", gradients, torch.ones(2), dominance=0.6)
     assert weights.tolist() == pytest.approx([1.0, 0.15 / 4])
+    # Orthogonal to each other, with cosines of 0.6 and 0.05: the latter is trusted by a quarter, so
+    # that their parts are as 0.6 to 0.0125, and not as 0.6 to 0.05.
+    gradients = torch.tensor([[0.6, 0.05, 0.6375**0.5], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]).double()
+    weights = weights_of("constant_dominance", gradients, torch.ones(3), dominance=1.0)
+    assert weights[2] / weights[1] == pytest.approx(0.0125 / 0.6, rel=1e-6)
+    assert (weights[1:] @ gradients[1:]).norm() == pytest.approx(1.0, rel=1e-6)
     # By default three times as long as the task's.
     gradients = torch.tensor([[1.2, 1.6], [4.0, 0.0]]).double()
     weights = weights_of("constant_dominance", gradients, torch.ones(2))
