@@ -324,6 +324,16 @@ def test_benchmark_needs_distillation():
         tool.main(tool.argument_parser().parse_args(["--config-file", CONFIGS["faster_rcnn"]]))
 
 
+def test_teacher_options_are_compared_in_one_process(monkeypatch):
+    tool = load_script("tools/benchmark.py")
+    monkeypatch.setattr(tool.comm, "get_world_size", lambda: 2)
+    args = tool.argument_parser().parse_args(
+        ["--config-file", CONFIGS["mokd"], "--teacher-options"]
+    )
+    with pytest.raises(ValueError, match="--teacher-options compares within one process"):
+        tool.main(args)
+
+
 def test_prepare_voc(tmp_path):
     from .data.test_data import write_voc
 

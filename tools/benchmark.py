@@ -383,7 +383,8 @@ def measure(model, steps, rounds, device):
         try:
             steps[variant]()  # first runs allocate, choose kernels, compile
         except (RuntimeError, NotImplementedError) as error:
-            if variant == "fixed":  # nothing to compare with: no result
+            # Nothing to compare with; or other processes that would wait for this one.
+            if variant == "fixed" or comm.get_world_size() > 1:
                 raise
             result[variant] = {"error": f"{type(error).__name__}: {error}"}
             del seconds[variant]
@@ -450,6 +451,10 @@ def argument_parser():
 def main(args):
     if args.rounds < 2:
         raise ValueError(f"--rounds is {args.rounds}: expected 2 or more.")
+    if args.teacher_options and comm.get_world_size() > 1:
+        raise ValueError(
+            "--teacher-options compares within one process: start it without torchrun."
+        )
     cfg = load_config(args.config_file, args.opts)
     if not cfg.MOKD.ENABLED:
         raise ValueError(f"--config-file '{args.config_file}' has MOKD.ENABLED False.")

@@ -257,3 +257,13 @@ def test_bad_jitter_options(opts, message):
     cfg = load_config("configs/Base-RCNN-FPN.yaml", ["INPUT.LSJ.ENABLED", True, *opts])
     with pytest.raises(ValueError, match=message):
         build_train_mapper(cfg)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["Quick-Start/student_scratch", "Quick-Start/student_mokd"]
+    + ["Blood-Cells/student_retinanet", "Blood-Cells/mokd_faster_rcnn_to_retinanet"],
+)
+def test_twins_see_the_same_images(name):
+    """Without it, the student from scratch has Detectron2's own loader, and other augmentations."""
+    assert load_config(f"configs/{name}.yaml").DATALOADER.RESUMABLE
