@@ -22,6 +22,8 @@ class Balancer:
 
     Attributes:
         weights (Tensor or None): (K,), of the latest step that computed them, before the schedule.
+        own (Tensor or None): (K,), of the same step, for parameters that one objective has for
+            itself; None if those are the weights.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class Balancer:
         self.steps = steps
         self.step = 0
         self.weights = None
+        self.own = None
         self._running = RunningGram(smoothing)
         self._mean = None  # plain running means of (batch Gram, signal Gram)
         self._count = 0
@@ -106,7 +109,7 @@ class Balancer:
             losses (Tensor): (K,) values of the objectives.
             signal (Tensor): (K, K) of :func:`signal_gram`, which the rule is to see instead.
             gradients (list[list[Tensor]]): for rules that ask for them.
-            agree (callable): from this process's weights to those of all.
+            agree (callable): from this process's tensor to that of all.
 
         Returns:
             Balance
@@ -125,12 +128,17 @@ class Balancer:
             if gradients is not None:
                 self.rule.observe(gradients)
         result = balance(self.rule, seen, losses, self.rescale)
-        weights = agree(result.weights) if agree else result.weights
+        weights, own = result.weights, result.own
+        if agree:
+            # Each rank decided for itself, so all of them have ``own`` or none.
+            weights, own = agree(torch.stack([weights, result.own_weights]))
+            own = None if result.own is None else own
         if finite:  # the weights of a step that is thrown away are not kept for later ones
-            self.weights = weights
+            self.weights, self.own = weights, own
         return dataclasses.replace(
             result,
             weights=self._scheduled(weights),
+            own=own,
             gram=gram,
             parts=parts,
             seen=None if seen is gram else seen,
@@ -144,7 +152,7 @@ class Balancer:
         Returns:
             Balance: the latest weights; the losses stay on their device.
         """
-        return Balance(self._scheduled(self.weights), None, losses.detach())
+        return Balance(self._scheduled(self.weights), None, losses.detach(), own=self.own)
 
     def _scheduled(self, weights):
         if self.schedule == (1.0, 1.0):
@@ -171,6 +179,7 @@ class Balancer:
             "rule_name": self.rule_name,
             "step": self.step,
             "weights": self.weights,
+            "own": self.own,
             "mean": self._mean,
             "count": self._count,
             "running": self._running.state_dict(),
@@ -190,6 +199,7 @@ class Balancer:
             )
         self.step = state["step"]
         self.weights = state["weights"]
+        self.own = state.get("own")  # not in checkpoints of before there were such rules
         self._mean = state["mean"]
         self._count = state["count"]
         if "running" in state:  # not in checkpoints of before there was such a mean

@@ -5,10 +5,11 @@ Balancing at shared features, inside one ordinary ``backward()``.
 The features that all objectives share pass through a boundary, which gives each objective its own
 copy. In the backward pass the boundary receives every objective's gradient at once, asks the rule
 for weights, and sends the weighted sum on. So heads get the task gradient; what lies before the
-boundary (backbone and FPN) gets the balanced one. Parameters that a distillation objective has for
-itself (projectors) or uses besides the task (a head, to match outputs) get that objective's
-gradient with its weight, through copies that pass the boundary, too: every parameter's gradient is
-that of the weighted sum of losses. There is one graph and one backward pass, hence nothing that
+boundary (backbone and FPN) gets the balanced one. Parameters that a distillation objective uses
+besides the task (a head, to match outputs) get that objective's gradient with its weight, through
+copies that pass the boundary, too: every parameter of the student gets the gradient of the weighted
+sum of losses. So do parameters that an objective has for itself (projectors), unless the rule says
+otherwise (``own_weights``). There is one graph and one backward pass, hence nothing that
 DistributedDataParallel, GradScaler or gradient accumulation would have to know about.
 """
 
@@ -62,7 +63,7 @@ class Boundary:
         if micro_batches > 1:
             self._factor = (1.0 if scale is None else scale) / micro_batches
 
-    def split(self, features, objectives, names=None, extra=None):
+    def split(self, features, objectives, names=None, extra=None, own=()):
         """
         Args:
             features (list[Tensor]): the shared features, of any shapes. They may depend on each
@@ -72,6 +73,8 @@ class Boundary:
             extra (dict[int, list[Parameter]]): by objective: parameters that are not shared by
                 all, but used by this objective: projectors, a head. They do not count in the
                 measurement; what the objective adds to their gradient is multiplied by its weight.
+            own (sequence[int]): objectives whose ``extra`` parameters nothing else uses: theirs
+                is ``Balance.own_weights``.
 
         Returns:
             list[list[Tensor]]: K copies of ``features`` that share their memory, each followed by
@@ -145,12 +148,12 @@ class FeatureBoundary(Boundary):
         super().start(micro_batches, scale)
         self._balances = []
 
-    def split(self, features, objectives, names=None, extra=None):
+    def split(self, features, objectives, names=None, extra=None, own=()):
         self.names = list(names or map(str, range(len(features))))
         extra = extra or {}
         owners = [i for i, parameters in extra.items() for _ in parameters]
         parameters = [p for i in extra for p in extra[i]]
-        copies = _Split.apply(self, objectives, owners, *features, *parameters)
+        copies = _Split.apply(self, objectives, owners, own, *features, *parameters)
         count = len(features)
         rest = copies[objectives * count :]
         return [
@@ -185,7 +188,7 @@ class FeatureBoundary(Boundary):
         else:
             balance = self.balancer.reuse(self._losses)
         self._balances.append(balance)
-        return balance.weights.tolist()
+        return balance
 
 
 MISSED = (
@@ -196,10 +199,11 @@ MISSED = (
 
 class _Split(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, boundary, objectives, owners, *tensors):
+    def forward(ctx, boundary, objectives, owners, own, *tensors):
         ctx.boundary = boundary
         ctx.objectives = objectives
         ctx.owners = owners  # objectives of the last tensors; the others are for all of them
+        ctx.own = own
         ctx.set_materialize_grads(False)
         count = len(tensors) - len(owners)
         features, extra = tensors[:count], tensors[count:]
@@ -210,10 +214,25 @@ class _Split(torch.autograd.Function):
     def backward(ctx, *gradients):
         count = (len(gradients) - len(ctx.owners)) // ctx.objectives
         by_objective = [gradients[i * count : (i + 1) * count] for i in range(ctx.objectives)]
-        weights = ctx.boundary._weigh(by_objective)
+        balance = ctx.boundary._weigh(by_objective)
         extra = gradients[len(gradients) - len(ctx.owners) :]
-        weighted = [combine([weights[i]], [[g]])[0] for i, g in zip(ctx.owners, extra)]
-        return (None, None, None, *combine(weights, by_objective), *weighted)
+        factors = extra_weights(balance, ctx.own)
+        weighted = [combine([factors[i]], [[g]])[0] for i, g in zip(ctx.owners, extra)]
+        combined = combine(balance.weights.tolist(), by_objective)
+        return (None, None, None, None, *combined, *weighted)
+
+
+def extra_weights(balance, own):
+    """
+    Args:
+        balance (Balance):
+        own (sequence[int]): objectives whose extra parameters nothing else uses.
+
+    Returns:
+        list[float]: K factors of the gradients of the objectives' extra parameters.
+    """
+    pairs = enumerate(zip(balance.weights.tolist(), balance.own_weights.tolist()))
+    return [for_itself if i in own else weight for i, (weight, for_itself) in pairs]
 
 
 def combine(weights, gradients):

@@ -11,7 +11,7 @@ import itertools
 import torch
 import torch.distributed as dist
 
-from .boundary import MISSED, Boundary, combine, ranks
+from .boundary import MISSED, Boundary, combine, extra_weights, ranks
 from .gram import gram_matrix, signal_gram
 
 __all__ = ["ParameterBoundary"]
@@ -86,12 +86,13 @@ class ParameterBoundary(Boundary):
         self._extra = {}  # (objective, parameter) -> sum of what the objective adds to its gradient
         self._balance = None
 
-    def split(self, features, objectives, names=None, extra=None):
+    def split(self, features, objectives, names=None, extra=None, own=()):
         self.names = list(names or map(str, range(len(features))))
         extra = extra or {}
         if not torch.is_grad_enabled():  # a forward pass for its losses only
             return [[*features, *extra.get(i, ())] for i in range(objectives)]
         self._features = features
+        self._own = own
         # Leaves: the backward pass of the losses ends here.
         self._copies = [_leaves(features) for _ in range(objectives)]
         self._extra_copies = [
@@ -153,9 +154,9 @@ class ParameterBoundary(Boundary):
             self._balance = self._decide([[g[i] for i in measured] for g in gradients], losses)
             self._set(shared, combine(self._balance.weights.tolist(), gradients))
         self._set(others, rest)
-        weights = self._balance.weights.tolist()
+        factors = extra_weights(self._balance, self._own)
         for (i, parameter), gradient in zip(self._extra, rest[len(others) :]):
-            parameter.grad = _sum(parameter.grad, combine([weights[i]], [[gradient]])[0])
+            parameter.grad = _sum(parameter.grad, combine([factors[i]], [[gradient]])[0])
         self._extra = {}
         self.last = self._balance
         self.balancer.end_step()

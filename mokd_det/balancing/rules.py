@@ -11,6 +11,8 @@ rule sees finite, non-vanishing gradients and positive finite losses. Rules with
 What else a rule may have, if it wants it:
 
 * ``smoothing``: the default of MOKD.BALANCING.SMOOTHING for it;
+* ``own_weights(gram) -> (K,)``: factors of the objectives' gradients for parameters that one
+  objective has for itself (projectors); without it they are the weights;
 * ``check_objectives(count)``: raises ValueError for a number of objectives that it has no answer
   for, before training;
 * ``reads_gradients = False``: vanishing gradients are no special case for it;
@@ -182,12 +184,11 @@ class ConstantDominance:
     The task's gradient and a distillation that is always equally dominant (ours).
 
     With unit gradients ``u_i``, ``cos_k = max(<u_k, u_task>, 0)`` and the trust ``t_k =
-    min(cos_k / agreement, 1)^2`` the distillation's direction is that of ``sum_k t_k cos_k u_k``:
-    each gradient in proportion to its agreement with the task, without those that conflict, and
-    hardly those whose cosine is below ``agreement``, since gradients that have nothing to do with
-    the task agree with it, too, a little and by chance. (Of trusted ones that are orthogonal to
-    each other, it is the direction of the task gradient's projection onto their span.) With the
-    unit vector ``d`` of that direction, the update is
+    min(cos_k / agreement, 1)^2`` the distillation's direction is that of ``sum_k t_k u_k``: equal
+    shares for gradients that agree with the task, none for those that conflict, and hardly any for
+    those whose cosine is below ``agreement``, since gradients that have nothing to do with the task
+    agree with it, too, a little and by chance. With the unit vector ``d`` of that direction, the
+    update is
 
         ``g_task + dominance max_k(t_k) |g_task| d``
 
@@ -198,6 +199,11 @@ class ConstantDominance:
     All this is said of running means of the norms' ratios and of the cosines
     (:class:`RunningGram`), not of each batch: in a batch that the student happens to have right
     already the task's gradient is short, and the teacher's is as good as in any other.
+
+    A parameter that an objective has for itself learns at the task's pace, trusted or not: its
+    gradient is multiplied by ``|g_task| / |g_k|`` and not by the weight. A projector that learned
+    with the weight would stay random where that is zero, and randomly projected features agree with
+    nothing, so the weight would stay zero.
     """
 
     smoothing = 0.98
@@ -213,10 +219,12 @@ class ConstantDominance:
         self.agreement = _agreement(agreement)
 
     def weights(self, gram, losses):
-        direction, cosines = _agreeing(gram)
-        trust = (cosines / self.agreement).clamp_max(1) ** 2
-        direction[1:] *= trust
-        return _scaled_to(direction, gram, self.dominance * trust.max())
+        trust = (_agreement_of(gram) / self.agreement).clamp_max(1) ** 2
+        return _scaled_to(_of_units(trust, gram), gram, self.dominance * trust.max())
+
+    def own_weights(self, gram):
+        norms = gram.diagonal().sqrt()
+        return norms[0] / norms
 
 
 @BALANCERS.register("aligned")
@@ -250,9 +258,9 @@ class Aligned:
         self.agreement = _agreement(agreement)
 
     def weights(self, gram, losses):
-        direction, cosines = _agreeing(gram)
+        cosines = _agreement_of(gram)
         full = (cosines.max() / self.agreement).clamp_max(1)
-        weights = _scaled_to(direction, gram, self.cap * full)
+        weights = _scaled_to(_of_units(cosines, gram), gram, self.cap * full)
         # Without what the distillation adds along the task's gradient.
         weights[0] -= (weights[1:] @ gram[1:, 0] / gram[0, 0]).clamp_max(1)
         return _rescale_task_norm(weights, gram)
@@ -305,14 +313,16 @@ def _agreement(agreement):
     return agreement
 
 
-def _agreeing(gram):
-    """
-    Weights of one for the task and of ``cos_k |g_task| / |g_k|`` for the others, none for those
-    that conflict with it; and the others' cosines with it, (K - 1,), at least 0.
-    """
+def _agreement_of(gram):
+    """Cosines of the distillation gradients with the task's, (K - 1,); 0 for conflict."""
     norms = gram.diagonal().sqrt()
-    cosines = (gram[0, 1:] / norms[1:] / norms[0]).clamp(0, 1)
-    return torch.cat([gram.new_ones(1), cosines * norms[0] / norms[1:]]), cosines
+    return (gram[0, 1:] / norms[1:] / norms[0]).clamp(0, 1)
+
+
+def _of_units(parts, gram):
+    """Weights of the sum ``g_task + |g_task| sum_k parts_k u_k``, with unit gradients ``u_k``."""
+    norms = gram.diagonal().sqrt()
+    return torch.cat([gram.new_ones(1), parts * norms[0] / norms[1:]])
 
 
 def _distillation_norm(weights, gram):
@@ -376,6 +386,8 @@ class Balance:
         seen (Tensor or None): the Gram matrix that the rule saw, where it is not ``gram``:
             smoothed, or the signal's.
         parts (Tensor or None): (P, K, K), ``gram`` before it was summed over levels.
+        own (Tensor or None): (K,), factors for parameters that one objective has for itself; None
+            if those are ``weights``.
     """
 
     weights: torch.Tensor
@@ -384,6 +396,11 @@ class Balance:
     fallback: str = ""
     seen: torch.Tensor | None = None
     parts: torch.Tensor | None = None
+    own: torch.Tensor | None = None
+
+    @property
+    def own_weights(self):
+        return self.weights if self.own is None else self.own
 
 
 def balance(rule, gram, losses, rescale="none"):
@@ -425,9 +442,12 @@ def balance(rule, gram, losses, rescale="none"):
     decided = RESCALES[rescale](decided, among)
     if not decided.isfinite().all():
         return Balance(ones, gram, losses, "undefined")
-    weights = torch.zeros_like(ones)
+    weights, own = torch.zeros_like(ones), None
     weights[kept] = decided
-    return Balance(weights, gram, losses, fallback)
+    if hasattr(rule, "own_weights"):
+        own = torch.zeros_like(ones)
+        own[kept] = rule.own_weights(among)
+    return Balance(weights, gram, losses, fallback, own=own)
 
 
 def build_rule(name, **options):

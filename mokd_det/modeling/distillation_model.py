@@ -146,13 +146,14 @@ class DistillationModel(nn.Module):
         def on_features(features):
             self.teacher.wait(view)
             names, maps = list(features), list(features.values())
-            extra = {}
+            extra, own = {}, []
             if self.features is not None:
                 trained = {n: p for n, p in self.features.named_parameters() if p.requires_grad}
-                extra[self.objectives.index("features")] = list(trained.values())
+                own = [self.objectives.index("features")]
+                extra[own[0]] = list(trained.values())
             if self.outputs is not None:
                 extra[self.objectives.index("outputs")] = self.outputs.parameters
-            copies = self.boundary.split(maps, len(self.objectives), names, extra)
+            copies = self.boundary.split(maps, len(self.objectives), names, extra, own)
             copies = {
                 name: (dict(zip(names, tensors)), tensors[len(names) :])
                 for name, tensors in zip(self.objectives, copies)

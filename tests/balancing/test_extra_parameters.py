@@ -1,5 +1,8 @@
 # Copyright (c) The mokd_det authors.
-"""A head that an objective uses besides the task: its gradient is weighted, and nothing else is."""
+"""
+Parameters that are not shared: a head that an objective uses besides the task, and a projector that
+nothing else uses. What the objective adds to their gradient is weighted, and nothing else is.
+"""
 
 import pytest
 import torch
@@ -15,24 +18,31 @@ PLACES = ["features", "parameters"]
 
 
 class Net(nn.Module):
-    """Three objectives: the task, the features themselves, and another loss of the task's head."""
+    """Three objectives: the task, projected features, and another loss of the task's head."""
 
     def __init__(self):
         super().__init__()
         self.backbone = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Tanh(), nn.Conv2d(6, 5, 3))
         self.head = nn.Sequential(nn.Conv2d(5, 4, 1), nn.Tanh(), nn.Conv2d(4, 2, 1))
+        self.projector = nn.Conv2d(5, 3, 1)
         self.boundary = None
 
     def forward(self, x):
         features = self.backbone(x)
-        names, parameters = zip(*self.head.named_parameters())
+        projector, head = (
+            dict(self.projector.named_parameters()),
+            dict(self.head.named_parameters()),
+        )
         if self.boundary is None:
-            copies = [[features]] * 2 + [[features, *parameters]]
+            copies = [[features], [features, *projector.values()], [features, *head.values()]]
         else:
-            copies = self.boundary.split([features], 3, extra={2: list(parameters)})
-        (task,), (shared,), (outputs, *tensors) = copies
-        scores = functional_call(self.head, dict(zip(names, tensors)), (outputs,))
-        return [self.head(task).square().mean(), (shared - 1).abs().mean(), scores.cos().mean()]
+            extra = {1: list(projector.values()), 2: list(head.values())}
+            copies = self.boundary.split([features], 3, extra=extra, own=[1])
+        (task,), (shared, *of_projector), (outputs, *of_head) = copies
+        # In this order: autograd then adds their gradients as a plain sum does, the last one first.
+        scores = functional_call(self.head, dict(zip(head, of_head)), (outputs,))
+        projected = functional_call(self.projector, dict(zip(projector, of_projector)), (shared,))
+        return [self.head(task).square().mean(), (projected - 1).abs().mean(), scores.cos().mean()]
 
 
 def net_and_data():
@@ -42,6 +52,11 @@ def net_and_data():
 
 def gradients(net):
     return {n: None if p.grad is None else p.grad.clone() for n, p in net.named_parameters()}
+
+
+def weighted(weights, parts):
+    """The sum, without parts that are None."""
+    return sum(w * g for w, g in zip(weights, parts) if g is not None)
 
 
 def gradients_of_each(net, x):
@@ -63,12 +78,43 @@ def test_head_gets_the_task_and_its_share(place, weights):
     balance = net.boundary.backward(net(x), net.parameters())
     assert balance.weights.tolist() == weights
     for name, gradient in gradients(net).items():
-        if name.startswith("head"):
-            expected = task[name] + weights[2] * outputs[name]
-        else:
-            parts = (task[name], features[name], outputs[name])
-            expected = sum(w * g for w, g in zip(weights, parts))
+        # The head gets the task's gradient as it is.
+        of_task = 1.0 if name.startswith("head") else weights[0]
+        parts = (task[name], features[name], outputs[name])
+        expected = weighted([of_task, *weights[1:]], parts)
         assert torch.allclose(gradient, expected, rtol=1e-5, atol=1e-8), name
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_a_rule_with_weights_for_what_is_an_objectives_own(place, micro_batches):
+    """The projector gets those; the backbone and the head, which the task uses, the weights."""
+    net, x = net_and_data()
+    boundary = build_boundary("constant_dominance", place, net.backbone, smoothing=0, interval=2)
+    net.boundary = boundary
+    for _ in range(2):  # the second step reuses both
+        net.zero_grad()
+        boundary.start(micro_batches)
+        decided = []
+        for part in x.chunk(micro_batches):
+            boundary.accumulate(net(part))
+            decided.append(boundary._balances[-1] if place == "features" else None)
+        last = boundary.finish(net.parameters())
+        found = gradients(net)
+        net.boundary = None
+        expected = {}
+        for part, balance in zip(x.chunk(micro_batches), decided):
+            balance = balance or last
+            each = gradients_of_each(net, part)
+            for name in found:
+                own = name.startswith("projector")
+                weights = balance.own_weights if own else balance.weights
+                total = weighted(weights.tolist(), [g[name] for g in each]) / micro_batches
+                expected[name] = expected.get(name, 0) + total
+        net.boundary = boundary
+        for name, gradient in found.items():
+            assert torch.allclose(gradient, expected[name], rtol=1e-4, atol=1e-7), name
+        assert last.own is not None and not torch.allclose(last.own, last.weights, rtol=0.1)
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -123,12 +169,9 @@ def test_micro_batches_and_loss_scale(place, interval):
     expected = {}
     for half in x.chunk(2):
         task, features, outputs = gradients_of_each(net, half)
-        for name, p in net.named_parameters():
+        for name in gradients(net):
             found = (g[name] for g in (task, features, outputs))
-            parts = [torch.zeros_like(p) if g is None else g for g in found]
-            w = [1.0, 0.0, 3.0] if name.startswith("head") else weights
-            total = sum(a * b for a, b in zip(w, parts))
-            expected[name] = expected.get(name, 0) + total / 2 * 64.0
+            expected[name] = expected.get(name, 0) + weighted(weights, found) / 2 * 64.0
     net.boundary = build_boundary("fixed", place, net.backbone, weights=weights, interval=interval)
     for _ in range(2):  # the second step reuses weights if the interval is 2
         net.zero_grad()
@@ -150,13 +193,13 @@ def test_a_forward_pass_for_its_losses_only(place):
     assert all(torch.equal(a, b) for a, b in zip(losses, again))
 
 
-def worker(rank, folder):
+def worker(rank, rule, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     torch.set_num_threads(1)
     results = {}
     for place in PLACES:
         net, x = net_and_data()
-        net.boundary = build_boundary("anchored", place, net.backbone)
+        net.boundary = build_boundary(rule, place, net.backbone)
         wrapped = DistributedDataParallel(net)
         if net.boundary.reduces_gradients:
             with wrapped.no_sync():
@@ -169,12 +212,13 @@ def worker(rank, folder):
     dist.destroy_process_group()
 
 
-def test_two_ranks_equal_one(tmp_path):
-    mp.spawn(worker, args=(str(tmp_path),), nprocs=2)
+@pytest.mark.parametrize("rule", ["anchored", "constant_dominance"])
+def test_two_ranks_equal_one(rule, tmp_path):
+    mp.spawn(worker, args=(rule, str(tmp_path)), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for place in PLACES:
         net, x = net_and_data()
-        net.boundary = build_boundary("anchored", place, net.backbone)
+        net.boundary = build_boundary(rule, place, net.backbone)
         net.boundary.backward(net(x), net.parameters())
         for name, gradient in gradients(net).items():
             assert torch.equal(first[place][name], second[place][name]), (place, name)

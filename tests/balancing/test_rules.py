@@ -128,15 +128,15 @@ def test_protected_rules_keep_the_task_descending_and_bounded(name, count):
 
 def cosines_in_proportion(weights, gradients, trust_below=None):
     """
-    Assert that each gradient counts by its cosine with the task's, if positive, and below
-    ``trust_below`` by the cube; return the cosines.
+    Assert that each gradient counts by its cosine with the task's, if positive, or, given
+    ``trust_below``, equally, and below that by the square; return the cosines.
     """
     norms = gradients.norm(dim=1)
     cosines = gradients[1:] @ gradients[0] / norms[1:] / norms[0]
     assert torch.equal(weights[1:] > 0, cosines > 0)
     parts, direction = weights[1:] * norms[1:], cosines.clamp_min(0)
     if trust_below is not None:
-        direction = torch.where(direction < trust_below, direction**3 / trust_below**2, direction)
+        direction = (direction / trust_below).clamp_max(1) ** 2
     assert torch.allclose(parts / parts.sum().clamp_min(1e-9) * direction.sum(), direction)
     return cosines
 
@@ -158,21 +158,20 @@ def test_constant_dominance_adds_what_agrees_with_the_task(count, dominance):
 
 
 def test_constant_dominance_frozen_numbers():
-    # Cosines 0.6 and 0.8 of units that are orthogonal to each other: together they have the
-    # task's direction, and half of its length.
+    # Cosines 0.6 and 0.8 of units that are orthogonal to each other: equal shares, together half
+    # as long as the task's.
     gradients = torch.tensor([[0.6, 0.8, 0.0], [10.0, 0.0, 0.0], [0.0, 0.1, 0.0]]).double()
     weights = weights_of("constant_dominance", gradients, torch.ones(3), dominance=0.5)
-    assert torch.allclose(weights @ gradients, 1.5 * gradients[0])
-    assert weights.tolist() == pytest.approx([1.0, 0.03, 4.0])
+    assert weights.tolist() == pytest.approx([1.0, 0.125**0.5 / 10, 0.125**0.5 / 0.1])
+    assert (weights[1:] @ gradients[1:]).norm() == pytest.approx(0.5)
     # A cosine of 0.05: a quarter of the length.
     gradients = torch.tensor([[0.05, (1 - 0.05**2) ** 0.5], [4.0, 0.0]]).double()
     weights = weights_of("constant_dominance", gradients, torch.ones(2), dominance=0.6)
     assert weights.tolist() == pytest.approx([1.0, 0.15 / 4])
-    # Orthogonal to each other, with cosines of 0.6 and 0.05: the latter is trusted by a quarter, so
-    # that their parts are as 0.6 to 0.0125, and not as 0.6 to 0.05.
+    # Orthogonal to each other, with cosines of 0.6 and 0.05: the latter is trusted by a quarter.
     gradients = torch.tensor([[0.6, 0.05, 0.6375**0.5], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]).double()
     weights = weights_of("constant_dominance", gradients, torch.ones(3), dominance=1.0)
-    assert weights[2] / weights[1] == pytest.approx(0.0125 / 0.6, rel=1e-6)
+    assert weights[2] / weights[1] == pytest.approx(0.25, rel=1e-6)
     assert (weights[1:] @ gradients[1:]).norm() == pytest.approx(1.0, rel=1e-6)
     # By default three times as long as the task's.
     gradients = torch.tensor([[1.2, 1.6], [4.0, 0.0]]).double()
@@ -185,6 +184,25 @@ def test_constant_dominance_frozen_numbers():
     # Nothing but conflict: the task's gradient as it is.
     gradients = torch.tensor([[2.0, 0.0], [-1.0, 1.0]]).double()
     assert weights_of("constant_dominance", gradients, torch.ones(2)).tolist() == [1.0, 0.0]
+
+
+def test_own_parameters_learn_at_the_tasks_pace():
+    rule = build_rule("constant_dominance")
+    # In conflict or not: |g_task| / |g_k|.
+    gradients = torch.tensor([[3.0, 4.0], [-1.0, 0.0], [0.0, 20.0]]).double()
+    decided = balance(rule, gradients @ gradients.T, torch.ones(3))
+    assert decided.weights[1] == 0
+    assert decided.own_weights.tolist() == [1.0, 5.0, 0.25]
+    # One that vanished has none; with a gradient that is not finite, the plain sum.
+    gradients[1] = 0
+    decided = balance(rule, gradients @ gradients.T, torch.ones(3))
+    assert decided.own_weights.tolist() == [1.0, 0.0, 0.25]
+    gradients[1] = float("nan")
+    decided = balance(rule, gradients @ gradients.T, torch.ones(3))
+    assert decided.own_weights.tolist() == [1.0, 1.0, 1.0]
+    # Other rules: the weights.
+    decided = balance(build_rule("anchored"), torch.eye(3), torch.ones(3))
+    assert decided.own is None and torch.equal(decided.own_weights, decided.weights)
 
 
 @pytest.mark.parametrize("count", [2, 3, 4])
@@ -253,7 +271,13 @@ def test_anchored_solves_its_problem():
             assert worse >= (others @ units.T).min(dim=1).values.max() - 1e-9, seed
 
 
-GUARDED = ["aligned", "anchored", "constant_dominance", "min_norm", "protected_min_norm"]
+GUARDED = [
+    "aligned",
+    "anchored",
+    "constant_dominance",
+    "min_norm",
+    "protected_min_norm",
+]
 
 
 @pytest.mark.parametrize("name", GUARDED)
@@ -829,10 +853,11 @@ def test_a_running_gram_does_not_round_otherwise_in_other_units(power):
     factor = torch.tensor([1.0, 2.0**power, 2.0 ** (-2 * power)], dtype=torch.float64)
     for seed in range(20):
         gradients, losses = random_gradients(seed, 3)
-        weights = first.balance((gradients @ gradients.T)[None], losses).weights
+        one = first.balance((gradients @ gradients.T)[None], losses)
         scaled = gradients * factor[:, None]
-        other = second.balance((scaled @ scaled.T)[None], losses * factor).weights
-        assert torch.equal(other * factor, weights)
+        other = second.balance((scaled @ scaled.T)[None], losses * factor)
+        assert torch.equal(other.weights * factor, one.weights)
+        assert torch.equal(other.own_weights * factor, one.own_weights)
 
 
 @pytest.mark.parametrize("name, own", [("constant_dominance", 0.98), ("aligned", 0.0)])

@@ -67,7 +67,7 @@ class PlainSum(Boundary):
 
     place = "none"
 
-    def split(self, features, objectives, names=None, extra=None):
+    def split(self, features, objectives, names=None, extra=None, own=()):
         extra = extra or {}
         return [[*features, *extra.get(i, ())] for i in range(objectives)]
 

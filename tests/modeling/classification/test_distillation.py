@@ -145,7 +145,7 @@ class NoSplit:
 
     balancer = type("B", (), {"needs_second_forward": False})
 
-    def split(self, features, objectives, names=None, extra=None):
+    def split(self, features, objectives, names=None, extra=None, own=()):
         return [[*features, *(extra or {}).get(i, ())] for i in range(objectives)]
 
 
