@@ -101,7 +101,7 @@ class FlatLosses(nn.Module):
 class NoBoundary(Boundary):
     """All objectives use the same features."""
 
-    def split(self, features, objectives, names=None, extra=None):
+    def split(self, features, objectives, names=None, extra=None, own=()):
         # Views, because a level may be made from another one (p6 from p5), and TorchJD's features
         # must not depend on each other.
         self.features = [feature.view_as(feature) for feature in features]

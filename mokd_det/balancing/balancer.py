@@ -109,7 +109,7 @@ class Balancer:
             losses (Tensor): (K,) values of the objectives.
             signal (Tensor): (K, K) of :func:`signal_gram`, which the rule is to see instead.
             gradients (list[list[Tensor]]): for rules that ask for them.
-            agree (callable): from this process's tensor to that of all.
+            agree (callable): from this process's (2, K) weights and own weights to those of all.
 
         Returns:
             Balance
@@ -129,10 +129,13 @@ class Balancer:
                 self.rule.observe(gradients)
         result = balance(self.rule, seen, losses, self.rescale)
         weights, own = result.weights, result.own
+        if own is not None and signal is not None:
+            # Those of the signal may be far shorter than the gradients that are stepped along.
+            own = torch.where(own > 0, self.rule.own_weights(gram), own)
         if agree:
-            # Each rank decided for itself, so all of them have ``own`` or none.
-            weights, own = agree(torch.stack([weights, result.own_weights]))
-            own = None if result.own is None else own
+            weights, own = agree(torch.stack([weights, weights if own is None else own]))
+            # Not by this rank's result: it may be the only one with a fallback, or without.
+            own = own if hasattr(self.rule, "own_weights") else None
         if finite:  # the weights of a step that is thrown away are not kept for later ones
             self.weights, self.own = weights, own
         return dataclasses.replace(

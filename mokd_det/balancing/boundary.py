@@ -7,10 +7,10 @@ copy. In the backward pass the boundary receives every objective's gradient at o
 for weights, and sends the weighted sum on. So heads get the task gradient; what lies before the
 boundary (backbone and FPN) gets the balanced one. Parameters that a distillation objective uses
 besides the task (a head, to match outputs) get that objective's gradient with its weight, through
-copies that pass the boundary, too: every parameter of the student gets the gradient of the weighted
-sum of losses. So do parameters that an objective has for itself (projectors), unless the rule says
-otherwise (``own_weights``). There is one graph and one backward pass, hence nothing that
-DistributedDataParallel, GradScaler or gradient accumulation would have to know about.
+copies that pass the boundary, too. So do parameters that an objective has for itself (projectors),
+but a rule may have other factors for these (``own_weights``). There is one graph and one backward
+pass, hence nothing that DistributedDataParallel, GradScaler or gradient accumulation would have to
+know about.
 """
 
 import dataclasses
@@ -73,8 +73,8 @@ class Boundary:
             extra (dict[int, list[Parameter]]): by objective: parameters that are not shared by
                 all, but used by this objective: projectors, a head. They do not count in the
                 measurement; what the objective adds to their gradient is multiplied by its weight.
-            own (sequence[int]): objectives whose ``extra`` parameters nothing else uses: theirs
-                is ``Balance.own_weights``.
+            own (sequence[int]): objectives whose ``extra`` parameters nothing else uses. These get
+                the objective's gradient times its ``Balance.own_weights`` instead.
 
         Returns:
             list[list[Tensor]]: K copies of ``features`` that share their memory, each followed by

@@ -12,7 +12,8 @@ What else a rule may have, if it wants it:
 
 * ``smoothing``: the default of MOKD.BALANCING.SMOOTHING for it;
 * ``own_weights(gram) -> (K,)``: factors of the objectives' gradients for parameters that one
-  objective has for itself (projectors); without it they are the weights;
+  objective has for itself (projectors), of the matrix that ``weights`` saw (with GRAM "signal" the
+  batch's); neither rescaled nor scheduled. Without it they are the weights;
 * ``check_objectives(count)``: raises ValueError for a number of objectives that it has no answer
   for, before training;
 * ``reads_gradients = False``: vanishing gradients are no special case for it;
@@ -201,9 +202,10 @@ class ConstantDominance:
     already the task's gradient is short, and the teacher's is as good as in any other.
 
     A parameter that an objective has for itself learns at the task's pace, trusted or not: its
-    gradient is multiplied by ``|g_task| / |g_k|`` and not by the weight. A projector that learned
-    with the weight would stay random where that is zero, and randomly projected features agree with
-    nothing, so the weight would stay zero.
+    gradient is multiplied by ``|g_task| / |g_k|``, of the running means, and not by the weight. A
+    projector that learned with the weight would stay random where that is zero, and randomly
+    projected features agree with nothing, so the weight would stay zero. (While an objective's
+    gradient vanishes at the features, its own parameters rest, too.)
     """
 
     smoothing = 0.98
@@ -400,6 +402,7 @@ class Balance:
 
     @property
     def own_weights(self):
+        """(K,) ``own``, or ``weights`` if there is none."""
         return self.weights if self.own is None else self.own
 
 
@@ -440,14 +443,15 @@ def balance(rule, gram, losses, rescale="none"):
     among = gram[kept][:, kept]
     decided = rule.weights(among, losses[kept].clamp_min(LOSS_FLOOR))
     decided = RESCALES[rescale](decided, among)
-    if not decided.isfinite().all():
+    own = rule.own_weights(among) if hasattr(rule, "own_weights") else None
+    if not all(factors.isfinite().all() for factors in (decided, own) if factors is not None):
         return Balance(ones, gram, losses, "undefined")
-    weights, own = torch.zeros_like(ones), None
-    weights[kept] = decided
-    if hasattr(rule, "own_weights"):
-        own = torch.zeros_like(ones)
-        own[kept] = rule.own_weights(among)
-    return Balance(weights, gram, losses, fallback, own=own)
+
+    def among_all(factors):
+        return torch.zeros_like(ones).index_copy(0, kept, factors)
+
+    own = None if own is None else among_all(own)
+    return Balance(among_all(decided), gram, losses, fallback, own=own)
 
 
 def build_rule(name, **options):

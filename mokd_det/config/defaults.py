@@ -263,7 +263,8 @@ def add_mokd_config(cfg):
     cfg.MOKD.BALANCING = CN()
     # Registered in mokd_det.balancing.BALANCERS:
     #   "constant_dominance"  the task's gradient, and DOMINANCE times as long those distillation
-    #                         gradients that agree with it
+    #                         gradients that agree with it, in equal shares; projectors learn at
+    #                         the task's pace
     #   "aligned"             the task's gradient, turned towards what the distillation gradients
     #                         that agree with it add beyond it; its length stays
     #   "min_norm"            the published rule, literally; it can starve the task
@@ -302,7 +303,7 @@ def add_mokd_config(cfg):
     cfg.MOKD.BALANCING.INTERVAL = 1
     # Factor of the distillation objectives' weights, whatever the rule, at the first and at the
     # last step of the training; a straight line in between. [0.0, 1.0] is a ramp, [1.0, 0.0]
-    # leaves the end to the task.
+    # leaves the end to the task. (With "constant_dominance" projectors do not follow it.)
     cfg.MOKD.BALANCING.SCHEDULE = [1.0, 1.0]
     # Rules "fixed" and "cosine_gate": the weights of the objectives, in the order task, features,
     # outputs (those that are enabled).

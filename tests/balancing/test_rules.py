@@ -126,7 +126,7 @@ def test_protected_rules_keep_the_task_descending_and_bounded(name, count):
         assert (task + aid) @ task >= 0.5 * (task @ task) * (1 - 1e-9)
 
 
-def cosines_in_proportion(weights, gradients, trust_below=None):
+def in_proportion(weights, gradients, trust_below=None):
     """
     Assert that each gradient counts by its cosine with the task's, if positive, or, given
     ``trust_below``, equally, and below that by the square; return the cosines.
@@ -148,7 +148,7 @@ def test_constant_dominance_adds_what_agrees_with_the_task(count, dominance):
         gradients, losses = random_gradients(seed, count)
         weights = weights_of("constant_dominance", gradients, losses, dominance=dominance)
         task, aid = gradients[0], weights[1:] @ gradients[1:]
-        cosines = cosines_in_proportion(weights, gradients, trust_below=0.1)
+        cosines = in_proportion(weights, gradients, trust_below=0.1)
         assert weights[0] == 1
         # As long as it is to be.
         length = dominance * (float(cosines.max().clamp(0, 0.1)) / 0.1) ** 2
@@ -217,7 +217,7 @@ def test_aligned_turns_the_tasks_gradient_by_what_is_orthogonal_to_it(count, cap
         # As long as its progress along the task's gradient is the task's own.
         weights = weights_of("aligned", gradients, losses, "task_progress", cap=cap)
         update = weights @ gradients
-        cosines = cosines_in_proportion(weights, gradients)
+        cosines = in_proportion(weights, gradients)
         assert weights[0] >= 0
         assert update @ task == pytest.approx(float(task @ task), rel=1e-9)
         assert update.norm() <= (1 + cap**2) ** 0.5 * task.norm() * (1 + 1e-9)
@@ -924,8 +924,64 @@ def test_state_of_a_balancer_undoes_a_step(name):
     assert balancer.step == 2
 
 
-def test_a_non_finite_step_leaves_no_trace():
-    balancer = Balancer(build_rule("protected_min_norm"), smoothing=0.5)
+def balance_of(balancer, seed, count=3, **options):
+    gradients, losses = random_gradients(seed, count)
+    return balancer.balance((gradients @ gradients.T)[None], losses, **options)
+
+
+def test_own_weights_are_held_undone_and_resumed_like_weights():
+    def make():
+        return Balancer(build_rule("constant_dominance"), interval=3)
+
+    balancer = make()
+    first = balance_of(balancer, 0)
+    balancer.end_step()
+    state = balancer.state_dict()
+    other = balance_of(balancer, 1)
+    assert not torch.equal(first.own, other.own)
+    resumed = make()
+    for restored in (balancer, resumed):
+        restored.load_state_dict(state)
+        assert torch.equal(restored.reuse(torch.ones(3)).own_weights, first.own)
+    # A checkpoint of before there were such weights: the others, until they are computed next.
+    del state["own"]
+    resumed.load_state_dict(state)
+    again = resumed.reuse(torch.ones(3))
+    assert torch.equal(again.own_weights, again.weights)
+
+
+def test_own_weights_are_neither_scheduled_nor_rescaled():
+    rule = build_rule("constant_dominance")
+    plain = balance_of(Balancer(rule), 0)
+    off = balance_of(Balancer(rule, "convex", schedule=(0.0, 1.0), steps=5), 0)
+    assert off.weights[1:].tolist() == [0.0, 0.0]
+    assert torch.equal(off.own, plain.own)
+
+
+def test_own_weights_of_a_signal_are_the_batchs():
+    """The signal may be next to nothing, and the factor would be as large."""
+    gradients, losses = random_gradients(0, 3)
+    gram = gradients @ gradients.T
+    found = balance_of(Balancer(build_rule("constant_dominance")), 0, signal=1e-6 * torch.eye(3))
+    norms = gram.diagonal().sqrt()
+    assert torch.allclose(found.own, norms[0] / norms)
+
+
+def test_ranks_take_the_first_ones_decision_whatever_their_own_was():
+    gradients, losses = random_gradients(0, 2)
+    told = torch.tensor([[1.0, 0.5], [1.0, 2.0]], dtype=torch.float64)
+    for scale in (1.0, 0.0):  # with the latter, this rank found that the gradient has vanished
+        scaled = gradients * torch.tensor([[1.0], [scale]])
+        balancer = Balancer(build_rule("constant_dominance"))
+        found = balancer.balance((scaled @ scaled.T)[None], losses, agree=lambda _: told.clone())
+        assert torch.equal(found.weights, told[0]) and torch.equal(found.own, told[1])
+    found = balance_of(Balancer(build_rule("anchored")), 0, 2, agree=lambda _: told.clone())
+    assert torch.equal(found.weights, told[0]) and found.own is None
+
+
+@pytest.mark.parametrize("name", ["protected_min_norm", "constant_dominance"])
+def test_a_non_finite_step_leaves_no_trace(name):
+    balancer = Balancer(build_rule(name), smoothing=0.5)
     gradients, losses = random_gradients(0)
     balancer.balance((gradients @ gradients.T)[None], losses)
     before = balancer.state_dict()

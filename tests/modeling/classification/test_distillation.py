@@ -187,22 +187,31 @@ def test_three_objectives_at_weights_one_are_the_plain_sum(build, place, name):
 
 
 @pytest.mark.parametrize("place", ["features", "parameters"])
-def test_the_head_gets_its_task_and_the_weighted_logits(build, place):
-    weights = [1.0, 0.5, 3.0]
-    model = build([*FIXED, weights, PLACE, place])
+@pytest.mark.parametrize("rule", ["fixed", "constant_dominance"])
+def test_the_head_gets_its_task_and_the_weighted_logits(build, place, rule):
+    """And the projectors the weighted features, by the default rule whatever the weight."""
+    model = build([*FIXED, [1.0, 0.5, 3.0], PLACE, place, "MOKD.BALANCING.RULE", rule])
     balanced = gradients(model)
+    weights, own = (
+        x.tolist() for x in (model.boundary.last.weights, model.boundary.last.own_weights)
+    )
+    if rule == "fixed":
+        assert weights == own == [1.0, 0.5, 3.0]
+    else:
+        assert own[1] > 100 * weights[1]  # no agreement has been shown in one step
     model.boundary = NoSplit()
     torch.manual_seed(1)
     parts = [gradients(model, [float(i == j) for j in range(3)]) for i in range(3)]
     for name, value in balanced.items():
-        own = [part.get(name, torch.zeros_like(value)) for part in parts]
+        given = [part.get(name, torch.zeros_like(value)) for part in parts]
         if name.startswith("student.network.fc."):
-            w = [1.0, 0.0, 3.0]
+            w = [1.0, 0.0, weights[2]]
         elif name.startswith("student."):
             w = weights
         else:  # projectors
-            w = [0.0, 0.5, 0.0]
-        expected = sum(a * b for a, b in zip(w, own))
+            w = [0.0, own[1], 0.0]
+            assert value.any(), name
+        expected = sum(a * b for a, b in zip(w, given))
         assert_close(value, expected, name)
 
 
