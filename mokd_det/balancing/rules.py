@@ -184,12 +184,12 @@ class ConstantDominance:
     """
     The task's gradient and a distillation that is always equally dominant (ours).
 
-    With unit gradients ``u_i``, ``cos_k = max(<u_k, u_task>, 0)`` and the trust ``t_k =
-    min(cos_k / agreement, 1)^2`` the distillation's direction is that of ``sum_k t_k u_k``: equal
-    shares for gradients that agree with the task, none for those that conflict, and hardly any for
-    those whose cosine is below ``agreement``, since gradients that have nothing to do with the task
-    agree with it, too, a little and by chance. With the unit vector ``d`` of that direction, the
-    update is
+    With unit gradients ``u_i``, ``cos_k = <u_k, u_task>`` and the trust ``t_k = 2 cos_k / agreement
+    - 1``, clipped to [0, 1], the distillation's direction is that of ``sum_k t_k u_k``: equal
+    shares for gradients that agree with the task, none for those that conflict or whose cosine is
+    less than half of ``agreement``, since gradients that have nothing to do with the task agree
+    with it, too, a little and by chance. With the unit vector ``d`` of that direction, the update
+    is
 
         ``g_task + dominance max_k(t_k) |g_task| d``
 
@@ -215,13 +215,14 @@ class ConstantDominance:
         Args:
             dominance (float): norm of the distillation's part in units of the task gradient's;
                 > 0.
-            agreement (float): cosine from which on a gradient is trusted in full; in (0, 1].
+            agreement (float): cosine from which on a gradient is trusted in full, and of whose half
+                not at all; in (0, 1].
         """
         self.dominance = _positive("MOKD.BALANCING.DOMINANCE", dominance)
         self.agreement = _agreement(agreement)
 
     def weights(self, gram, losses):
-        trust = (_agreement_of(gram) / self.agreement).clamp_max(1) ** 2
+        trust = (2 * _agreement_of(gram) / self.agreement - 1).clamp(0, 1)
         return _scaled_to(_of_units(trust, gram), gram, self.dominance * trust.max())
 
     def own_weights(self, gram):

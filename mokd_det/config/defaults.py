@@ -317,9 +317,9 @@ def add_mokd_config(cfg):
     # this tangent at most, 45 degrees.
     cfg.MOKD.BALANCING.CAP = 1.0
     # Rules "constant_dominance" and "aligned": cosine with the task gradient, from which on a
-    # distillation gradient is trusted in full. Below, its part falls with the cosine's square, and
-    # so does DOMINANCE if none is trusted. ("aligned": CAP falls with the best one's cosine, in
-    # proportion.)
+    # distillation gradient is trusted in full. Below, its part falls to nothing at half of it, and
+    # so does DOMINANCE if none is trusted in full. ("aligned": CAP falls with the best one's
+    # cosine, in proportion.)
     cfg.MOKD.BALANCING.AGREEMENT = 0.1
     # Rule "min_norm": False is the literal formula, with weights outside [0, 1].
     cfg.MOKD.BALANCING.CLIP = True

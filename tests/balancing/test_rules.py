@@ -126,19 +126,16 @@ def test_protected_rules_keep_the_task_descending_and_bounded(name, count):
         assert (task + aid) @ task >= 0.5 * (task @ task) * (1 - 1e-9)
 
 
-def in_proportion(weights, gradients, trust_below=None):
-    """
-    Assert that each gradient counts by its cosine with the task's, if positive, or, given
-    ``trust_below``, equally, and below that by the square; return the cosines.
-    """
+def cosines_of(gradients):
     norms = gradients.norm(dim=1)
-    cosines = gradients[1:] @ gradients[0] / norms[1:] / norms[0]
-    assert torch.equal(weights[1:] > 0, cosines > 0)
-    parts, direction = weights[1:] * norms[1:], cosines.clamp_min(0)
-    if trust_below is not None:
-        direction = (direction / trust_below).clamp_max(1) ** 2
-    assert torch.allclose(parts / parts.sum().clamp_min(1e-9) * direction.sum(), direction)
-    return cosines
+    return gradients[1:] @ gradients[0] / norms[1:] / norms[0]
+
+
+def assert_in_proportion(weights, gradients, parts):
+    """Each weighted distillation gradient is as long, beside the others, as ``parts`` says."""
+    lengths = weights[1:] * gradients[1:].norm(dim=1)
+    assert torch.equal(lengths > 0, parts > 0)
+    assert torch.allclose(lengths / lengths.sum().clamp_min(1e-9) * parts.sum(), parts)
 
 
 @pytest.mark.parametrize("count", [2, 3, 4])
@@ -148,10 +145,11 @@ def test_constant_dominance_adds_what_agrees_with_the_task(count, dominance):
         gradients, losses = random_gradients(seed, count)
         weights = weights_of("constant_dominance", gradients, losses, dominance=dominance)
         task, aid = gradients[0], weights[1:] @ gradients[1:]
-        cosines = in_proportion(weights, gradients, trust_below=0.1)
+        trust = ((cosines_of(gradients) - 0.05) / 0.05).clamp(0, 1)
+        assert_in_proportion(weights, gradients, trust)
         assert weights[0] == 1
         # As long as it is to be.
-        length = dominance * (float(cosines.max().clamp(0, 0.1)) / 0.1) ** 2
+        length = dominance * float(trust.max())
         assert aid.norm() == pytest.approx(length * float(task.norm()), rel=1e-9)
         # Several that agree with the task may disagree with each other; none takes from the task.
         assert (task + aid) @ task >= (task @ task) * (1 - 1e-9)
@@ -164,14 +162,16 @@ def test_constant_dominance_frozen_numbers():
     weights = weights_of("constant_dominance", gradients, torch.ones(3), dominance=0.5)
     assert weights.tolist() == pytest.approx([1.0, 0.125**0.5 / 10, 0.125**0.5 / 0.1])
     assert (weights[1:] @ gradients[1:]).norm() == pytest.approx(0.5)
-    # A cosine of 0.05: a quarter of the length.
-    gradients = torch.tensor([[0.05, (1 - 0.05**2) ** 0.5], [4.0, 0.0]]).double()
-    weights = weights_of("constant_dominance", gradients, torch.ones(2), dominance=0.6)
-    assert weights.tolist() == pytest.approx([1.0, 0.15 / 4])
-    # Orthogonal to each other, with cosines of 0.6 and 0.05: the latter is trusted by a quarter.
-    gradients = torch.tensor([[0.6, 0.05, 0.6375**0.5], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]).double()
+    # A cosine of 0.075: half of the length. Of 0.05: nothing.
+    for cosine_, length in ((0.075, 0.3), (0.05, 0.0)):
+        gradients = torch.tensor([[cosine_, (1 - cosine_**2) ** 0.5], [4.0, 0.0]]).double()
+        weights = weights_of("constant_dominance", gradients, torch.ones(2), dominance=0.6)
+        assert weights.tolist() == pytest.approx([1.0, length / 4], rel=1e-5, abs=1e-7)
+    # Orthogonal to each other, with cosines of 0.6 and 0.075: the latter is trusted by half.
+    gradients = torch.eye(3)[[2, 0, 1]].double()
+    gradients[0] = torch.tensor([0.6, 0.075, (1 - 0.6**2 - 0.075**2) ** 0.5])
     weights = weights_of("constant_dominance", gradients, torch.ones(3), dominance=1.0)
-    assert weights[2] / weights[1] == pytest.approx(0.25, rel=1e-6)
+    assert weights[2] / weights[1] == pytest.approx(0.5, rel=1e-5)
     assert (weights[1:] @ gradients[1:]).norm() == pytest.approx(1.0, rel=1e-6)
     # By default three times as long as the task's.
     gradients = torch.tensor([[1.2, 1.6], [4.0, 0.0]]).double()
@@ -217,7 +217,8 @@ def test_aligned_turns_the_tasks_gradient_by_what_is_orthogonal_to_it(count, cap
         # As long as its progress along the task's gradient is the task's own.
         weights = weights_of("aligned", gradients, losses, "task_progress", cap=cap)
         update = weights @ gradients
-        cosines = in_proportion(weights, gradients)
+        cosines = cosines_of(gradients)
+        assert_in_proportion(weights, gradients, cosines.clamp_min(0))
         assert weights[0] >= 0
         assert update @ task == pytest.approx(float(task @ task), rel=1e-9)
         assert update.norm() <= (1 + cap**2) ** 0.5 * task.norm() * (1 + 1e-9)
