@@ -30,8 +30,23 @@ were noted. Rows of other teachers cannot be compared: the same seed trains anot
 kind of processor.
 
 A row is run again by
-`python tools/study.py studies/NAME.yaml --run --only "METHOD" --output FOLDER`;
-those that the study file gives a commit are of older code, and run from it only.
+`python tools/study.py studies/NAME.yaml --run --only "METHOD" --output FOLDER`; the folded rows
+are of older code or another teacher: their study file gives the commit, and they run from it only.
+Their names:
+
+- *teacher A*, *teacher B*: run by two other kinds of processor, each with the teacher that the
+  same seed gave there; *teacher A* in bfloat16 as well. Of these, *constant dominance* is the
+  default rule until commit 56adb64 (the mean cosine started from the first batch, and counted in
+  proportion below `AGREEMENT`), *aligned* the default before it, and *task_progress* that with
+  another length (commits 27de59a to 83ace7f).
+- *dominance 3*: g_task + 3 |g_task| d with a plain running mean of the Gram matrix (commit
+  1846406; some records say f1760c0-dirty, the same code before it was committed).
+- *joint trust*: the default until commit 66165f4. `AGREEMENT` was asked of the gradient that
+  agrees best, and its answer stood for all.
+- *by cosine*: the default from there until 356c07d. Each gradient counted in proportion to its
+  cosine with the task's, and projectors learned with their objective's weight.
+- *squared trust*: commit 356c07d. Equal shares, but the trust below `AGREEMENT` was the square of
+  the ratio, not zero at half of it.
 """
 NOT_RUN = """## Recipes that were not run here
 
@@ -43,15 +58,20 @@ without a teacher is the same command with `MOKD.ENABLED False DATALOADER.RESUMA
 """
 
 
+def table_of(head, rows):
+    """Markdown of a table whose cells are strings."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *rows])
+
+
 def section(study, records):
-    """The table of one study, Markdown."""
+    """One study, Markdown: its table, rows of older code folded."""
     comment = [line[1:].strip() for line in study["comment"]]
     metrics = study["metrics"]
     head = ["method", "teacher", "seeds"]
     for metric in metrics:
         head += [metric, *(f"- {baseline}" for baseline in study["baseline"])]
     head += ["config", "record", "weights"]
-    lines = [head, ["---"] * len(head)]
+    current, older = [], []
     rows = summarize(study)
     for name in dict.fromkeys(row["method"] for row in rows):
         own = {row["metric"]: row for row in rows if row["method"] == name}
@@ -76,14 +96,20 @@ def section(study, records):
             f"[json]({path})",
             f"`{sha[:12]}`" if sha else "",
         ]
-        lines.append(cells)
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        (older if "commit" in study["methods"][name] else current).append(cells)
     pictures = [
         f"[{p.stem}](studies/{study['name']}/{p.name})"
         for p in sorted(study["folder"].glob("*.png"))
     ]
     pictures = f"\n\nPictures: {', '.join(pictures)}." if pictures else ""
-    return f"## {study['name']}\n\n{' '.join(comment)}\n\n{table}{pictures}\n"
+    folded = (
+        "\n\n<details><summary>Rows of older code or another teacher</summary>\n\n"
+        f"{table_of(head, older)}\n\n</details>"
+        if older
+        else ""
+    )
+    parts = (f"## {study['name']}", " ".join(comment), table_of(head, current))
+    return "\n\n".join(parts) + f"{folded}{pictures}\n"
 
 
 def model_zoo():
