@@ -254,10 +254,12 @@ def add_mokd_config(cfg):
     cfg.MOKD.OUTPUTS.TEMPERATURE = 1.0
     # Factor of the objective's loss, before it is balanced, as for features.
     cfg.MOKD.OUTPUTS.LOSS_WEIGHT = 1.0
-    # Detectors: factors of the two losses inside the objective. Their sum is balanced against the
-    # others.
+    # Detectors: factors of the losses inside the objective. Their sum is balanced against the
+    # others. RPN_WEIGHT is of objectness and boxes at each anchor, on the levels where both sides
+    # have an RPN with the same anchors; without such levels it has no effect, and the log says so.
     cfg.MOKD.OUTPUTS.CLASS_WEIGHT = 1.0
     cfg.MOKD.OUTPUTS.BOX_WEIGHT = 1.0
+    cfg.MOKD.OUTPUTS.RPN_WEIGHT = 1.0
 
     # How the gradients of task and distillation are weighed against each other where they meet.
     cfg.MOKD.BALANCING = CN()

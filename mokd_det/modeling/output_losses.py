@@ -1,10 +1,11 @@
 # Copyright (c) The mokd_det authors.
-"""Losses between two detectors' outputs at the same boxes. The teacher's carry no gradient."""
+"""Losses between two detectors' outputs at the same places. The teacher's carry no gradient."""
 
+import torch
 import torch.nn.functional as F
 from torchvision.ops import generalized_box_iou_loss
 
-__all__ = ["box_loss", "class_loss"]
+__all__ = ["box_loss", "class_loss", "rpn_losses"]
 
 
 def class_loss(student, teacher, temperature=1.0):
@@ -53,3 +54,34 @@ def box_loss(student, teacher):
         student.boxes_of(classes).float(), teacher.boxes_of(classes).float()
     )
     return (confidence * losses).sum() / max(len(losses), 1)
+
+
+def rpn_losses(student, teacher):
+    """
+    Divergence of the student's objectness from the teacher's at each anchor, and the L1 distance
+    of the deltas (as of the RPN's own loss) weighted by the teacher's objectness (after Chen et
+    al. 2017, "Learning Efficient Object Detection Models with Knowledge Distillation").
+
+    Of thousands of anchors nearly all are background to both sides. So both sums are divided by,
+    and the first is weighted with, the objectness of the side that is surer of an object.
+
+    Args:
+        student, teacher (AnchorOutputs): of the same anchors at the same positions.
+
+    Returns:
+        tuple[Tensor]: two scalars, of objectness and of boxes.
+    """
+    logits, deltas = student.flat()
+    targets, target_deltas = teacher.flat()
+    objectness = targets.sigmoid()
+    # The gradient through a weight would teach the student to be unsure.
+    weights = torch.maximum(objectness, logits.detach().sigmoid())
+    cross_entropy, entropy = (
+        F.binary_cross_entropy_with_logits(x, objectness, reduction="none")
+        for x in (logits, targets)
+    )
+    distance = (deltas - target_deltas).abs().sum(dim=1)
+    total = weights.sum().clamp_min(torch.finfo(weights.dtype).tiny)
+    return (weights * (cross_entropy - entropy)).sum() / total, (
+        objectness * distance
+    ).sum() / total

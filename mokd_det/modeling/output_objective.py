@@ -1,46 +1,66 @@
 # Copyright (c) The mokd_det authors.
 """The objective that matches what both detectors say about the same boxes."""
 
+import logging
+
 from torch.func import functional_call
 
-from .output_losses import box_loss, class_loss
+from .output_losses import box_loss, class_loss, rpn_losses
 from .outputs import build_output_reader
+from .rpn_outputs import build_rpn_readers
 
 __all__ = ["OutputObjective"]
 
 
 class OutputObjective:
     """
-    Classes and boxes of both sides at the teacher's proposals. The student's heads run a second
-    time for it, on copies of the features and of their own parameters, so that the boundary can
-    weigh what this objective adds to each.
+    Classes and boxes of both sides at the teacher's proposals, and what their RPNs say at each
+    anchor. The student's heads run a second time for it, on copies of the features and of their
+    own parameters, so that the boundary can weigh what this objective adds to each.
 
     No ``nn.Module``: all of its parameters are the student's.
     """
 
-    def __init__(self, student_reader, temperature=1.0, class_weight=1.0, box_weight=1.0):
+    def __init__(
+        self,
+        student_reader,
+        temperature=1.0,
+        class_weight=1.0,
+        box_weight=1.0,
+        rpn_weight=1.0,
+        rpn_readers=None,
+    ):
         """
         Args:
             student_reader (OutputReader):
-            temperature, class_weight, box_weight (float): see ``MOKD.OUTPUTS``.
+            temperature, class_weight, box_weight, rpn_weight (float): see ``MOKD.OUTPUTS``.
+            rpn_readers (tuple[RPNReader]): of student and teacher; None: RPNs are not compared.
 
         Raises:
             ValueError: an option out of its range.
         """
         if not temperature > 0:
             raise ValueError(f"MOKD.OUTPUTS.TEMPERATURE is {temperature}: expected > 0.")
-        if min(class_weight, box_weight) < 0 or not class_weight + box_weight > 0:
+        if min(class_weight, box_weight, rpn_weight) < 0 or not class_weight + box_weight > 0:
             raise ValueError(
-                f"MOKD.OUTPUTS.CLASS_WEIGHT is {class_weight} and BOX_WEIGHT {box_weight}: "
-                "expected numbers >= 0, at least one above."
+                f"MOKD.OUTPUTS.CLASS_WEIGHT is {class_weight}, BOX_WEIGHT {box_weight} and "
+                f"RPN_WEIGHT {rpn_weight}: expected numbers >= 0, one of the first two above."
             )
-        self.reader = student_reader
         self.temperature = temperature
         self.class_weight = class_weight
         self.box_weight = box_weight
-        trained = {n: p for n, p in student_reader.named_parameters() if p.requires_grad}
-        self._names = list(trained)
-        self.parameters = list(trained.values())
+        self.rpn_weight = rpn_weight
+        self.reader = student_reader
+        self.rpn, self.teacher_rpn = rpn_readers if rpn_readers and rpn_weight else (None, None)
+        trained = [
+            (module, name, parameter)
+            for module in (self.reader, self.rpn)
+            if module is not None
+            for name, parameter in module.named_parameters()
+            if parameter.requires_grad
+        ]
+        self._places = [(module, name) for module, name, _ in trained]
+        self.parameters = [parameter for _, _, parameter in trained]
 
     @classmethod
     def from_config(cls, cfg, student, teacher):
@@ -59,7 +79,23 @@ class OutputObjective:
                 "MODEL.ROI_HEADS.NUM_CLASSES or MODEL.RETINANET.NUM_CLASSES, or distil features "
                 "only (MOKD.OUTPUTS.ENABLED False)."
             )
-        return cls(reader, options.TEMPERATURE, options.CLASS_WEIGHT, options.BOX_WEIGHT)
+        rpn_readers = build_rpn_readers(student, teacher.model)
+        if options.RPN_WEIGHT and (rpn := getattr(student, "proposal_generator", None)):
+            logging.getLogger(__name__).info(
+                "Outputs: the RPNs of both sides are %s",
+                f"compared on {', '.join(rpn_readers[0].in_features)} of "
+                f"{', '.join(rpn.in_features)}."
+                if rpn_readers
+                else "not compared, since on no level they have the same anchors.",
+            )
+        return cls(
+            reader,
+            options.TEMPERATURE,
+            options.CLASS_WEIGHT,
+            options.BOX_WEIGHT,
+            options.RPN_WEIGHT,
+            rpn_readers,
+        )
 
     def __call__(self, features, parameters, view, teacher):
         """
@@ -70,19 +106,32 @@ class OutputObjective:
             teacher (Teacher): that had it.
 
         Returns:
-            dict[str, Tensor]: scalars ``loss_output_classes`` and ``loss_output_boxes``.
+            dict[str, Tensor]: scalars ``loss_output_classes`` and ``loss_output_boxes``, with RPNs
+            ``loss_output_rpn_cls`` and ``loss_output_rpn_loc``.
         """
         boxes = self.reader.locations(features, view.proposals)
         if view.targets is None:
             view.targets = teacher.outputs(view, boxes)
-        # Copies of the buffers as well: a second run must not count for BatchNorm's statistics.
-        tensors = {name: buffer.clone() for name, buffer in self.reader.named_buffers()}
-        tensors |= dict(zip(self._names, parameters))
-        outputs = functional_call(self.reader, tensors, (features, boxes, view.image_sizes))
+            if self.rpn is not None:
+                view.rpn_targets = teacher.rpn_outputs(view, self.teacher_rpn)
         losses = {}
+        outputs = self._run(self.reader, parameters, features, boxes, view.image_sizes)
         if self.class_weight:
             loss = class_loss(outputs, view.targets, self.temperature)
             losses["loss_output_classes"] = self.class_weight * loss
         if self.box_weight:
             losses["loss_output_boxes"] = self.box_weight * box_loss(outputs, view.targets)
+        if self.rpn is not None:
+            ours, theirs = self._run(self.rpn, parameters, features), view.rpn_targets
+            objectness, deltas = rpn_losses(ours.cropped_to(theirs), theirs.cropped_to(ours))
+            losses["loss_output_rpn_cls"] = self.rpn_weight * objectness
+            losses["loss_output_rpn_loc"] = self.rpn_weight * deltas
         return losses
+
+    def _run(self, module, parameters, *args):
+        # Copies of the buffers as well: a second run must not count for BatchNorm's statistics.
+        tensors = {name: buffer.clone() for name, buffer in module.named_buffers()}
+        for (owner, name), parameter in zip(self._places, parameters):
+            if owner is module:
+                tensors[name] = parameter
+        return functional_call(module, tensors, args)

@@ -14,6 +14,7 @@ from .frozen_teacher import FrozenTeacher, speed_options
 from .lazy_config import load_lazy_config
 from .loading import StrictCheckpointer
 from .outputs import Outputs, build_output_reader
+from .rpn_outputs import AnchorOutputs
 from .scripted import ScriptedDetector
 
 __all__ = ["Teacher", "TeacherView", "build_teacher", "teacher_config"]
@@ -30,6 +31,7 @@ class TeacherView:
         proposals (list[Tensor] or None): for each image (P_i, 4) boxes, XYXY in pixels.
         state: what the output reader needs to say more.
         targets (Outputs or None): at the student's boxes, once they are known.
+        rpn_targets (AnchorOutputs or None): its RPN's, once they are asked for.
     """
 
     features: dict
@@ -37,6 +39,7 @@ class TeacherView:
     proposals: list | None = None
     state: object = None
     targets: Outputs | None = None
+    rpn_targets: AnchorOutputs | None = None
 
 
 class Teacher(FrozenTeacher):
@@ -109,6 +112,10 @@ class Teacher(FrozenTeacher):
             Outputs: at these boxes.
         """
         return self._run(self.reader.at, view.state, boxes, view.image_sizes)
+
+    def rpn_outputs(self, view, reader):
+        """Return the :class:`AnchorOutputs` of this teacher's :class:`RPNReader`."""
+        return self._run(reader, view.state)
 
     def objects(self, view, threshold):
         """Return, for each image, the (B_i, 4) boxes that it is sure of beyond ``threshold``."""

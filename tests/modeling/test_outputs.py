@@ -247,7 +247,10 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(family_cfg, tmp_path
     model.student.eval()  # BatchNorm as the teacher's
     with torch.no_grad():
         losses = model.outputs(view.features, model.outputs.parameters, view, model.teacher)
-    assert set(losses) == {"loss_output_classes", "loss_output_boxes"}
+    expected = {"loss_output_classes", "loss_output_boxes"}
+    if family != "retinanet":
+        expected |= {"loss_output_rpn_cls", "loss_output_rpn_loc"}
+    assert set(losses) == expected
     assert all(abs(loss) < 1e-5 for loss in losses.values()), losses
     with torch.no_grad():
         model.outputs.parameters[-1].add_(1.0)
@@ -298,7 +301,8 @@ def test_the_students_head_gets_the_weighted_gradient(family_cfg, family, place)
             + ["MOKD.FEATURES.FOREGROUND", "teacher"],
             "MOKD.OUTPUTS.PROPOSALS is 0: expected 1 or more",
         ),
-        (["MOKD.OUTPUTS.BOX_WEIGHT", -1.0], "BOX_WEIGHT -1.0: expected numbers >= 0"),
+        (["MOKD.OUTPUTS.BOX_WEIGHT", -1.0], "BOX_WEIGHT -1.0 and .*: expected numbers >= 0"),
+        (["MOKD.OUTPUTS.RPN_WEIGHT", -1.0], "RPN_WEIGHT -1.0: expected numbers >= 0"),
         (
             ["MODEL.ROI_HEADS.NUM_CLASSES", 2],
             "the student has 2 classes and the teacher 1.*Set MODEL.ROI_HEADS.NUM_CLASSES",

@@ -1,0 +1,97 @@
+# Copyright (c) The mokd_det authors.
+"""What a region proposal network says at each of its anchors."""
+
+import dataclasses
+
+import torch
+from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
+from detectron2.modeling.proposal_generator import RPN
+from torch import nn
+
+__all__ = ["AnchorOutputs", "RPNReader", "build_rpn_readers"]
+
+
+@dataclasses.dataclass(frozen=True)
+class AnchorOutputs:
+    """
+    Predictions at the anchors of some levels.
+
+    Attributes:
+        logits (list[Tensor]): for each level (N, A, H, W), objectness, a sigmoid's.
+        deltas (list[Tensor]): for each level (N, A, 4, H, W), from the anchor to the box.
+    """
+
+    logits: list
+    deltas: list
+
+    def cropped_to(self, other):
+        """Return these predictions at those positions that ``other`` has, too."""
+        sizes = [
+            [min(pair) for pair in zip(ours.shape[-2:], theirs.shape[-2:])]
+            for ours, theirs in zip(self.logits, other.logits)
+        ]
+        return AnchorOutputs(
+            [x[..., :height, :width] for x, (height, width) in zip(self.logits, sizes)],
+            [x[..., :height, :width] for x, (height, width) in zip(self.deltas, sizes)],
+        )
+
+    def flat(self):
+        """Return (R,) logits and (R, 4) deltas of all anchors, in float32."""
+        logits = torch.cat([x.flatten() for x in self.logits])
+        deltas = torch.cat([x.movedim(2, -1).reshape(-1, 4) for x in self.deltas])
+        return logits.float(), deltas.float()
+
+
+class RPNReader(nn.Module):
+    """Reads an RPN at some of its levels. Its parameters are those of the RPN's head."""
+
+    def __init__(self, rpn, levels):
+        """
+        Args:
+            rpn (RPN): stock.
+            levels (list[int]): indices of its ``in_features``.
+        """
+        super().__init__()
+        self.rpn_head = rpn.rpn_head
+        self.in_features = [rpn.in_features[i] for i in levels]
+
+    def forward(self, features):
+        """
+        Args:
+            features (dict[str, Tensor]): the backbone's.
+
+        Returns:
+            AnchorOutputs
+        """
+        logits, deltas = self.rpn_head([features[name] for name in self.in_features])
+        return AnchorOutputs(list(logits), [x.unflatten(1, (-1, 4)) for x in deltas])
+
+
+def build_rpn_readers(student, teacher):
+    """
+    Args:
+        student, teacher (nn.Module): detectors.
+
+    Returns:
+        tuple[RPNReader] or None: of both sides, at the levels where they have the same anchors;
+        None if there are none, or a side has no stock RPN.
+    """
+    rpns = [getattr(detector, "proposal_generator", None) for detector in (student, teacher)]
+    # Exactly these: a subclass may predict something else, as the one for rotated boxes does.
+    if any(
+        type(rpn) is not RPN or type(rpn.anchor_generator) is not DefaultAnchorGenerator
+        for rpn in rpns
+    ):
+        return None
+    ours, theirs = ([*_anchors(rpn)] for rpn in rpns)
+    common = [(i, j) for i, x in enumerate(ours) for j, y in enumerate(theirs) if x == y]
+    if not common:
+        return None
+    return tuple(RPNReader(rpn, list(levels)) for rpn, levels in zip(rpns, zip(*common)))
+
+
+def _anchors(rpn):
+    """What a level's predictions mean: where its anchors are, and the units of the deltas."""
+    generator = rpn.anchor_generator
+    for stride, boxes in zip(generator.strides, generator.cell_anchors):
+        yield stride, generator.offset, boxes.tolist(), tuple(rpn.box2box_transform.weights)
