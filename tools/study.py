@@ -104,7 +104,7 @@ def train_teachers(study):
 
 def write_json(path, content):
     """A line for each key. Within one folder, so the file is either absent or whole."""
-    part = path.with_suffix(".part")
+    part = path.with_suffix(f".{os.getpid()}.part")  # another process may fill the same folder
     lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in content.items()]
     part.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     os.replace(part, path)
