@@ -7,6 +7,10 @@ from torchvision.ops import generalized_box_iou_loss
 
 __all__ = ["box_loss", "class_loss", "rpn_losses"]
 
+# Of Faster R-CNN (Ren et al. 2015). With none, as in Detectron2, the gradient of a student that has
+# matched its teacher would not fade, but jump from sign to sign.
+RPN_BETA = 1 / 9
+
 
 def class_loss(student, teacher, temperature=1.0):
     """
@@ -58,12 +62,14 @@ def box_loss(student, teacher):
 
 def rpn_losses(student, teacher):
     """
-    Divergence of the student's objectness from the teacher's at each anchor, and the L1 distance
-    of the deltas (as of the RPN's own loss) weighted by the teacher's objectness (after Chen et
-    al. 2017, "Learning Efficient Object Detection Models with Knowledge Distillation").
+    Divergence of the student's objectness from the teacher's at each anchor, and smooth L1 loss of
+    the deltas weighted by the teacher's objectness (after Chen et al. 2017, "Learning Efficient
+    Object Detection Models with Knowledge Distillation").
 
-    Of thousands of anchors nearly all are background to both sides. So both sums are divided by,
-    and the first is weighted with, the objectness of the side that is surer of an object.
+    Of an image's thousands of anchors nearly all are background to both sides. So both sums over
+    them are divided by, and the first is weighted with, the objectness of the side that is surer
+    of an object; by one at least, so that an image without objects counts little. The mean over
+    images is that of as many processes with an image each.
 
     Args:
         student, teacher (AnchorOutputs): of the same anchors at the same positions.
@@ -80,8 +86,9 @@ def rpn_losses(student, teacher):
         F.binary_cross_entropy_with_logits(x, objectness, reduction="none")
         for x in (logits, targets)
     )
-    distance = (deltas - target_deltas).abs().sum(dim=1)
-    total = weights.sum().clamp_min(torch.finfo(weights.dtype).tiny)
-    return (weights * (cross_entropy - entropy)).sum() / total, (
-        objectness * distance
-    ).sum() / total
+    divergence = weights * (cross_entropy - entropy)
+    distance = F.smooth_l1_loss(deltas, target_deltas, reduction="none", beta=RPN_BETA)
+    total = weights.sum(dim=1).clamp_min(1.0)
+    return tuple(
+        (x.sum(dim=1) / total).mean() for x in (divergence, objectness * distance.sum(dim=2))
+    )

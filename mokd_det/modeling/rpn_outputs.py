@@ -36,9 +36,9 @@ class AnchorOutputs:
         )
 
     def flat(self):
-        """Return (R,) logits and (R, 4) deltas of all anchors, in float32."""
-        logits = torch.cat([x.flatten() for x in self.logits])
-        deltas = torch.cat([x.movedim(2, -1).reshape(-1, 4) for x in self.deltas])
+        """Return (N, R) logits and (N, R, 4) deltas of all anchors of each image, in float32."""
+        logits = torch.cat([x.flatten(1) for x in self.logits], dim=1)
+        deltas = torch.cat([x.movedim(2, -1).flatten(1, 3) for x in self.deltas], dim=1)
         return logits.float(), deltas.float()
 
 

@@ -32,11 +32,13 @@ def test_frozen_values():
     student = at_anchors([0.0, 2.0], [[0.5, 0.0, 0.0, -0.5], [1.0, 1.0, 1.0, 1.0]])
     teacher = at_anchors([3.0, -3.0], [[0.0, 0.0, 0.0, 0.0]] * 2)
     # p = 0.9526 and 0.0474, the student's 0.5 and 0.8808: weights 0.9526 and 0.8808. Divergences
-    # 0.5023 and 1.8412; distances 1 and 4.
+    # 0.5023 and 1.8412; distances 2 (0.5 - 1/18) and 4 (1 - 1/18).
     objectness, boxes = rpn_losses(student, teacher)
     expected = (0.9526 * 0.5023 + 0.8808 * 1.8412) / (0.9526 + 0.8808)
     assert objectness.item() == pytest.approx(expected, abs=2e-4)
-    assert boxes.item() == pytest.approx((0.9526 + 4 * 0.0474) / (0.9526 + 0.8808), abs=2e-4)
+    assert boxes.item() == pytest.approx(
+        (0.9526 * 0.8889 + 0.0474 * 3.7778) / (0.9526 + 0.8808), abs=2e-4
+    )
 
 
 def test_background_of_both_sides_does_not_count():
@@ -48,18 +50,34 @@ def test_background_of_both_sides_does_not_count():
         assert torch.allclose(one, other, rtol=1e-5)
 
 
-def test_equal_outputs_have_no_loss_and_no_gradient_of_objectness():
-    teacher = random_outputs(0, (3, 4), (2, 2))
-    student = AnchorOutputs([x.clone().requires_grad_() for x in teacher.logits], teacher.deltas)
+def test_equal_outputs_have_no_loss_and_no_gradient():
+    teacher, student = random_outputs(0, (3, 4), (2, 2)), random_outputs(0, (3, 4), (2, 2))
+    values = [x.requires_grad_() for x in (*student.logits, *student.deltas)]
     objectness, boxes = rpn_losses(student, teacher)
     assert abs(objectness) < 1e-6 and boxes == 0
-    objectness.backward()
-    assert max(x.grad.abs().max() for x in student.logits) < 1e-7
+    (objectness + boxes).backward()
+    assert max(x.grad.abs().max() for x in values) < 1e-7
 
 
-def test_certain_background_everywhere_is_finite():
+def test_an_image_without_objects_counts_little():
     nothing = at_anchors([-200.0, -200.0], [[0.0] * 4] * 2)
     assert rpn_losses(nothing, nothing) == (0, 0)
+    unsure = at_anchors([-5.0, -5.0], [[1.0] * 4] * 2), at_anchors([-5.0, -5.0], [[0.0] * 4] * 2)
+    objectness, boxes = rpn_losses(*unsure)
+    assert objectness == 0 and boxes.item() == pytest.approx(2 * 3.7778 * 0.0067, abs=1e-3)
+
+
+def test_images_count_alike():
+    """So two processes with an image each have the loss of one with both."""
+    student, teacher = random_outputs(0, (3, 4), (2, 2)), random_outputs(1, (3, 4), (2, 2))
+    split = [
+        [AnchorOutputs([v[i : i + 1] for v in x.logits], [v[i : i + 1] for v in x.deltas])]
+        for x in (student, teacher)
+        for i in range(2)
+    ]
+    first, second = rpn_losses(*split[0], *split[2]), rpn_losses(*split[1], *split[3])
+    for one, other, both in zip(first, second, rpn_losses(student, teacher)):
+        assert torch.allclose((one + other) / 2, both)
 
 
 def test_the_gradient_leads_to_the_teacher():
@@ -107,9 +125,9 @@ def test_reader_says_what_the_rpn_says(family_cfg):
         assert torch.equal(logits.permute(0, 2, 3, 1).flatten(1), seen["logits"][level])
         assert torch.equal(deltas.permute(0, 3, 4, 1, 2).flatten(1, 3), seen["deltas"][level])
     logits, deltas = AnchorOutputs(read.logits[:1], read.deltas[:1]).flat()
-    best = logits.argmax()
-    image, anchor, row, column = torch.unravel_index(best, read.logits[0].shape)
-    assert torch.equal(deltas[best], read.deltas[0][image, anchor, :, row, column])
+    best = logits[1].argmax()
+    anchor, row, column = torch.unravel_index(best, read.logits[0].shape[1:])
+    assert torch.equal(deltas[1, best], read.deltas[0][1, anchor, :, row, column])
 
 
 def rpn_pair(family_cfg, *opts):
