@@ -86,7 +86,7 @@ class OutputObjective:
                 f"compared on {', '.join(rpn_readers[0].in_features)} of "
                 f"{', '.join(rpn.in_features)}."
                 if rpn_readers
-                else "not compared: there is no level on which both have one with the same anchors.",
+                else "not compared: on no level do both have one with the same anchors.",
             )
         return cls(
             reader,
