@@ -47,6 +47,9 @@ Their names:
   cosine with the task's, and projectors learned with their objective's weight.
 - *squared trust*: commit 356c07d. Equal shares, but the trust below `AGREEMENT` was the square of
   the ratio, not zero at half of it.
+- *heads only*: until commit 26e2714 outputs were distilled at the teacher's proposals only, now the
+  RPN is as well where both sides have the same anchors (the trees' pair). All names above are of
+  that time, too.
 """
 NOT_RUN = """## Recipes that were not run here
 
