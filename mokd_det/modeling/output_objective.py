@@ -1,5 +1,5 @@
 # Copyright (c) The mokd_det authors.
-"""The objective that matches what both detectors say about the same boxes."""
+"""The objective that matches what both detectors say about the same boxes and anchors."""
 
 import logging
 
