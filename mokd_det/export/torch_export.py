@@ -5,9 +5,11 @@ classifier, and of a detector the backbone and the dense head (an R-CNN's RPN he
 convolutions but those on RoIs. Decoding and NMS are the caller's.
 """
 
+import copy
 import json
 
 import torch
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from torch import nn
 from torch.export import Dim
@@ -15,6 +17,20 @@ from torch.export import Dim
 from .metadata import METADATA_FILE
 
 __all__ = ["BackboneAndHead", "export_program", "load_program"]
+
+
+class EverySecondPixel(nn.Module):
+    """
+    What :class:`LastLevelMaxPool`, a pool over one pixel, does. Traced as a pool, torch 2.11 fixes
+    whether the map's height is odd.
+    """
+
+    def __init__(self, top_block):
+        super().__init__()
+        self.num_levels, self.in_feature = top_block.num_levels, top_block.in_feature
+
+    def forward(self, x):
+        return [x[:, :, ::2, ::2]]
 
 
 class BackboneAndHead(nn.Module):
@@ -26,7 +42,10 @@ class BackboneAndHead(nn.Module):
             model (nn.Module): a detector.
         """
         super().__init__()
-        self.backbone = model.backbone
+        self.backbone = copy.deepcopy(model.backbone)
+        top_block = getattr(self.backbone, "top_block", None)
+        if isinstance(top_block, LastLevelMaxPool):
+            self.backbone.top_block = EverySecondPixel(top_block)
         if isinstance(model, DenseDetector):
             self.head, self.in_features = model.head, list(model.head_in_features)
         else:
