@@ -20,6 +20,7 @@ import json
 import os
 import sys
 import warnings
+import zipfile
 
 import torch
 import torchvision  # noqa: F401  (registers operators of detectors: NMS and ROIAlign)
@@ -37,18 +38,29 @@ def load(path, device):
         tuple: the module and its metadata.
 
     Raises:
-        ValueError: not a file of tools/export_model.py.
+        ValueError: not a file of tools/export_model.py, or traced on another kind of device.
     """
-    extra = {METADATA_FILE: ""}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*torch.jit.* is deprecated")
-        module = torch.jit.load(path, map_location=device, _extra_files=extra)
-    if not extra[METADATA_FILE]:
+    names = []
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            names = [n for n in archive.namelist() if n.endswith(f"/extra/{METADATA_FILE}")]
+            metadata = json.loads(archive.read(names[0])) if names else None
+    if not names:
         raise ValueError(
             f"{path} has no {METADATA_FILE} inside: expected a file of tools/export_model.py "
             "--format torchscript."
         )
-    return module, json.loads(extra[METADATA_FILE])
+    traced_on = metadata.get("traced_on")
+    if traced_on and traced_on != torch.device(device).type:
+        raise ValueError(
+            f"{path} was traced on '{traced_on}' and cannot run on '{device}': give --device "
+            f"{traced_on}, or export it on the other device, or with --method scripting."
+        )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*torch.jit.* is deprecated")
+        # A trace has constants on the CPU, wherever its weights are: all stay where they were.
+        module = torch.jit.load(path, map_location=None if traced_on else device)
+    return module, metadata
 
 
 def read(path):

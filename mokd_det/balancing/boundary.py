@@ -274,7 +274,10 @@ def _mean_balance(balances):
 
     def mean(name):
         values = [getattr(balance, name) for balance in balances]
-        return None if any(value is None for value in values) else torch.stack(values).mean(0)
+        if any(value is None for value in values):
+            return None
+        # Losses of reused weights stay on the GPU, those that were balanced are on the CPU.
+        return torch.stack([value.to(values[0].device) for value in values]).mean(0)
 
     fallback = next((b.fallback for b in balances if b.fallback), "")
     names = [f.name for f in dataclasses.fields(balances[0]) if f.name != "fallback"]

@@ -176,9 +176,10 @@ def _export_detector(model, pictures, path, metadata, format, method, half, froz
         found = [run(image) for image in inputs]
         return parity(expected, found, inputs, tolerance, compare_detections)
 
-    exported = _save_and_load(
-        script(model) if method == "scripting" else trace(model, example), path, metadata, frozen
-    ).to(device)
+    if method == "tracing":
+        metadata["traced_on"] = device.type
+    exported = script(model) if method == "scripting" else trace(model, example)
+    exported = _save_and_load(exported, path, metadata, frozen, device)
     with torch.no_grad():
         found = [exported(image) for image in inputs]
     result = parity(expected, found, inputs, tolerance, compare_detections)
@@ -203,9 +204,10 @@ def _differences(expected, found, compare):
     }
 
 
-def _save_and_load(module, path, metadata, frozen):
+def _save_and_load(module, path, metadata, frozen, device):
     save_torchscript(freeze(module) if frozen else module, path, metadata)
-    return load_torchscript(path)[0]
+    # Not by ``to``, which leaves constants where they are: those of a frozen file are its weights.
+    return load_torchscript(path, device)[0]
 
 
 @torch.no_grad()
@@ -263,7 +265,7 @@ def _export_classifier(model, pictures, path, metadata, format, method, half, fr
         inputs = [x.to(torch.float32) for x in inputs]
         run = program
     else:
-        run = _save_and_load(exported, path, metadata, frozen).to(device)
+        run = _save_and_load(exported, path, metadata, frozen, device)
     found = [run(x) for x in inputs]
     result = parity([module(x) for x in inputs], found, inputs, tolerance, compare_tensors)
     if half:

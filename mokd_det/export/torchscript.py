@@ -4,6 +4,7 @@
 import copy
 import json
 import warnings
+import zipfile
 from unittest import mock
 
 import torch
@@ -143,11 +144,28 @@ def save_torchscript(module, path, metadata):
 
 def load_torchscript(path, device="cpu"):
     """
+    Args:
+        path (str): a file of :func:`save_torchscript`.
+        device (str or torch.device): of a traced detector, that of its export.
+
     Returns:
         tuple: the module, on ``device``, and its metadata (dict).
+
+    Raises:
+        ValueError: a detector that was traced on another kind of device.
     """
-    extra = {METADATA_FILE: ""}
+    with zipfile.ZipFile(path) as archive:
+        (name,) = (n for n in archive.namelist() if n.endswith(f"/extra/{METADATA_FILE}"))
+        metadata = json.loads(archive.read(name))
+    traced_on, device = metadata.get("traced_on"), torch.device(device)
+    if traced_on and traced_on != device.type:
+        raise ValueError(
+            f"{path} was traced on '{traced_on}' and cannot run on '{device}': export it with "
+            f"MODEL.DEVICE {device.type}, or with --method scripting."
+        )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*torch.jit.* is deprecated")
-        module = torch.jit.load(path, map_location=device, _extra_files=extra)
-    return module, json.loads(extra[METADATA_FILE])
+        # A trace calculates with sizes of images on the CPU, wherever its weights are: each of its
+        # constants stays where it was.
+        module = torch.jit.load(path, map_location=None if traced_on else device)
+    return module, metadata

@@ -81,16 +81,20 @@ class FrozenTeacher:
     def wait(self, view):
         """Make the current CUDA stream wait for what :meth:`_run_beside` returned."""
         if self._stream is not None:
-            current = torch.cuda.current_stream()
+            current = self._students_stream()
             current.wait_stream(self._stream)
             for tensor in _tensors(view):
                 tensor.record_stream(current)
+
+    def _students_stream(self):
+        # Of the teacher's GPU, which need not be the current one.
+        return torch.cuda.current_stream(self._stream.device)
 
     def _run_beside(self, function, *args):
         """As :meth:`_run`, on the teacher's own stream if it has one."""
         if self._stream is None:
             return self._run(function, *args)
-        self._stream.wait_stream(torch.cuda.current_stream())
+        self._stream.wait_stream(self._students_stream())
         with torch.cuda.stream(self._stream):
             return self._run(function, *args)
 

@@ -57,7 +57,11 @@ class ScriptedDetector(nn.Module):
                 f"MOKD.TEACHER.TORCHSCRIPT.FILE '{options.FILE}' does not exist."
             )
         try:
-            module = torch.jit.load(PathManager.get_local_path(options.FILE), map_location="cpu")
+            path = PathManager.get_local_path(options.FILE)
+            module = torch.jit.load(path, map_location="cpu")
+            if not module.state_dict():
+                # Frozen: its weights are constants, which no later ``to`` moves.
+                module = torch.jit.load(path, map_location=cfg.MODEL.DEVICE)
         except RuntimeError as error:
             raise ValueError(
                 f"MOKD.TEACHER.TORCHSCRIPT.FILE '{options.FILE}' is no TorchScript file: {error}"

@@ -23,7 +23,7 @@ from mokd_det.export import (
 from mokd_det.export.detector import check_tracing, detect, paste_masks
 from mokd_det.export.images import read_images, sized
 from mokd_det.export.parity import compare_detections, parity
-from mokd_det.export.torchscript import _scripted_nms, load_torchscript
+from mokd_det.export.torchscript import _scripted_nms, load_torchscript, save_torchscript
 from mokd_det.modeling import load_trained_model
 
 from ..conftest import CONFIGS, ROOT
@@ -112,7 +112,7 @@ def test_metadata_says_what_the_archive_needs(rcnn, tmp_path):
     module, metadata = load_torchscript(result["file"])
     assert metadata["task"] == "detection" and metadata["class_names"] == ["Tree"]
     assert metadata["score_threshold"] == pytest.approx(rcnn.MODEL.ROI_HEADS.SCORE_THRESH_TEST)
-    assert metadata["format"] == "BGR"
+    assert metadata["format"] == "BGR" and metadata["traced_on"] == "cpu"
     assert metadata["pixel_mean"] == pytest.approx(rcnn.MODEL.PIXEL_MEAN)
     assert metadata["pixel_std"] == pytest.approx(rcnn.MODEL.PIXEL_STD)
     assert metadata["resize"]["short_edge"] == 224 and metadata["resize"]["longest_edge"] == 260
@@ -327,6 +327,21 @@ def test_the_tools_on_the_command_line(rcnn, tmp_path, monkeypatch, capsys):
     assert (found["width"], found["height"]) == (192, 160) and picture.stat().st_size > 1000
     assert found["detections"] and set(found["detections"][0]) == {"box", "score", "class", "name"}
     assert "'none.jpg' does not exist" in run_tool(monkeypatch, use, model, "none.jpg")
+
+
+def test_a_trace_of_another_device_is_refused(tmp_path, monkeypatch):
+    module = torch.jit.script(torch.nn.Identity())
+    path = str(tmp_path / "model.ts")
+    save_torchscript(module, path, {"traced_on": "cuda"})
+    with pytest.raises(ValueError, match="traced on 'cuda' and cannot run on 'cpu': export it"):
+        load_torchscript(path)
+    with pytest.raises(ValueError, match="traced on 'cuda' and cannot run on 'cpu': give --device"):
+        run_tool(monkeypatch, "tools/run_exported.py", path, TILE)
+    save_torchscript(module, path, {})
+    assert load_torchscript(path)[1] == {}
+    torch.jit.save(module, path)
+    with pytest.raises(ValueError, match="has no metadata.json inside"):
+        run_tool(monkeypatch, "tools/run_exported.py", path, TILE)
 
 
 def test_traced_nms_rounds_as_torchvision_does_for_many_boxes():

@@ -287,6 +287,8 @@ def test_stream_waits_for_the_teacher(make_cfg, monkeypatch):
     calls = []
 
     class Stream:
+        device = torch.device("cuda", 1)  # not the current one
+
         def __init__(self, name):
             self.name = name
 
@@ -300,7 +302,8 @@ def test_stream_waits_for_the_teacher(make_cfg, monkeypatch):
             calls.append("back")
 
     teacher._stream = Stream("teacher")
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: Stream("student"))
+    students = {Stream.device: Stream("student")}
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: students[device])
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
     recorded = []
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, _: recorded.append(tensor))
