@@ -53,7 +53,7 @@ Their names:
 """
 NOT_RUN = """## Recipes that were not run here
 
-There was no GPU. Each file builds, trains and evaluates on small data in the tests; its twin
+Neither their data nor the GPUs were there. Each file builds, trains and evaluates on small data in the tests; its twin
 without a teacher is the same command with `MOKD.ENABLED False DATALOADER.RESUMABLE True`.
 
 | config | command |
