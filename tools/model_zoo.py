@@ -54,7 +54,8 @@ Their names:
 NOT_RUN = """## Recipes that were not run here
 
 Neither their data nor the GPUs were there. Each file builds, trains and evaluates on small data in
-the tests; its twin without a teacher is the same command with `MOKD.ENABLED False DATALOADER.RESUMABLE True`.
+the tests; its twin without a teacher is the same command with
+`MOKD.ENABLED False DATALOADER.RESUMABLE True`.
 
 | config | command |
 |---|---|
