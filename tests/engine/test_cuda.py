@@ -20,7 +20,11 @@ from mokd_det.modeling import load_trained_model
 
 from ..export.models import TILE, detector, tile
 from ..modeling.families import step
-from ..modeling.test_teacher import calibrated, script_opts  # noqa: F401  (calibrated: a fixture)
+from ..modeling.test_teacher import (  # noqa: F401  (calibrated: a fixture)
+    OneConvolution,
+    calibrated,
+    script_opts,
+)
 from .helpers import train_and_stop
 from .test_classification import SMALL
 from .test_step import BF16, FAMO, FP16, LOOK_AHEAD, PARAMETERS, build, run_steps
@@ -270,18 +274,9 @@ def test_a_classifier_trains_in_bfloat16(make_digits_cfg, network):
     assert half._last_eval_results["classification"]["images"] == 40
 
 
-class Frozen(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(3, 8, 3, 8, 1)
-
-    def forward(self, x):
-        return {"p3": self.conv(x)}
-
-
 def test_frozen_torchscript_teaches_on_the_gpu(make_cfg, tmp_path):
     """Its weights are constants, which no ``to`` moves."""
-    torch.jit.freeze(torch.jit.script(Frozen().eval())).save(tmp_path / "f.ts")
+    torch.jit.freeze(torch.jit.script(OneConvolution().eval())).save(tmp_path / "f.ts")
     opts = [*script_opts(str(tmp_path / "f.ts")), "MOKD.FEATURES.STUDENT", ["p3"]]
     seed_all_rng(0)
     model = DistillationTrainer.build_model(make_cfg("mokd", [*opts, "MODEL.DEVICE", DEVICE]))

@@ -177,16 +177,19 @@ def test_torchscript_teacher_is_the_teacher_it_was_made_from(make_cfg, tmp_path)
     assert "loss_features" in trainer.storage.latest()
 
 
+class OneConvolution(nn.Module):
+    """A backbone that becomes all constants when it is frozen."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, 8, 1)
+
+    def forward(self, x):
+        return {"p3": self.conv(x)}
+
+
 def test_frozen_torchscript_has_no_parameters(make_cfg, tmp_path):
-    class Frozen(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv = nn.Conv2d(3, 8, 3, 8, 1)
-
-        def forward(self, x):
-            return {"p3": self.conv(x)}
-
-    torch.jit.freeze(torch.jit.script(Frozen().eval())).save(tmp_path / "f.ts")
+    torch.jit.freeze(torch.jit.script(OneConvolution().eval())).save(tmp_path / "f.ts")
     model = DistillationTrainer.build_model(
         make_cfg("mokd", [*script_opts(str(tmp_path / "f.ts")), "MOKD.FEATURES.STUDENT", ["p3"]])
     )
