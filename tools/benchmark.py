@@ -156,8 +156,9 @@ def build_steps(cfg, model, batch):
     """Return {variant: function that runs one step}, or the reason why it cannot."""
     cfg.SOLVER.BASE_LR = 0.0
     balancing = {key.lower(): value for key, value in cfg.MOKD.BALANCING.items()}
+    balancing["steps"] = cfg.SOLVER.MAX_ITER
     shared = model.student.backbone
-    no_boundary = NoBoundary(balancer=build_boundary().balancer)
+    no_boundary = NoBoundary(balancer=build_boundary("fixed").balancer)
     loader = Constant(batch)
     optimizer = build_optimizer(cfg, model)
     distributed_model = wrap_distributed(model)

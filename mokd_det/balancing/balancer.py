@@ -26,9 +26,7 @@ class Balancer:
             itself; None if those are the weights.
     """
 
-    def __init__(
-        self, rule, rescale="none", smoothing=None, interval=1, schedule=(1.0, 1.0), steps=None
-    ):
+    def __init__(self, rule, rescale="none", smoothing=None, interval=1, schedule=None, steps=None):
         """
         Args:
             rule: of ``BALANCERS``.
@@ -39,7 +37,8 @@ class Balancer:
                 or 0.
             interval (int): compute weights at every k-th step and reuse them in between.
             schedule (sequence[float]): factors of all weights but the task's at the first and the
-                last step, in [0, inf); a straight line in between.
+                last step, in [0, inf); a straight line in between. None: the rule's own, its
+                attribute ``schedule``, or (1, 1).
             steps (int): of the whole training; needed if the schedule is not constant.
 
         Raises:
@@ -61,13 +60,18 @@ class Balancer:
                 f"MOKD.BALANCING.INTERVAL is {interval}, but rule '{type(rule).__name__}' compares "
                 "the gradients of consecutive steps: set it to 1."
             )
+        if schedule is None:
+            schedule = getattr(rule, "schedule", (1.0, 1.0))
         if len(schedule) != 2 or any(not 0 <= factor < math.inf for factor in schedule):
             raise ValueError(
                 f"MOKD.BALANCING.SCHEDULE is {list(schedule)}: expected two finite numbers >= 0, "
                 "the factors at the first and at the last step."
             )
         if schedule[0] != schedule[1] and steps is None:
-            raise ValueError(f"A schedule {list(schedule)} needs the number of all steps.")
+            raise ValueError(
+                f"The schedule {list(schedule)} needs the number of all steps, and steps is None: "
+                "give it, or the schedule (1.0, 1.0)."
+            )
         self.rule = rule
         self.rescale = rescale
         self.smoothing = smoothing

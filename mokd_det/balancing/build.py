@@ -20,7 +20,7 @@ def build_boundary(
     gram="batch",
     smoothing=None,
     interval=1,
-    schedule=(1.0, 1.0),
+    schedule=None,
     steps=None,
     layers=(),
     objectives=None,

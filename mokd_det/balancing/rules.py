@@ -10,7 +10,7 @@ rule sees finite, non-vanishing gradients and positive finite losses. Rules with
 
 What else a rule may have, if it wants it:
 
-* ``smoothing``: the default of MOKD.BALANCING.SMOOTHING for it;
+* ``smoothing``, ``schedule``: the defaults of MOKD.BALANCING.SMOOTHING and SCHEDULE for it;
 * ``own_weights(gram) -> (K,)``: factors of the objectives' gradients for parameters that one
   objective has for itself (projectors), of the matrix that ``weights`` saw (with GRAM "signal" the
   batch's); neither rescaled nor scheduled. Without it they are the weights;
@@ -206,15 +206,20 @@ class ConstantDominance:
     projector that learned with the weight would stay random where that is zero, and randomly
     projected features agree with nothing, so the weight would stay zero. (While an objective's
     gradient vanishes at the features, its own parameters rest, too.)
+
+    The dominance rises in a straight line from a fifth of ``dominance`` to nine fifths: a step as
+    long as ``1 + dominance`` task gradients can be too long for a learning rate that was tuned
+    for the task's gradient alone, until that has fallen.
     """
 
     smoothing = 0.98
+    schedule = (0.2, 1.8)
 
     def __init__(self, dominance=3.0, agreement=0.1):
         """
         Args:
-            dominance (float): norm of the distillation's part in units of the task gradient's;
-                > 0.
+            dominance (float): norm of the distillation's part in units of the task gradient's,
+                on average over the training; > 0.
             agreement (float): cosine from which on a gradient is trusted in full, and of whose half
                 not at all; in (0, 1].
         """

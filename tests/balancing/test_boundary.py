@@ -72,7 +72,7 @@ def test_weights_one_equal_the_plain_sum_bit_for_bit(setting):
 )
 def test_shared_part_gets_the_weighted_sum_and_heads_stay_unmixed(setting, name):
     net, x, target = setting
-    boundary = build_boundary(name, smoothing=0, weights=[0.7, 2.0])
+    boundary = build_boundary(name, smoothing=0, schedule=(1.0, 1.0), weights=[0.7, 2.0])
     rule = boundary.balancer.rule
     losses, gradients = run(net, x, target, boundary)
 

@@ -55,7 +55,7 @@ def train(options, micro_batches, standardised, x, target, wrap=lambda model: mo
     """Return (weights of each step, the model's state, bytes of each of our all-reduces)."""
     torch.manual_seed(0)
     model = Model(standardised)
-    boundary = build_boundary(shared=Shared(model), weights=[0.5, 2.0], **options)
+    boundary = build_boundary(shared=Shared(model), steps=count, weights=[0.5, 2.0], **options)
     model.boundary = boundary
     wrapped = wrap(model)
     optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9, weight_decay=1e-4)

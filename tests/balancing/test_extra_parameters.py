@@ -90,7 +90,9 @@ def test_head_gets_the_task_and_its_share(place, weights):
 def test_a_rule_with_weights_for_what_is_an_objectives_own(place, micro_batches):
     """The projector gets those; the backbone and the head, which the task uses, the weights."""
     net, x = net_and_data()
-    boundary = build_boundary("constant_dominance", place, net.backbone, smoothing=0, interval=2)
+    boundary = build_boundary(
+        "constant_dominance", place, net.backbone, smoothing=0, interval=2, schedule=(1.0, 1.0)
+    )
     net.boundary = boundary
     for _ in range(2):  # the second step reuses both
         net.zero_grad()
@@ -199,7 +201,7 @@ def worker(rank, rule, folder):
     results = {}
     for place in PLACES:
         net, x = net_and_data()
-        net.boundary = build_boundary(rule, place, net.backbone)
+        net.boundary = build_boundary(rule, place, net.backbone, steps=10)
         wrapped = DistributedDataParallel(net)
         if net.boundary.reduces_gradients:
             with wrapped.no_sync():
@@ -218,7 +220,7 @@ def test_two_ranks_equal_one(rule, tmp_path):
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for place in PLACES:
         net, x = net_and_data()
-        net.boundary = build_boundary(rule, place, net.backbone)
+        net.boundary = build_boundary(rule, place, net.backbone, steps=10)
         net.boundary.backward(net(x), net.parameters())
         for name, gradient in gradients(net).items():
             assert torch.equal(first[place][name], second[place][name]), (place, name)

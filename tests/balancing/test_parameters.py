@@ -71,7 +71,13 @@ def test_equals_the_brute_force_reference(setting, name, layers):
         if not layers or any(n == layer or n.startswith(f"{layer}.") for layer in layers)
     ]
     boundary = build_boundary(
-        name, place="parameters", shared=shared, layers=layers, smoothing=0, weights=[0.7, 2.0]
+        name,
+        place="parameters",
+        shared=shared,
+        layers=layers,
+        smoothing=0,
+        schedule=(1.0, 1.0),
+        weights=[0.7, 2.0],
     )
     losses = losses_of(net, boundary, x, target)
     boundary.backward(losses, net.parameters())
@@ -168,7 +174,7 @@ def test_weights_are_reused_between_intervals(setting):
 @pytest.mark.parametrize("name", ["anchored", "min_norm", "famo"])
 def test_loss_scaling_changes_gradients_and_nothing_else(setting, place, name):
     net, shared, x, target = setting
-    boundary = build_boundary(name, place=place, shared=shared)
+    boundary = build_boundary(name, place=place, shared=shared, steps=10)
     results = []
     for scale in (None, torch.tensor(1024.0)):
         net.zero_grad()
@@ -228,7 +234,7 @@ def test_unused_and_frozen_parameters(setting):
 )
 def test_options_that_exclude_each_other(setting, options, message):
     with pytest.raises(ValueError, match=message):
-        build_boundary(**{"shared": setting[1], **options})
+        build_boundary(**{"shared": setting[1], "steps": 10, **options})
 
 
 def test_losses_that_miss_the_boundary_are_an_error(setting):
@@ -257,7 +263,7 @@ def test_bfloat16_is_close_to_float32(setting, place, name):
     net, shared, x, target = setting
     results = []
     for enabled in (False, True):
-        boundary = build_boundary(name, place=place, shared=shared)
+        boundary = build_boundary(name, place=place, shared=shared, steps=10)
         net.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             losses = losses_of(net, boundary, x, target)
@@ -282,7 +288,7 @@ def test_three_objectives(setting, place, name):
         first, second, third = copies
         return [net.task(first), net.distill(second, target), third[1].square().mean()]
 
-    boundary = build_boundary(name, place=place, shared=shared)
+    boundary = build_boundary(name, place=place, shared=shared, steps=10)
     losses = three(boundary.split(net.features(x), 3))
     boundary.backward(losses, net.parameters())
     got = [p.grad.clone() for p in shared.parameters()]

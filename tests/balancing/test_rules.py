@@ -850,7 +850,7 @@ def test_a_running_gram_leaves_a_vanishing_gradient_as_it_is():
 @pytest.mark.parametrize("power", [-5, 4])
 def test_a_running_gram_does_not_round_otherwise_in_other_units(power):
     """Losses in units that differ by a power of two: the same weights times that, exactly."""
-    first, second = (Balancer(build_rule("constant_dominance")) for _ in range(2))
+    first, second = (Balancer(build_rule("constant_dominance"), steps=10) for _ in range(2))
     factor = torch.tensor([1.0, 2.0**power, 2.0 ** (-2 * power)], dtype=torch.float64)
     for seed in range(20):
         gradients, losses = random_gradients(seed, 3)
@@ -861,11 +861,30 @@ def test_a_running_gram_does_not_round_otherwise_in_other_units(power):
         assert torch.equal(other.own_weights * factor, one.own_weights)
 
 
-@pytest.mark.parametrize("name, own", [("constant_dominance", 0.98), ("aligned", 0.0)])
-def test_a_rules_own_smoothing_is_the_default(name, own):
-    assert Balancer(build_rule(name)).smoothing == own
-    assert Balancer(build_rule(name), smoothing=0.5).smoothing == 0.5
-    assert Balancer(build_rule(name), smoothing=0.0).smoothing == 0.0
+@pytest.mark.parametrize(
+    "name, smoothing, schedule",
+    [("constant_dominance", 0.98, (0.2, 1.8)), ("aligned", 0.0, (1.0, 1.0))],
+)
+def test_a_rules_own_smoothing_and_schedule_are_the_defaults(name, smoothing, schedule):
+    own = Balancer(build_rule(name), steps=10)
+    assert (own.smoothing, own.schedule) == (smoothing, schedule)
+    for value in (0.5, 0.0):
+        assert Balancer(build_rule(name), smoothing=value, steps=10).smoothing == value
+    for value in ((1.0, 1.0), (0.0, 1.0)):
+        assert Balancer(build_rule(name), schedule=value, steps=10).schedule == value
+
+
+def test_dominance_rises_from_a_fifth_to_nine_fifths():
+    balancer = Balancer(build_rule("constant_dominance"), smoothing=0.0, steps=5)
+    gradients = torch.tensor([[1.0, 0.0], [0.5, 0.5]], dtype=torch.float64)
+    dominances = []
+    for _ in range(5):
+        weights = balancer.balance((gradients @ gradients.T)[None], torch.ones(2)).weights
+        dominances.append(weights[1].item() * gradients[1].norm().item())
+        balancer.end_step()
+    assert dominances == pytest.approx([0.6, 1.8, 3.0, 4.2, 5.4])
+    with pytest.raises(ValueError, match=r"schedule \[0.2, 1.8\] needs the number of all steps"):
+        Balancer(build_rule("constant_dominance"))
 
 
 def test_interval_reuses_weights_in_between():
@@ -913,7 +932,7 @@ def test_schedule_goes_on_while_weights_are_reused_and_after_a_resume():
 def test_state_of_a_balancer_undoes_a_step(name):
     if name.startswith("torchjd"):
         pytest.importorskip("torchjd")
-    balancer = Balancer(build_rule(name), smoothing=0.5)
+    balancer = Balancer(build_rule(name), smoothing=0.5, steps=10)
     gradients, losses = random_gradients(0)
     balancer_weights(balancer, gradients, losses)
     state = balancer.state_dict()
@@ -932,7 +951,7 @@ def balance_of(balancer, seed, count=3, **options):
 
 def test_own_weights_are_held_undone_and_resumed_like_weights():
     def make():
-        return Balancer(build_rule("constant_dominance"), interval=3)
+        return Balancer(build_rule("constant_dominance"), interval=3, steps=10)
 
     balancer = make()
     first = balance_of(balancer, 0)
@@ -953,7 +972,7 @@ def test_own_weights_are_held_undone_and_resumed_like_weights():
 
 def test_own_weights_are_neither_scheduled_nor_rescaled():
     rule = build_rule("constant_dominance")
-    plain = balance_of(Balancer(rule), 0)
+    plain = balance_of(Balancer(rule, steps=5), 0)
     off = balance_of(Balancer(rule, "convex", schedule=(0.0, 1.0), steps=5), 0)
     assert off.weights[1:].tolist() == [0.0, 0.0]
     assert torch.equal(off.own, plain.own)
@@ -963,7 +982,8 @@ def test_own_weights_of_a_signal_are_the_batchs():
     """The signal may be next to nothing, and the factor would be as large."""
     gradients, losses = random_gradients(0, 3)
     gram = gradients @ gradients.T
-    found = balance_of(Balancer(build_rule("constant_dominance")), 0, signal=1e-6 * torch.eye(3))
+    balancer = Balancer(build_rule("constant_dominance"), steps=10)
+    found = balance_of(balancer, 0, signal=1e-6 * torch.eye(3))
     norms = gram.diagonal().sqrt()
     assert torch.allclose(found.own, norms[0] / norms)
 
@@ -973,7 +993,7 @@ def test_ranks_take_the_first_ones_decision_whatever_their_own_was():
     told = torch.tensor([[1.0, 0.5], [1.0, 2.0]], dtype=torch.float64)
     for scale in (1.0, 0.0):  # with the latter, this rank found that the gradient has vanished
         scaled = gradients * torch.tensor([[1.0], [scale]])
-        balancer = Balancer(build_rule("constant_dominance"))
+        balancer = Balancer(build_rule("constant_dominance"), schedule=(1.0, 1.0))
         found = balancer.balance((scaled @ scaled.T)[None], losses, agree=lambda _: told.clone())
         assert torch.equal(found.weights, told[0]) and torch.equal(found.own, told[1])
     found = balance_of(Balancer(build_rule("anchored")), 0, 2, agree=lambda _: told.clone())
@@ -982,7 +1002,7 @@ def test_ranks_take_the_first_ones_decision_whatever_their_own_was():
 
 @pytest.mark.parametrize("name", ["protected_min_norm", "constant_dominance"])
 def test_a_non_finite_step_leaves_no_trace(name):
-    balancer = Balancer(build_rule(name), smoothing=0.5)
+    balancer = Balancer(build_rule(name), smoothing=0.5, steps=10)
     gradients, losses = random_gradients(0)
     balancer.balance((gradients @ gradients.T)[None], losses)
     before = balancer.state_dict()
