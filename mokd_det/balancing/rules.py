@@ -182,7 +182,7 @@ class Anchored:
 @BALANCERS.register("constant_dominance")
 class ConstantDominance:
     """
-    The task's gradient and a distillation that is always equally dominant (ours).
+    The task's gradient and a distillation whose dominance is set, not left to the batch (ours).
 
     With unit gradients ``u_i``, ``cos_k = <u_k, u_task>`` and the trust ``t_k = 2 cos_k / agreement
     - 1``, clipped to [0, 1], the distillation's direction is that of ``sum_k t_k u_k``: equal
@@ -207,9 +207,9 @@ class ConstantDominance:
     projected features agree with nothing, so the weight would stay zero. (While an objective's
     gradient vanishes at the features, its own parameters rest, too.)
 
-    The dominance rises in a straight line from a fifth of ``dominance`` to nine fifths: a step as
-    long as ``1 + dominance`` task gradients can be too long for a learning rate that was tuned
-    for the task's gradient alone, until that has fallen.
+    Its ``schedule`` lets the dominance rise in a straight line from a fifth of ``dominance`` to nine
+    fifths: a step as long as ``1 + dominance`` task gradients can be too long for a learning rate
+    that was tuned for the task's gradient alone, until that has fallen.
     """
 
     smoothing = 0.98
