@@ -207,9 +207,9 @@ class ConstantDominance:
     projected features agree with nothing, so the weight would stay zero. (While an objective's
     gradient vanishes at the features, its own parameters rest, too.)
 
-    Its ``schedule`` lets the dominance rise in a straight line from a fifth of ``dominance`` to nine
-    fifths: a step as long as ``1 + dominance`` task gradients can be too long for a learning rate
-    that was tuned for the task's gradient alone, until that has fallen.
+    Its ``schedule`` lets the dominance rise in a straight line from a fifth of ``dominance`` to
+    nine fifths: a step as long as ``1 + dominance`` task gradients can be too long for a learning
+    rate that was tuned for the task's gradient alone, until that has fallen.
     """
 
     smoothing = 0.98
