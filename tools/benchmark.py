@@ -208,7 +208,7 @@ def build_steps(cfg, model, batch):
         step = torchjd_step(model, batch, optimizer, no_boundary)
         steps["torchjd"] = with_boundary(no_boundary, step)
     except ImportError as error:
-        steps["torchjd"] = f"TorchJD is not installed ({error}): pip install 'mokd-det[balancers]'"
+        steps["torchjd"] = f"TorchJD is not installed ({error}): pip install -e '.[balancers]'"
     return steps
 
 

@@ -24,10 +24,12 @@ difference to method X, seed by seed, ± half of its 95 % interval (Student's t)
 also those that lose.
 
 "json" is the record of the first seed; one for each seed lies beside it: config, overrides,
-commit, metrics and losses over the training, balance, and the SHA-256 of the weights, whose start
-is in the table; "teacher" is that of the teacher's. Records without them were made before they
+commit, metrics and losses over the training, balance, and the SHA-256 of model_final.pth, whose
+start is in the table (the file holds the trainer's state as well, so that of equal students may
+differ); "teacher" is that of the teacher's. Records without them were made before they
 were noted. Rows of other teachers cannot be compared: the same seed trains another one on another
-kind of processor.
+kind of processor. "No record" lists methods of the study file that have not been run with the
+teacher of its table.
 
 A row is run again by
 `python tools/study.py studies/NAME.yaml --run --only "METHOD" --output FOLDER`; the folded rows
@@ -41,6 +43,8 @@ Their names:
   another length (commits 27de59a to 83ace7f).
 - *dominance 3*: g_task + 3 |g_task| d with a plain running mean of the Gram matrix (commit
   1846406; some records say f1760c0-dirty, the same code before it was committed).
+- *constant dominance 3*: the default until commit d968b3b, today's with a dominance that does not
+  rise.
 - *joint trust*: the default until commit 66165f4. `AGREEMENT` was asked of the gradient that
   agrees best, and its answer stood for all.
 - *by cosine*: the default from there until 356c07d. Each gradient counted in proportion to its
@@ -112,8 +116,10 @@ def section(study, records):
         if older
         else ""
     )
+    missing = [f"*{name}*" for name in study["methods"] if name not in records]
+    missing = f"\n\nNo record: {', '.join(missing)}." if missing else ""
     parts = (f"## {study['name']}", " ".join(comment), table_of(head, current))
-    return "\n\n".join(parts) + f"{folded}{pictures}\n"
+    return "\n\n".join(parts) + f"{missing}{folded}{pictures}\n"
 
 
 def model_zoo():

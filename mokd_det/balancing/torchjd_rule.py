@@ -36,7 +36,7 @@ class TorchjdRule:
         except ImportError as error:
             raise ImportError(
                 f"MOKD.BALANCING.RULE is 'torchjd.{name}', which needs TorchJD: "
-                "pip install 'mokd-det[balancers]'"
+                "pip install -e '.[balancers]' in the checkout"
             ) from error
         known = sorted(
             n[: -len("Weighting")]

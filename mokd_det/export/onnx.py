@@ -28,7 +28,8 @@ def check_onnx(model):
         import onnxruntime  # noqa: F401
     except ImportError as error:
         raise ImportError(
-            f"--format onnx needs onnx and onnxruntime: pip install 'mokd-det[onnx]' ({error})"
+            "--format onnx needs onnx and onnxruntime: pip install -e '.[onnx]' in the checkout "
+            f"({error})"
         ) from error
     reason = ""
     if hasattr(model, "backbone") and "keypoints" in output_names(model):

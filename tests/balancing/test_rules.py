@@ -706,7 +706,7 @@ def test_torchjd_errors(monkeypatch):
     with pytest.raises(ValueError, match="MOKD.BALANCING.TORCHJD {'d': 1} does not fit"):
         build_rule("torchjd.CAGrad", torchjd={"d": 1})
     monkeypatch.setitem(__import__("sys").modules, "torchjd", None)
-    with pytest.raises(ImportError, match=r"pip install 'mokd-det\[balancers\]'"):
+    with pytest.raises(ImportError, match=r"pip install -e '\.\[balancers\]'"):
         build_rule("torchjd.UPGrad")
 
 

@@ -114,7 +114,7 @@ def _resolve_timm(name, weights, option, state):
         import timm
     except ImportError as error:
         raise ImportError(
-            f"MODEL.CLASSIFIER.NAME '{name}' needs timm: pip install 'mokd-det[timm]'"
+            f"MODEL.CLASSIFIER.NAME '{name}' needs timm: pip install -e '.[timm]' in the checkout"
         ) from error
     bare = name[len(TIMM_PREFIX) :]
     if not timm.is_model(bare):

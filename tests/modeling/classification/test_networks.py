@@ -213,7 +213,7 @@ def test_timms_networks():
 
 def test_timm_that_is_not_installed(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "timm", None)
-    with pytest.raises(ImportError, match=r"needs timm: pip install 'mokd-det\[timm\]'"):
+    with pytest.raises(ImportError, match=r"needs timm: pip install -e '\.\[timm\]'"):
         build_network("timm.resnet10t", 10)
 
 
