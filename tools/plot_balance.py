@@ -13,14 +13,16 @@ signal. Each title counts the steps in which the rule was not asked.
 """
 
 import argparse
-import json
 import os
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
+import mokd_det  # noqa: E402, F401  (first: mends Detectron2 where it needs it)
 import numpy as np  # noqa: E402
+
+from mokd_det.evaluation import read_json_lines  # noqa: E402
 
 # Panel: label, scale of the axis, prefixes of the scalars, lines to compare with.
 PANELS = (
@@ -54,15 +56,10 @@ def read_balance(run_dir):
             f"{path} does not exist: {run_dir} is not the OUTPUT_DIR of a run with MOKD.ENABLED."
         )
     series = {}
-    with open(path) as f:
-        for line in f:
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:  # half a line: the run was killed here, and resumed
-                continue
-            iteration = record.pop("iteration")
-            for name, value in record.items():
-                series.setdefault(name, {})[iteration] = value
+    for record in read_json_lines(path):
+        iteration = record.pop("iteration")
+        for name, value in record.items():
+            series.setdefault(name, {})[iteration] = value
     if not series:
         raise ValueError(f"{path} has no balance in it: {run_dir} is a run without a teacher.")
     return {

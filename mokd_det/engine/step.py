@@ -18,6 +18,8 @@ from .replay import Replay
 
 __all__ = ["BalancedTrainer", "PRECISIONS"]
 
+NEW_RUN = "Start a new run (another OUTPUT_DIR) with the checkpoint as MODEL.WEIGHTS."
+
 PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -157,6 +159,7 @@ class BalancedTrainer(SimpleTrainer):
         }
         if self.boundary.balancer is not None:
             state["balancer"] = self.boundary.balancer.state_dict()
+            state["balanced"] = self._balanced()
         if self.grad_scaler is not None:
             state["grad_scaler"] = self.grad_scaler.state_dict()
         if self.average is not None:
@@ -171,7 +174,28 @@ class BalancedTrainer(SimpleTrainer):
                 changed[name] = new
         return changed
 
+    def _balanced(self):
+        return {"objectives": list(self.inner.objectives), "place": self.boundary.place}
+
     def load_state_dict(self, state):
+        """
+        Raises:
+            ValueError: the checkpoint is of another kind of step, or of other objectives.
+        """
+        if "seed" not in state:
+            raise ValueError(
+                "The checkpoint is of Detectron2's own training step (MOKD.ENABLED False, without "
+                "DATALOADER.RESUMABLE, MICRO_BATCHES and EMA_DECAY), which this run cannot go on "
+                f"with. {NEW_RUN}"
+            )
+        if self.boundary.balancer is not None and "balanced" in state:
+            before, now = state["balanced"], self._balanced()
+            if before != now:
+                raise ValueError(
+                    f"The checkpoint's objectives are {before['objectives']}, compared at the "
+                    f"{before['place']} (MOKD.BALANCING.PLACE), and the config's are "
+                    f"{now['objectives']} at the {now['place']}. {NEW_RUN}"
+                )
         super().load_state_dict(state)
         self.seed = self.data_loader.seed = state["seed"]
         self.diagnostics.load_state_dict(state["diagnostics"])

@@ -22,7 +22,7 @@ from ..data import (
     register_datasets,
     schedule_in_iterations,
 )
-from ..evaluation import build_evaluator
+from ..evaluation import build_evaluator, check_evaluators
 from ..modeling import (
     SupervisedModel,
     accelerate_student,
@@ -50,6 +50,7 @@ class Trainer(DefaultTrainer):
 
     def __init__(self, cfg):
         prepare_datasets(cfg)
+        self.check_evaluators(cfg)
         super().__init__(schedule_in_iterations(cfg))
 
     @classmethod
@@ -69,6 +70,11 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_evaluator(cls, cfg, dataset_name):
         return build_evaluator(cfg, dataset_name)
+
+    def check_evaluators(self, cfg):
+        """Raise ValueError for a data set without an evaluator, before training, not after it."""
+        if self.build_evaluator.__func__ is Trainer.build_evaluator.__func__:  # not one's own
+            check_evaluators(cfg.DATASETS.TEST)
 
     # Detectron2 0.6 forgets its inner trainer here, and with it the optimizer's momentum.
     def state_dict(self):
@@ -98,6 +104,7 @@ class DistillationTrainer(Trainer):
             setup_logger()
         check_supported(cfg)
         prepare_datasets(cfg)
+        self.check_evaluators(cfg)
         cfg = schedule_in_iterations(cfg)
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
 

@@ -1,20 +1,22 @@
 # Copyright (c) The mokd_det authors.
 """Evaluators by data set, results that a machine can read, and rows of a model zoo."""
 
-from .build import build_evaluator
+from .build import build_evaluator, check_evaluators
 from .classification import ClassificationEvaluator
 from .fast_coco import fast_coco_eval
-from .results import count_parameters, finite, format_comparison, write_results
+from .results import count_parameters, finite, format_comparison, read_json_lines, write_results
 from .zoo_row import format_zoo_row, zoo_row
 
 __all__ = [
     "ClassificationEvaluator",
     "build_evaluator",
+    "check_evaluators",
     "count_parameters",
     "fast_coco_eval",
     "finite",
     "format_comparison",
     "format_zoo_row",
+    "read_json_lines",
     "write_results",
     "zoo_row",
 ]

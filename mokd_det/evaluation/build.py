@@ -15,7 +15,26 @@ from detectron2.evaluation import (
 
 from .classification import ClassificationEvaluator
 
-__all__ = ["build_evaluator"]
+__all__ = ["build_evaluator", "check_evaluators"]
+
+
+TYPES = ("classification", "coco", "coco_panoptic_seg", "lvis", "pascal_voc", "sem_seg")
+
+
+def check_evaluators(dataset_names):
+    """
+    Raises:
+        ValueError: one of these data sets has an ``evaluator_type`` that there is none for here.
+    """
+    for name in dataset_names:
+        evaluator_type = MetadataCatalog.get(name).get("evaluator_type")
+        if evaluator_type not in TYPES:
+            raise ValueError(
+                f"DATASETS.TEST: '{name}' has the evaluator type '{evaluator_type}'; expected one "
+                f"of {', '.join(map(repr, TYPES))}. Set MetadataCatalog.get('{name}')"
+                ".evaluator_type where you register it (sets of DATASETS.COCO have 'coco'), or "
+                "give your trainer a build_evaluator of its own."
+            )
 
 
 def build_evaluator(cfg, dataset_name):
@@ -30,6 +49,7 @@ def build_evaluator(cfg, dataset_name):
     Raises:
         ValueError: there is no evaluator for this type here.
     """
+    check_evaluators([dataset_name])
     evaluator_type = MetadataCatalog.get(dataset_name).get("evaluator_type")
     # One folder for each data set: the evaluators' files have fixed names.
     folder = os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
@@ -48,11 +68,5 @@ def build_evaluator(cfg, dataset_name):
         *build["sem_seg"],
         lambda: COCOPanopticEvaluator(dataset_name, folder),
     ]
-    if evaluator_type not in build:
-        raise ValueError(
-            f"DATASETS.TEST: '{dataset_name}' has the evaluator type '{evaluator_type}'; expected "
-            f"one of {', '.join(map(repr, sorted(build)))}. Sets in COCO format registered by "
-            "DATASETS.COCO are of type coco."
-        )
     evaluators = [make() for make in build[evaluator_type]]
     return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)

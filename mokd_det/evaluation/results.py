@@ -6,7 +6,7 @@ import math
 import numbers
 import os
 
-__all__ = ["count_parameters", "finite", "format_comparison", "write_results"]
+__all__ = ["count_parameters", "finite", "format_comparison", "read_json_lines", "write_results"]
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 CLASSIFICATION_METRICS = ("top1", "top5")
@@ -34,6 +34,25 @@ def write_results(results, output_dir):
     with open(path, "w") as f:
         json.dump(finite(results), f, indent=2)
     return path
+
+
+def read_json_lines(path):
+    """
+    Args:
+        path (str): ``metrics.json`` or ``balance.json`` of a run.
+
+    Returns:
+        list[dict]: its lines, without one that was cut off because the run was killed there (and
+        resumed).
+    """
+    records = []
+    with open(path) as f:
+        for line in f:
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+    return records
 
 
 def format_comparison(results_by_model):

@@ -2,7 +2,6 @@
 """A row of a model zoo in Detectron2's form: accuracy of a detector beside what it costs."""
 
 import itertools
-import json
 import os
 import re
 import statistics
@@ -12,7 +11,7 @@ import torch
 from detectron2.utils.analysis import FlopCountAnalysis
 
 from ..data.packages import sha256_of
-from .results import count_parameters
+from .results import count_parameters, read_json_lines
 
 __all__ = ["format_zoo_row", "zoo_row"]
 
@@ -98,9 +97,7 @@ def _training_log(folder):
     seconds, memory = [], []
     path = os.path.join(folder, "metrics.json")
     if os.path.isfile(path):
-        with open(path) as f:
-            entries = [json.loads(line) for line in f if line.strip()]
-        seconds = [entry["time"] for entry in entries if "time" in entry]
+        seconds = [entry["time"] for entry in read_json_lines(path) if "time" in entry]
     path = os.path.join(folder, "log.txt")  # memory is in no other file
     if os.path.isfile(path):
         with open(path) as f:

@@ -32,7 +32,7 @@ def export_checkpoint(cfg, output_dir):
     config = os.path.join(output_dir, "config.yaml")
     torch.save({"model": model.state_dict(), "__author__": "mokd_det"}, weights)
     stock = stock_config(cfg)
-    stock.MODEL.WEIGHTS = weights
+    stock.MODEL.WEIGHTS = os.path.abspath(weights)  # so that it works from any folder
     with open(config, "w") as f:
         f.write(stock.dump())
     return {"weights": weights, "config": config}

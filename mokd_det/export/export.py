@@ -110,6 +110,8 @@ def export_model(
     is_classifier = isinstance(model, Classifier)
     _check(cfg, model, format, method, is_classifier)
     metadata = build_metadata(cfg, model)
+    if format != "torchscript":  # those take one type only
+        metadata["input"] = metadata["input"].replace("uint8 or float32", "float32")
     pictures, source = read_images(cfg, images)
     pictures = [to_tensor(cfg, picture) for picture in pictures]
     os.makedirs(output_dir, exist_ok=True)

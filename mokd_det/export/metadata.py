@@ -104,7 +104,7 @@ def _class_names(cfg, count):
             else:
                 if "thing_classes" not in metadata.as_dict():
                     DatasetCatalog.get(name)  # reading COCO's JSON sets them
-                names = list(metadata.thing_classes)
+                names = list(metadata.get("thing_classes", []))
         except FileNotFoundError:  # a set that is registered, but not on this machine
             continue
         if len(names) == count:

@@ -28,7 +28,9 @@ class SupervisedModel(nn.Module):
 
     @property
     def device(self):
-        return self.student.device
+        return next(
+            self.student.parameters()
+        ).device  # a detector of your own may have no name for it
 
     def forward(self, batched_inputs):
         """Return ``{"task": losses}`` in training; what the student returns in evaluation."""

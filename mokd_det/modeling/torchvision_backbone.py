@@ -47,8 +47,8 @@ class TorchvisionBackbone(Backbone):
                 ``out_features``. Empty: the last four-dimensional node of each stride.
             norm (str): "BN", or "FrozenBN" to keep the statistics and affine of the weights.
             freeze_at (int): as Detectron2's ``MODEL.BACKBONE.FREEZE_AT``: stages up to
-                ``res{freeze_at}`` do not train (1: what comes before res2's first layer of
-                stride 4). 0 trains all.
+                ``res{freeze_at}`` do not train, and their BatchNorm keeps its statistics (1: what
+                comes before res2's first layer of stride 4). 0 trains all.
 
         Raises:
             ValueError: unknown name, weights, stage, node or norm; the message has the choices.
@@ -60,14 +60,15 @@ class TorchvisionBackbone(Backbone):
         automatic = _nodes_by_stride(model)
         nodes = _choose_nodes(model, name, automatic, tuple(out_features), tuple(nodes))
         shapes = _shapes(model, list(nodes.values()))
-        if freeze_at:
-            _freeze(model, {**automatic, **nodes}, freeze_at, name)
+        frozen = _freeze(model, {**automatic, **nodes}, freeze_at, name) if freeze_at else []
         self.body = create_feature_extractor(
             model, return_nodes={node: stage for stage, node in nodes.items()}
         )
         if norm == "FrozenBN":
             # After tracing: the tracer takes torch's own normalisation only as one node.
             self.body = FrozenBatchNorm2d.convert_frozen_batchnorm(self.body)
+        for path in frozen:
+            _freeze_norm(self.body, path)
         self._channels_last = [n for n, s in zip(nodes, shapes) if s["channels_last"]]
         self._out_features = list(nodes)
         self._out_feature_channels = {n: s["channels"] for n, s in zip(nodes, shapes)}
@@ -246,7 +247,10 @@ def _choose_nodes(model, name, automatic, out_features, nodes):
 
 
 def _freeze(model, nodes, freeze_at, name):
-    """Freeze every module that the graph calls up to the node of stage ``res{freeze_at}``."""
+    """
+    Freeze every module that the graph calls up to the node of stage ``res{freeze_at}``; return
+    the names of these nodes.
+    """
     _, graph_nodes = get_graph_node_names(model)
     last = nodes.get(f"res{freeze_at}") if freeze_at > 1 else graph_nodes[1]
     if last is None:
@@ -258,6 +262,17 @@ def _freeze(model, nodes, freeze_at, name):
     for key, parameter in model.named_parameters():
         if any(key == node or key.startswith(f"{node}.") for node in frozen):
             parameter.requires_grad = False
+    return frozen
+
+
+def _freeze_norm(body, path):
+    """Let BatchNorm in the module at ``path`` of a traced model keep its statistics."""
+    parent, _, child = path.rpartition(".")
+    try:
+        owner, module = body.get_submodule(parent), body.get_submodule(path)
+    except AttributeError:  # the graph's node is a function
+        return
+    setattr(owner, child, FrozenBatchNorm2d.convert_frozen_batchnorm(module))
 
 
 @contextlib.contextmanager

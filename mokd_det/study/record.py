@@ -6,6 +6,7 @@ import os
 import statistics
 
 from ..data.packages import sha256_of
+from ..evaluation import read_json_lines
 
 __all__ = ["read_run"]
 
@@ -45,10 +46,7 @@ def read_run(run_dir):
 
 
 def _lines(path):
-    if not os.path.isfile(path):
-        return []
-    with open(path) as f:
-        return [json.loads(line) for line in f]
+    return read_json_lines(path) if os.path.isfile(path) else []
 
 
 def _flat(results, prefix=""):

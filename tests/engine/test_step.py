@@ -191,6 +191,30 @@ def test_resumed_equals_uninterrupted(make_cfg, opts):
         assert_equal_states(whole.average.model.state_dict(), second.average.model.state_dict())
 
 
+@pytest.mark.parametrize(
+    "opts, message",
+    [
+        (
+            ["MOKD.OUTPUTS.ENABLED", True],
+            r"\['task', 'features'\].* are \['task', 'features', 'outp",
+        ),
+        (["MOKD.BALANCING.PLACE", "parameters"], "at the features .* at the parameters"),
+    ],
+)
+def test_resuming_with_other_objectives_or_another_place_is_refused(make_cfg, opts, message):
+    state = build(make_cfg("mokd"))._trainer.state_dict()
+    other = build(make_cfg("mokd", opts, "other"))
+    with pytest.raises(ValueError, match=message):
+        other._trainer.load_state_dict(state)
+
+
+def test_resuming_a_run_of_detectron2s_own_step_is_refused(make_cfg):
+    state = build_trainer(make_cfg("mokd", ["MOKD.ENABLED", False]))._trainer.state_dict()
+    other = build(make_cfg("mokd", ["MOKD.ENABLED", False, "SOLVER.MICRO_BATCHES", 2], "other"))
+    with pytest.raises(ValueError, match="checkpoint is of Detectron2's own training step"):
+        other._trainer.load_state_dict(state)
+
+
 def test_retinanet_resumes_with_the_normaliser_of_its_loss(make_cfg):
     """A plain number of the model that Detectron2's checkpoints forget."""
     trainer = build(make_cfg("retinanet", ["MOKD.ENABLED", True]))

@@ -8,7 +8,7 @@ import json
 
 import numpy as np
 import pytest
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluators
 from detectron2.utils.file_io import PathManager
 from pycocotools.coco import COCO
@@ -16,6 +16,7 @@ from pycocotools.cocoeval import COCOeval
 
 from mokd_det.data import register_datasets
 from mokd_det.data.packages import sha256_of
+from mokd_det.engine import build_trainer
 from mokd_det.evaluation import build as evaluation_build
 from mokd_det.evaluation import (
     build_evaluator,
@@ -113,6 +114,18 @@ def test_evaluators_by_type(make_cfg):
     MetadataCatalog.get("tests_unknown_type").evaluator_type = "depth"
     with pytest.raises(ValueError, match="'depth'; expected one of 'classification', 'coco', 'co"):
         build_evaluator(cfg, "tests_unknown_type")
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_set_without_an_evaluator_is_an_error_before_training(make_cfg, enabled):
+    cfg = make_cfg("mokd", ["MOKD.ENABLED", enabled])
+    register_datasets(cfg)
+    name = "tests_no_evaluator"
+    if name not in DatasetCatalog.list():
+        DatasetCatalog.register(name, lambda: [])
+    cfg.DATASETS.TEST = (name,)
+    with pytest.raises(ValueError, match=f"'{name}' has the evaluator type 'None'"):
+        build_trainer(cfg)
 
 
 def test_panoptic_sets_are_evaluated_in_every_task(make_cfg, monkeypatch):

@@ -195,6 +195,15 @@ def test_foreign_meta_architecture_as_student(make_cfg):
     assert set(trainer.checkpointer.model.state_dict()) == set(ForeignDetector(cfg).state_dict())
 
 
+def test_foreign_meta_architecture_has_a_twin_from_scratch(make_cfg):
+    opts = [*FOREIGN, "MOKD.ENABLED", False, "DATALOADER.RESUMABLE", True, "SOLVER.MAX_ITER", 1]
+    cfg = make_cfg("faster_rcnn", opts)
+    cfg.DATASETS.TEST = ()
+    trainer = build_trainer(cfg)
+    trainer.train()
+    assert trainer.iter == 0
+
+
 def test_foreign_meta_architecture_as_teacher(make_cfg, tmp_path):
     torch.save({"model": ForeignDetector(None).state_dict()}, tmp_path / "foreign.pth")
     opts = ["MOKD.TEACHER.OPTS", FOREIGN, "MOKD.TEACHER.WEIGHTS", str(tmp_path / "foreign.pth")]

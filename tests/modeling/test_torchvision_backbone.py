@@ -78,6 +78,14 @@ def test_frozen_norm_and_freeze_at():
     assert frozen == {"conv1"}
 
 
+def test_frozen_stages_keep_their_statistics():
+    backbone = TorchvisionBackbone("resnet18", norm="BN", freeze_at=2).train()
+    before = {k: v.clone() for k, v in backbone.state_dict().items()}
+    backbone(torch.rand(2, 3, 64, 64))
+    moved = {k.split(".")[1] for k, v in backbone.state_dict().items() if not v.equal(before[k])}
+    assert moved == {"layer2", "layer3", "layer4"}
+
+
 def test_named_nodes():
     backbone = TorchvisionBackbone(
         "resnet18", out_features=["res3", "res4"], nodes=["layer2.0.relu", "layer3.0.add"]

@@ -113,6 +113,12 @@ class Classifier(nn.Module):
     def load_state_dict(self, *args, **kwargs):
         return self.network.load_state_dict(*args, **kwargs)
 
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        # As a part of another module, whose state_dict() has the network's keys as well.
+        for key in [key for key in state_dict if key.startswith(prefix)]:
+            state_dict[f"{prefix}network.{key[len(prefix) :]}"] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def preprocess(self, images):
         """Return float32 images, normalised, of (N, 3, H, W) in [0, 255] on any device."""
         images = images.to(self.device, non_blocking=True)

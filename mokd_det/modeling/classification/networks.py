@@ -93,8 +93,10 @@ def _resolve(name, weights, option):
             f"{torchvision.__version__} ({', '.join(known)}), '{TIMM_PREFIX}X' for timm's X, or "
             f"one registered in CLASSIFIERS ({', '.join(CLASSIFIERS) or 'none'})."
         )
-    # What torchvision's builders set if they are given weights themselves.
-    defaults = {"transform_input": True} if name in ("googlenet", "inception_v3") else {}
+    # What torchvision's builders set if they are given weights themselves, and what a file of
+    # those weights needs, too.
+    converts = bool(weights) and name in ("googlenet", "inception_v3")
+    defaults = {"transform_input": True} if converts else {}
     if weights and not is_file:
         member = _torchvision_weights(name, weights, option)
         state = functools.partial(member.get_state_dict, progress=False, check_hash=True)
@@ -195,15 +197,21 @@ def input_normalisation(name, weights):
 
     Returns:
         tuple: mean and standard deviation of each of R, G, B in [0, 255] that these weights want;
-        ImageNet's where they do not say.
+        ImageNet's where they do not say, and for a file.
+
+    Raises:
+        ValueError, ImportError: as :func:`build_network`.
     """
+    _resolve(name, weights, "MOKD.TEACHER.WEIGHTS")
+    if weights and PathManager.isfile(weights):
+        return list(IMAGENET_MEAN), list(IMAGENET_STD)
     if name.startswith(TIMM_PREFIX):
         import timm
 
         found = timm.get_pretrained_cfg(name[len(TIMM_PREFIX) :], allow_unregistered=True)
         if found is not None:
             return [255 * x for x in found.mean], [255 * x for x in found.std]
-    elif name not in CLASSIFIERS and weights and not PathManager.isfile(weights):
+    elif name not in CLASSIFIERS and weights:
         preset = _torchvision_weights(name, weights, "MOKD.TEACHER.WEIGHTS").transforms()
         return [255 * x for x in preset.mean], [255 * x for x in preset.std]
     return list(IMAGENET_MEAN), list(IMAGENET_STD)

@@ -176,4 +176,4 @@ class _WithoutHooks(nn.Module):
         self.module = module
 
     def forward(self, x):
-        return self.module.forward(x)
+        return self.module.forward(x.clone())  # it may work in place

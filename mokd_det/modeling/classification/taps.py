@@ -52,9 +52,11 @@ def replace_taps(classifier, names, function):
                 "needs exactly one: tap another submodule."
             )
         found[name] = value
-        if len(found) < len(names):
-            return value
-        return function({name: found[name] for name in names})[name]
+        if len(found) == len(names):
+            value = function({name: found[name] for name in names})[name]
+        # A copy goes on: what follows may work in place (the dropout of EfficientNet's head, a
+        # ReLU), which must not change the feature that is read, and cannot work on a view.
+        return value.clone()
 
     handles = []
     for name in names:

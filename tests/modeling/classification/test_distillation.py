@@ -24,6 +24,8 @@ from mokd_det.modeling.classification.taps import (
 )
 from mokd_det.modeling.trained import teacher_config
 
+from .test_networks import FAMILIES
+
 FIXED = ["MOKD.BALANCING.RULE", "fixed", "MOKD.BALANCING.WEIGHTS"]
 PLACE = "MOKD.BALANCING.PLACE"
 TINY_VIT = [
@@ -317,6 +319,59 @@ def test_a_transformer_as_teacher_at_its_own_resolution(build, tmp_path, taps):
     model = build(opts)
     assert model.teacher.image_size == 48 and model.teacher.is_resized
     gradients(model)
+
+
+SIDES = {"inception_v3": 96, "maxvit_t": 224, "vit_b_16": 32}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_is_distilled(build, name):
+    """Also those whose head begins with a dropout that works in place."""
+    opts = ["MODEL.CLASSIFIER.NAME", name]
+    if name == "vit_b_16":
+        opts += ["MODEL.CLASSIFIER.OPTIONS", "{image_size: 32}"]
+    side = SIDES.get(name, 64)
+    opts += ["INPUT.CLASSIFICATION.SIZE_TRAIN", side, "INPUT.CLASSIFICATION.SIZE_TEST", side]
+    model = build(opts)
+    found = gradients(model, batch=digit_batch(side, count=2))
+    reached = [n for n in found if n.startswith("student.")]
+    assert reached and all(found[n].isfinite().all() for n in reached)
+    weights = model.boundary.last.weights
+    assert len(weights) == 3 and weights[0] == 1
+
+
+@pytest.mark.parametrize("place", ["features", "parameters"])
+def test_a_head_that_works_in_place_changes_nothing(build, place):
+    """Its gradients are those of the same head that does not."""
+    found = []
+    for inplace in (True, False):
+        model = build(
+            ["MODEL.CLASSIFIER.NAME", "mnasnet0_5", *FIXED, [1.0, 1.0, 1.0], PLACE, place]
+        )
+        model.student.head[0].inplace = inplace
+        torch.manual_seed(2)
+        found.append(gradients(model, batch=digit_batch(64)))
+    for name, value in found[0].items():
+        assert torch.equal(value, found[1][name]), name
+
+
+def test_what_follows_a_tap_may_work_in_place():
+    model = network("vgg11").eval()
+    read = {}
+    with replace_taps(model, ["features.0", "features.3"], lambda x: read.update(x) or x):
+        model(digit_batch())
+    assert read["features.0"].min() < 0 and read["features.3"].min() < 0  # not yet rectified
+
+
+def test_a_model_takes_its_own_state(build):
+    model = build()
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    assert "student.conv1.0.weight" in state
+    with torch.no_grad():
+        for parameter in model.student.parameters():
+            parameter.zero_()
+    model.load_state_dict(state)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 
 def test_timms_networks_teach_each_other(build, tmp_path):

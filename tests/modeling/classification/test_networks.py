@@ -160,14 +160,14 @@ def test_torchvisions_weights_are_taken_as_torchvision_takes_them(monkeypatch):
     network = build_network("vit_b_16", 1000, "IMAGENET1K_SWAG_E2E_V1")
     assert network.image_size == 384  # of these weights
     assert not any(p.any() for p in network.parameters())
-    assert build_network("inception_v3", 10).transform_input
+    assert not build_network("inception_v3", 10).transform_input  # as torchvision's from scratch
 
 
 def test_normalisation_follows_the_weights():
     mean, std = input_normalisation("resnet18", "DEFAULT")
     assert mean == pytest.approx([123.675, 116.28, 103.53])
     assert std == pytest.approx([58.395, 57.12, 57.375])
-    assert input_normalisation("vit_tiny_16", "file.pth")[0] == mean
+    assert input_normalisation("vit_tiny_16", "")[0] == mean
 
 
 def test_ones_own_network(monkeypatch):
@@ -195,7 +195,7 @@ def test_ones_own_network(monkeypatch):
     assert find_taps(model, ["pre_logits"], 32, "X")["pre_logits"].channels == 6
 
 
-def test_timms_networks():
+def test_timms_networks(tmp_path):
     pytest.importorskip("timm")
     model = classifier(build_network("timm.resnet10t", 10))
     shapes = find_taps(model, ["pre_logits", "layer3"], 64, "X")
@@ -205,6 +205,11 @@ def test_timms_networks():
     ]
     mean, _ = input_normalisation("timm.vit_tiny_patch16_224.augreg_in21k_ft_in1k", "DEFAULT")
     assert mean == [127.5] * 3
+    torch.save({}, tmp_path / "file.pth")
+    file = str(tmp_path / "file.pth")  # says nothing of its normalisation
+    assert input_normalisation("timm.vit_tiny_patch16_224", file)[0][0] == pytest.approx(123.675)
+    with pytest.raises(ValueError, match="'timm.resnet10x', which timm .* does not have"):
+        input_normalisation("timm.resnet10x", "DEFAULT")
     with pytest.raises(ValueError, match="'timm.resnet10x', which timm .* does not have"):
         build_network("timm.resnet10x", 10)
     with pytest.raises(ValueError, match="timm names its weights in the model"):
@@ -215,6 +220,8 @@ def test_timm_that_is_not_installed(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "timm", None)
     with pytest.raises(ImportError, match=r"needs timm: pip install -e '\.\[timm\]'"):
         build_network("timm.resnet10t", 10)
+    with pytest.raises(ImportError, match="needs timm"):
+        input_normalisation("timm.resnet10t", "DEFAULT")
 
 
 @pytest.mark.parametrize(
