@@ -47,6 +47,14 @@ def test_a_run_is_kept_in_few_numbers(run_dir):
     assert record["weights_sha256"] == hashlib.sha256(b"weights").hexdigest()
 
 
+def test_a_line_that_was_cut_off_by_a_kill_is_left_out(run_dir):
+    whole = read_run(run_dir)
+    for name in ("metrics.json", "balance.json"):
+        text = (run_dir / name).read_text()
+        (run_dir / name).write_text('{"iteration": 3, "tot\n' + text)
+    assert read_run(run_dir) == whole
+
+
 def test_a_run_without_a_teacher_has_no_balance(run_dir):
     (run_dir / "balance.json").unlink()
     assert read_run(run_dir)["balance"] == {}
