@@ -66,7 +66,10 @@ def benchmark(cfg, exported, output_dir, method, options):
         teacher_cfg.DATASETS = cfg.DATASETS
         teacher_cfg.INPUT.MIN_SIZE_TEST = cfg.INPUT.MIN_SIZE_TEST  # the same work for both
         teacher_cfg.INPUT.MAX_SIZE_TEST = cfg.INPUT.MAX_SIZE_TEST
-        teacher_cfg.INPUT.CLASSIFICATION = cfg.INPUT.CLASSIFICATION
+        teacher_cfg.INPUT.CLASSIFICATION = cfg.INPUT.CLASSIFICATION.clone()
+        if size := cfg.MOKD.TEACHER.IMAGE_SIZE:  # it takes no other
+            teacher_cfg.INPUT.CLASSIFICATION.SIZE_TEST = size
+            teacher_cfg.INPUT.CLASSIFICATION.RESIZE_TEST = size
         folder = os.path.join(output_dir, "teacher")
         teacher = export_model(
             teacher_cfg, folder, format, method, option="MOKD.TEACHER.WEIGHTS", **options

@@ -19,7 +19,14 @@ def foreground_weights(boxes, size, stride, share):
     Returns:
         Tensor: (N, 1, H, W), with mean one for each image: ``share`` of it inside the boxes and
         the rest outside; one everywhere if either is empty.
+
+    Raises:
+        ValueError: boxes with an angle.
     """
+    if any(image_boxes.shape[1] != 4 for image_boxes in boxes):
+        raise ValueError(
+            "MOKD.FEATURES.FOREGROUND takes boxes of 4 numbers, not rotated ones: set it to ''."
+        )
     height, width = size
     weights = torch.ones(len(boxes), 1, height, width, device=boxes[0].device)
     rows = torch.arange(height, device=weights.device) * stride

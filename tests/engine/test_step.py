@@ -175,8 +175,9 @@ def test_famo_learns_from_the_same_batch(make_cfg):
         ["SOLVER.EMA_DECAY", 0.9, "MOKD.BALANCING.INTERVAL", 3],
         BF16,
         [*OUTPUTS, *FAMO],
+        ["MOKD.ENABLED", False, "DATALOADER.RESUMABLE", True],
     ],
-    ids=["famo", "look_ahead", "signal", "average", "bfloat16", "outputs"],
+    ids=["famo", "look_ahead", "signal", "average", "bfloat16", "outputs", "scratch"],
 )
 def test_resumed_equals_uninterrupted(make_cfg, opts):
     opts = ["SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 2, "TEST.EVAL_PERIOD", 100, *opts]

@@ -22,6 +22,11 @@ def test_weights_by_hand():
     assert weights.mean() == pytest.approx(1.0)
 
 
+def test_rotated_boxes_are_refused():
+    with pytest.raises(ValueError, match="FOREGROUND takes boxes of 4 numbers, not rotated"):
+        foreground_weights([torch.zeros(1, 5)], (4, 6), 8, 0.5)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_each_image_has_mean_one_and_its_share_inside(share):
     boxes = [
