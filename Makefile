@@ -8,7 +8,7 @@ UV_VERSION := 0.13.9
 .PHONY: help env demo demo-classification test lint pins clean
 
 help:
-	@echo "make demo   from nothing to a distilled tree detector (20 to 45 minutes on 2 CPU cores)"
+	@echo "make demo   from nothing to a distilled tree detector (20 to 50 minutes on 2 CPU cores)"
 	@echo "make demo-classification   the same for digits, three seeds (minutes)"
 	@echo "make test   the test suite"
 	@echo "make env    only the set-up, in $(VENV)"
