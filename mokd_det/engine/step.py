@@ -159,7 +159,6 @@ class BalancedTrainer(SimpleTrainer):
         }
         if self.boundary.balancer is not None:
             state["balancer"] = self.boundary.balancer.state_dict()
-            state["balanced"] = self._balanced()
         if self.grad_scaler is not None:
             state["grad_scaler"] = self.grad_scaler.state_dict()
         if self.average is not None:
@@ -174,13 +173,10 @@ class BalancedTrainer(SimpleTrainer):
                 changed[name] = new
         return changed
 
-    def _balanced(self):
-        return {"objectives": list(self.inner.objectives), "place": self.boundary.place}
-
     def load_state_dict(self, state):
         """
         Raises:
-            ValueError: the checkpoint is of another kind of step, or of other objectives.
+            ValueError: the checkpoint is of another kind of step, or of more or fewer objectives.
         """
         if "seed" not in state:
             raise ValueError(
@@ -188,13 +184,12 @@ class BalancedTrainer(SimpleTrainer):
                 "DATALOADER.RESUMABLE, MICRO_BATCHES and EMA_DECAY), which this run cannot go on "
                 f"with. {NEW_RUN}"
             )
-        if self.boundary.balancer is not None and "balanced" in state:
-            before, now = state["balanced"], self._balanced()
-            if before != now:
+        if self.boundary.balancer is not None and "balancer" in state:
+            weights, now = state["balancer"]["weights"], self.inner.objectives
+            if weights is not None and len(weights) != len(now):
                 raise ValueError(
-                    f"The checkpoint's objectives are {before['objectives']}, compared at the "
-                    f"{before['place']} (MOKD.BALANCING.PLACE), and the config's are "
-                    f"{now['objectives']} at the {now['place']}. {NEW_RUN}"
+                    f"The checkpoint has {len(weights)} objectives, and the config {len(now)} "
+                    f"({', '.join(now)}: MOKD.FEATURES.ENABLED, MOKD.OUTPUTS.ENABLED). {NEW_RUN}"
                 )
         super().load_state_dict(state)
         self.seed = self.data_loader.seed = state["seed"]

@@ -28,9 +28,8 @@ class SupervisedModel(nn.Module):
 
     @property
     def device(self):
-        return next(
-            self.student.parameters()
-        ).device  # a detector of your own may have no name for it
+        # A detector of your own may have no name for it.
+        return next(self.student.parameters()).device
 
     def forward(self, batched_inputs):
         """Return ``{"task": losses}`` in training; what the student returns in evaluation."""
