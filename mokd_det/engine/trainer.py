@@ -73,7 +73,8 @@ class Trainer(DefaultTrainer):
 
     def check_evaluators(self, cfg):
         """Raise ValueError for a data set without an evaluator, before training, not after it."""
-        if self.build_evaluator.__func__ is Trainer.build_evaluator.__func__:  # not one's own
+        used = getattr(self.build_evaluator, "__func__", None)  # a static method of one's own: None
+        if used is Trainer.build_evaluator.__func__:
             check_evaluators(cfg.DATASETS.TEST)
 
     # Detectron2 0.6 forgets its inner trainer here, and with it the optimizer's momentum.

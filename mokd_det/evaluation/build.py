@@ -18,20 +18,39 @@ from .classification import ClassificationEvaluator
 __all__ = ["build_evaluator", "check_evaluators"]
 
 
-TYPES = ("classification", "coco", "coco_panoptic_seg", "lvis", "pascal_voc", "sem_seg")
+# By evaluator_type: from config, name of the data set and folder to evaluators.
+EVALUATORS = {
+    "classification": lambda cfg, name, folder: [
+        ClassificationEvaluator(name, folder, cfg.TEST.PER_CLASS)
+    ],
+    "coco": lambda cfg, name, folder: [
+        COCOEvaluator(name, output_dir=folder, kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS)
+    ],
+    "coco_panoptic_seg": lambda cfg, name, folder: [
+        *EVALUATORS["coco"](cfg, name, folder),
+        *EVALUATORS["sem_seg"](cfg, name, folder),
+        COCOPanopticEvaluator(name, folder),
+    ],
+    "lvis": lambda cfg, name, folder: [LVISEvaluator(name, output_dir=folder)],
+    "pascal_voc": lambda cfg, name, folder: [PascalVOCDetectionEvaluator(name)],
+    "sem_seg": lambda cfg, name, folder: [SemSegEvaluator(name, output_dir=folder)],
+}
 
 
 def check_evaluators(dataset_names):
     """
+    Args:
+        dataset_names (sequence[str]): registered data sets.
+
     Raises:
-        ValueError: one of these data sets has an ``evaluator_type`` that there is none for here.
+        ValueError: one of them has an ``evaluator_type`` that there is none for here.
     """
     for name in dataset_names:
         evaluator_type = MetadataCatalog.get(name).get("evaluator_type")
-        if evaluator_type not in TYPES:
+        if evaluator_type not in EVALUATORS:
             raise ValueError(
                 f"DATASETS.TEST: '{name}' has the evaluator type '{evaluator_type}'; expected one "
-                f"of {', '.join(map(repr, TYPES))}. Set MetadataCatalog.get('{name}')"
+                f"of {', '.join(map(repr, EVALUATORS))}. Set MetadataCatalog.get('{name}')"
                 ".evaluator_type where you register it (sets of DATASETS.COCO have 'coco'), or "
                 "give your trainer a build_evaluator of its own."
             )
@@ -40,7 +59,7 @@ def check_evaluators(dataset_names):
 def build_evaluator(cfg, dataset_name):
     """
     Args:
-        cfg (CfgNode): for ``OUTPUT_DIR`` and ``TEST.KEYPOINT_OKS_SIGMAS``.
+        cfg (CfgNode): for ``OUTPUT_DIR`` and ``TEST``.
         dataset_name (str): a registered data set.
 
     Returns:
@@ -50,23 +69,8 @@ def build_evaluator(cfg, dataset_name):
         ValueError: there is no evaluator for this type here.
     """
     check_evaluators([dataset_name])
-    evaluator_type = MetadataCatalog.get(dataset_name).get("evaluator_type")
     # One folder for each data set: the evaluators' files have fixed names.
     folder = os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
-    sigmas = cfg.TEST.KEYPOINT_OKS_SIGMAS
-    build = {
-        "coco": [lambda: COCOEvaluator(dataset_name, output_dir=folder, kpt_oks_sigmas=sigmas)],
-        "lvis": [lambda: LVISEvaluator(dataset_name, output_dir=folder)],
-        "pascal_voc": [lambda: PascalVOCDetectionEvaluator(dataset_name)],
-        "sem_seg": [lambda: SemSegEvaluator(dataset_name, output_dir=folder)],
-        "classification": [
-            lambda: ClassificationEvaluator(dataset_name, folder, cfg.TEST.PER_CLASS)
-        ],
-    }
-    build["coco_panoptic_seg"] = [
-        *build["coco"],
-        *build["sem_seg"],
-        lambda: COCOPanopticEvaluator(dataset_name, folder),
-    ]
-    evaluators = [make() for make in build[evaluator_type]]
+    make = EVALUATORS[MetadataCatalog.get(dataset_name).evaluator_type]
+    evaluators = make(cfg, dataset_name, folder)
     return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)

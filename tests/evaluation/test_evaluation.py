@@ -16,7 +16,7 @@ from pycocotools.cocoeval import COCOeval
 
 from mokd_det.data import register_datasets
 from mokd_det.data.packages import sha256_of
-from mokd_det.engine import build_trainer
+from mokd_det.engine import DistillationTrainer, build_trainer
 from mokd_det.evaluation import build as evaluation_build
 from mokd_det.evaluation import (
     build_evaluator,
@@ -126,6 +126,20 @@ def test_a_set_without_an_evaluator_is_an_error_before_training(make_cfg, enable
     cfg.DATASETS.TEST = (name,)
     with pytest.raises(ValueError, match=f"'{name}' has the evaluator type 'None'"):
         build_trainer(cfg)
+
+
+def test_ones_own_evaluators_are_not_asked_for_a_type(make_cfg):
+    class Own(DistillationTrainer):
+        build_evaluator = staticmethod(lambda cfg, name: None)
+
+    cfg, name = make_cfg("mokd"), "tests_own_evaluator"
+    if name not in DatasetCatalog.list():
+        DatasetCatalog.register(name, lambda: [])
+        MetadataCatalog.get(name).evaluator_type = "depth"
+    cfg.DATASETS.TEST = (name,)
+    Own(cfg)
+    with pytest.raises(ValueError, match="has the evaluator type 'depth'"):
+        DistillationTrainer(cfg)
 
 
 def test_panoptic_sets_are_evaluated_in_every_task(make_cfg, monkeypatch):
