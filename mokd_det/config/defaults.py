@@ -332,6 +332,11 @@ def add_mokd_config(cfg):
     cfg.MOKD.BALANCING.FAMO = CN()
     cfg.MOKD.BALANCING.FAMO.LR = 0.025
     cfg.MOKD.BALANCING.FAMO.WEIGHT_DECAY = 0.01
+    # Rule "loss_ratio": each weighted distillation loss in units of the task's; largest norm of the
+    # weighted distillation gradient in units of the task gradient's.
+    cfg.MOKD.BALANCING.LOSS_RATIO = CN()
+    cfg.MOKD.BALANCING.LOSS_RATIO.RATIO = 4.0
+    cfg.MOKD.BALANCING.LOSS_RATIO.CAP = 10.0
     # Rule "look_ahead": step of the weight's logarithm; largest weight in its unit; subtract the
     # task's own merit; the unit: "one", "loss" (L_task / L_distill of the first step) or "norm".
     cfg.MOKD.BALANCING.LOOK_AHEAD = CN()
