@@ -1,12 +1,13 @@
 # Copyright (c) The mokd_det authors.
 """The mathematics of balancing. Needs torch only; knows no detector."""
 
-from . import famo, look_ahead, loss_ratio  # noqa: F401  (register their rules)
+from . import famo, look_ahead  # noqa: F401  (register their rules)
 from .balancer import Balancer
 from .boundary import Boundary, FeatureBoundary
 from .build import build_boundary
 from .gram import (
     RunningGram,
+    RunningLosses,
     cosine,
     dominance,
     gram_by_part,
@@ -29,6 +30,7 @@ __all__ = [
     "FeatureBoundary",
     "ParameterBoundary",
     "RunningGram",
+    "RunningLosses",
     "balance",
     "build_boundary",
     "build_rule",

@@ -6,8 +6,8 @@ import math
 
 import torch
 
-from .gram import RunningGram, repair_gram
-from .rules import RESCALES, Balance, balance
+from .gram import RunningGram, RunningLosses, repair_gram
+from .rules import LOSS_FLOOR, RESCALES, Balance, balance
 
 __all__ = ["Balancer"]
 
@@ -32,9 +32,9 @@ class Balancer:
             rule: of ``BALANCERS``.
             rescale (str): a key of ``RESCALES``.
             smoothing (float): in [0, 1): the rule sees a :class:`RunningGram` with this share of
-                the past; of a signal Gram matrix, which is unbiased only if it is averaged as it
-                is, the plain running mean. None: the rule's own, its attribute ``smoothing``,
-                or 0.
+                the past (and :class:`RunningLosses`, if it has the attribute ``smooths_losses``);
+                of a signal Gram matrix, which is unbiased only if it is averaged as it is, the
+                plain running mean. None: the rule's own, its attribute ``smoothing``, or 0.
             interval (int): compute weights at every k-th step and reuse them in between.
             schedule (sequence[float]): factors of all weights but the task's at the first and the
                 last step, in [0, inf); a straight line in between. None: the rule's own, its
@@ -82,6 +82,9 @@ class Balancer:
         self.weights = None
         self.own = None
         self._running = RunningGram(smoothing)
+        self._running_losses = None
+        if smoothing and getattr(rule, "smooths_losses", False):
+            self._running_losses = RunningLosses(smoothing)
         self._mean = None  # plain running means of (batch Gram, signal Gram)
         self._count = 0
 
@@ -124,14 +127,17 @@ class Balancer:
         packed = packed.to("cpu", torch.float64)
         parts, losses = packed[: parts.numel()].view_as(parts), packed[parts.numel() :]
         gram = seen = parts.sum(0)
+        seen_losses = losses
         finite = bool(gram.isfinite().all() and losses.isfinite().all())
         if finite:
             if signal is not None:
                 signal = signal.detach().to("cpu", torch.float64)
             seen = self._smoothed(gram, signal)
+            if self._running_losses:
+                seen_losses = self._running_losses.update(losses.clamp_min(LOSS_FLOOR))
             if gradients is not None:
                 self.rule.observe(gradients)
-        result = balance(self.rule, seen, losses, self.rescale)
+        result = balance(self.rule, seen, seen_losses, self.rescale)
         weights, own = result.weights, result.own
         if own is not None and signal is not None:
             # Those of the signal may be far shorter than the gradients that are stepped along.
@@ -147,6 +153,7 @@ class Balancer:
             weights=self._scheduled(weights),
             own=own,
             gram=gram,
+            losses=losses,
             parts=parts,
             seen=None if seen is gram else seen,
         )
@@ -182,7 +189,7 @@ class Balancer:
 
     def state_dict(self):
         rule = self.rule.state_dict() if hasattr(self.rule, "state_dict") else {}
-        return {
+        state = {
             "rule_name": self.rule_name,
             "step": self.step,
             "weights": self.weights,
@@ -192,6 +199,9 @@ class Balancer:
             "running": self._running.state_dict(),
             "rule": rule,
         }
+        if self._running_losses:
+            state["running_losses"] = self._running_losses.state_dict()
+        return state
 
     def load_state_dict(self, state):
         """
@@ -211,5 +221,7 @@ class Balancer:
         self._count = state["count"]
         if "running" in state:  # not in checkpoints of before there was such a mean
             self._running.load_state_dict(state["running"])
+        if self._running_losses and "running_losses" in state:  # not of a run with SMOOTHING 0
+            self._running_losses.load_state_dict(state["running_losses"])
         if hasattr(self.rule, "load_state_dict"):
             self.rule.load_state_dict(state["rule"])

@@ -5,6 +5,7 @@ import torch
 
 __all__ = [
     "RunningGram",
+    "RunningLosses",
     "cosine",
     "dominance",
     "gram_by_part",
@@ -161,6 +162,53 @@ class RunningGram:
     def state_dict(self):
         names = ("first", "logs", "cosines", "count")
         return {name: getattr(self, name) for name in names}
+
+    def load_state_dict(self, state):
+        for name, value in state.items():
+            setattr(self, name, value)
+
+
+class RunningLosses:
+    """
+    Running geometric mean of the losses in units of the task's (ours), corrected for the start, as
+    the norms of :class:`RunningGram`.
+
+    Attributes:
+        first (Tensor or None): (K,) losses of the first step, in units of the task's.
+        logs (Tensor or None): (K,) mean logarithm of the losses in units of the task's and of
+            ``first``, which keeps a loss times a power of two from changing the rounding.
+        count (int): steps in the mean.
+    """
+
+    def __init__(self, smoothing):
+        """
+        Args:
+            smoothing (float): share of the past, in [0, 1).
+        """
+        self.smoothing = smoothing
+        self.first = self.logs = None
+        self.count = 0
+
+    def update(self, losses):
+        """
+        Args:
+            losses (Tensor): (K,), of this step, positive, the task first.
+
+        Returns:
+            Tensor: (K,), the mean; the task's loss is this step's.
+        """
+        ratios = losses / losses[0]
+        if self.first is None:
+            self.first = ratios
+            self.logs = torch.zeros_like(ratios)
+        # New tensors: a step that mixed precision skips is undone by putting the old ones back.
+        new = 1 - self.smoothing
+        self.logs = self.smoothing * self.logs + new * (ratios / self.first).log()
+        self.count += 1
+        return losses[0] * self.first * (self.logs / (1 - self.smoothing**self.count)).exp()
+
+    def state_dict(self):
+        return {"first": self.first, "logs": self.logs, "count": self.count}
 
     def load_state_dict(self, state):
         for name, value in state.items():

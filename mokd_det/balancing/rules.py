@@ -11,6 +11,7 @@ rule sees finite, non-vanishing gradients and positive finite losses. Rules with
 What else a rule may have, if it wants it:
 
 * ``smoothing``, ``schedule``: the defaults of MOKD.BALANCING.SMOOTHING and SCHEDULE for it;
+* ``smooths_losses = True``: its ``losses`` are smoothed as the Gram matrix is;
 * ``own_weights(gram) -> (K,)``: factors of the objectives' gradients for parameters that one
   objective has for itself (projectors), of the matrix that ``weights`` saw (with GRAM "signal" the
   batch's); neither rescaled nor scheduled. Without it they are the weights;
@@ -227,12 +228,56 @@ class ConstantDominance:
         self.agreement = _agreement(agreement)
 
     def weights(self, gram, losses):
-        trust = (2 * _agreement_of(gram) / self.agreement - 1).clamp(0, 1)
+        trust = _trust(gram, self.agreement)
         return _scaled_to(_of_units(trust, gram), gram, self.dominance * trust.max())
 
     def own_weights(self, gram):
-        norms = gram.diagonal().sqrt()
-        return norms[0] / norms
+        return _task_pace(gram)
+
+
+@BALANCERS.register("loss_ratio")
+class LossRatio:
+    """
+    The task's loss, and each distillation loss that is trusted at a set multiple of it (ours; the
+    weights are those of uncertainty weighting, Kendall et al., CVPR 2018, arXiv 1705.07115).
+
+    ``weight_k = ratio t_k L_task / L_k``, with the trust ``t_k`` of ``constant_dominance``, so that
+    the update is ``L_task (grad log L_task + ratio sum_k t_k grad log L_k)``. If every loss is the
+    negative logarithm of a likelihood with a width of its own, the likeliest width is the loss
+    itself, and the gradients add up like this with a ratio of 1: what stays noisy counts less. The
+    task's loss stays high where its labels are few, wrong or ambiguous, while the student comes
+    close to its teacher, who then gets more of the update than the gradients' lengths would give.
+    The scale of the losses is irrelevant.
+
+    All this is said of running means (:class:`RunningGram`, :class:`RunningLosses`). Parameters
+    that an objective has for itself learn at the task's pace, and the schedule rises, both as
+    with ``constant_dominance``.
+    """
+
+    smoothing = 0.98
+    schedule = (0.2, 1.8)
+    smooths_losses = True
+
+    def __init__(self, ratio=4.0, cap=10.0, agreement=0.1):
+        """
+        Args:
+            ratio (float): each weighted distillation loss in units of the task's loss, on average
+                over the training; > 0.
+            cap (float): largest norm of the weighted distillation gradients in units of the task
+                gradient's, before the schedule: the ratio of a loss of nothing has no bound; > 0.
+            agreement (float): cosine from which on a gradient is trusted in full, and of whose half
+                not at all; in (0, 1].
+        """
+        self.ratio = _positive("MOKD.BALANCING.LOSS_RATIO.RATIO", ratio)
+        self.cap = _positive("MOKD.BALANCING.LOSS_RATIO.CAP", cap)
+        self.agreement = _agreement(agreement)
+
+    def weights(self, gram, losses):
+        distillation = self.ratio * _trust(gram, self.agreement) * losses[0] / losses[1:]
+        return _capped(torch.cat([losses.new_ones(1), distillation]), gram, self.cap)
+
+    def own_weights(self, gram):
+        return _task_pace(gram)
 
 
 @BALANCERS.register("aligned")
@@ -325,6 +370,17 @@ def _agreement_of(gram):
     """Cosines of the distillation gradients with the task's, (K - 1,); 0 for conflict."""
     norms = gram.diagonal().sqrt()
     return (gram[0, 1:] / norms[1:] / norms[0]).clamp(0, 1)
+
+
+def _trust(gram, agreement):
+    """(K - 1,): 1 for distillation gradients with a cosine of ``agreement``, 0 at half of it."""
+    return (2 * _agreement_of(gram) / agreement - 1).clamp(0, 1)
+
+
+def _task_pace(gram):
+    """(K,) factors that make every gradient as long as the task's."""
+    norms = gram.diagonal().sqrt()
+    return norms[0] / norms
 
 
 def _of_units(parts, gram):

@@ -267,6 +267,8 @@ def add_mokd_config(cfg):
     #   "constant_dominance"  the task's gradient, and DOMINANCE times as long those distillation
     #                         gradients that agree with it, in equal shares; projectors learn at
     #                         the task's pace
+    #   "loss_ratio"          the task's loss, and LOSS_RATIO.RATIO times as much of each
+    #                         distillation loss whose gradient agrees with its; projectors as above
     #   "aligned"             the task's gradient, turned towards what the distillation gradients
     #                         that agree with it add beyond it; its length stays
     #   "min_norm"            the published rule, literally; it can starve the task
@@ -282,8 +284,8 @@ def add_mokd_config(cfg):
     # How the rule's weights are scaled: "none" (as the rule gives them), "convex" (they sum to
     # one), "sum" (to the number of objectives), "task_norm" (the update has the task gradient's
     # norm), "task_progress" (the update is as far along the task's gradient as that is long).
-    # "aligned" has the task's norm by itself; "constant_dominance", "protected_min_norm" and
-    # "anchored" give the task weight one. These four want "none".
+    # "aligned" has the task's norm by itself; "constant_dominance", "loss_ratio",
+    # "protected_min_norm" and "anchored" give the task weight one. These five want "none".
     cfg.MOKD.BALANCING.RESCALE = "none"
     # Where gradients are measured: "features" (those of the student that are matched; nearly
     # free) or "parameters" (of the student's backbone, as in the papers; a backward pass of the
@@ -297,16 +299,16 @@ def add_mokd_config(cfg):
     # two of them), which are noisy: for rules without a running mean of their own set SMOOTHING.
     cfg.MOKD.BALANCING.GRAM = "batch"
     # Share of the past, in [0, 1), in the running means that the rule sees: the geometric of the
-    # norms' ratios, the arithmetic of the cosines, which starts from 0 (with GRAM "signal": of the
-    # products as they are). None: the rule's own, 0.98 for "constant_dominance" and 0 for the
-    # others.
+    # norms' ratios (and of the losses', for "loss_ratio"), the arithmetic of the cosines, which
+    # starts from 0 (with GRAM "signal": of the products as they are). None: the rule's own, 0.98
+    # for "constant_dominance" and "loss_ratio" and 0 for the others.
     cfg.MOKD.BALANCING.SMOOTHING = None
     # Compute weights at every k-th step only, and reuse them in between.
     cfg.MOKD.BALANCING.INTERVAL = 1
     # Factor of the distillation objectives' weights, whatever the rule, at the first and at the
     # last step of the training; a straight line in between. [0.0, 1.0] is a ramp, [1.0, 0.0]
-    # leaves the end to the task. (With "constant_dominance" projectors do not follow it.) None: the
-    # rule's own, [0.2, 1.8] for "constant_dominance" and [1.0, 1.0] for the others.
+    # leaves the end to the task. (With "constant_dominance" and "loss_ratio" projectors do not
+    # follow it.) None: these rules' own, [0.2, 1.8], and [1.0, 1.0] for the others.
     cfg.MOKD.BALANCING.SCHEDULE = None
     # Rules "fixed" and "cosine_gate": the weights of the objectives, in the order task, features,
     # outputs (those that are enabled).
@@ -319,10 +321,10 @@ def add_mokd_config(cfg):
     # in every step if it is below 1; "aligned" (CAP up to 1) turns its gradient by an angle with
     # this tangent at most, 45 degrees.
     cfg.MOKD.BALANCING.CAP = 1.0
-    # Rules "constant_dominance" and "aligned": cosine with the task gradient, from which on a
-    # distillation gradient is trusted in full. Below, its part falls to nothing at half of it, and
-    # so does DOMINANCE if none is trusted in full. ("aligned": CAP falls with the best one's
-    # cosine, in proportion.)
+    # Rules "constant_dominance", "loss_ratio" and "aligned": cosine with the task gradient, from
+    # which on a distillation gradient is trusted in full. Below, its part falls to nothing at half
+    # of it, and so does DOMINANCE if none is trusted in full. ("aligned": CAP falls with the best
+    # one's cosine, in proportion.)
     cfg.MOKD.BALANCING.AGREEMENT = 0.1
     # Rule "min_norm": False is the literal formula, with weights outside [0, 1].
     cfg.MOKD.BALANCING.CLIP = True
@@ -332,8 +334,9 @@ def add_mokd_config(cfg):
     cfg.MOKD.BALANCING.FAMO = CN()
     cfg.MOKD.BALANCING.FAMO.LR = 0.025
     cfg.MOKD.BALANCING.FAMO.WEIGHT_DECAY = 0.01
-    # Rule "loss_ratio": each weighted distillation loss in units of the task's; largest norm of the
-    # weighted distillation gradient in units of the task gradient's.
+    # Rule "loss_ratio": each weighted distillation loss in units of the task's, times SCHEDULE:
+    # with its own, 0.8 in the beginning and 7.2 in the end; and the largest norm of the weighted
+    # distillation gradient in units of the task gradient's, before SCHEDULE.
     cfg.MOKD.BALANCING.LOSS_RATIO = CN()
     cfg.MOKD.BALANCING.LOSS_RATIO.RATIO = 4.0
     cfg.MOKD.BALANCING.LOSS_RATIO.CAP = 10.0
