@@ -68,7 +68,11 @@ def test_weights_one_equal_the_plain_sum_bit_for_bit(setting):
 
 
 @pytest.mark.parametrize(
-    "name", ["constant_dominance", "aligned", "fixed", "min_norm", "protected_min_norm", "anchored"]
+    "name",
+    [
+        *("constant_dominance", "loss_ratio", "aligned"),
+        *("fixed", "min_norm", "protected_min_norm", "anchored"),
+    ],
 )
 def test_shared_part_gets_the_weighted_sum_and_heads_stay_unmixed(setting, name):
     net, x, target = setting

@@ -214,7 +214,7 @@ def worker(rank, rule, folder):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("rule", ["anchored", "constant_dominance"])
+@pytest.mark.parametrize("rule", ["anchored", "constant_dominance", "loss_ratio"])
 def test_two_ranks_equal_one(rule, tmp_path):
     mp.spawn(worker, args=(rule, str(tmp_path)), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))

@@ -49,6 +49,7 @@ def reference(net, shared, x, target):
 
 RULES = [
     "constant_dominance",
+    "loss_ratio",
     "aligned",
     "fixed",
     "min_norm",
@@ -279,7 +280,10 @@ def test_bfloat16_is_close_to_float32(setting, place, name):
 @pytest.mark.parametrize("place", ["features", "parameters"])
 @pytest.mark.parametrize(
     "name",
-    ["constant_dominance", "aligned", "min_norm", "protected_min_norm", "anchored", "imtl_g"],
+    [
+        *("constant_dominance", "loss_ratio", "aligned"),
+        *("min_norm", "protected_min_norm", "anchored", "imtl_g"),
+    ],
 )
 def test_three_objectives(setting, place, name):
     net, shared, x, target = setting

@@ -11,6 +11,7 @@ from mokd_det.balancing import (
     RESCALES,
     Balancer,
     RunningGram,
+    RunningLosses,
     balance,
     build_rule,
     cosine,
@@ -186,8 +187,82 @@ def test_constant_dominance_frozen_numbers():
     assert weights_of("constant_dominance", gradients, torch.ones(2)).tolist() == [1.0, 0.0]
 
 
-def test_own_parameters_learn_at_the_tasks_pace():
-    rule = build_rule("constant_dominance")
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_loss_ratio_adds_logarithms_of_losses_that_agree_with_the_task(count):
+    for seed in range(200):
+        gradients, losses = random_gradients(seed, count)
+        options = {"loss_ratio": {"RATIO": 2.0, "CAP": 1e9}}
+        weights = weights_of("loss_ratio", gradients, losses, **options)
+        trust = ((cosines_of(gradients) - 0.05) / 0.05).clamp(0, 1)
+        logs = gradients / losses[:, None]
+        update = losses[0] * (logs[0] + 2 * trust @ logs[1:])
+        assert torch.allclose(weights @ gradients, update)
+        assert update @ gradients[0] >= gradients[0] @ gradients[0] * (1 - 1e-9)
+
+
+def test_loss_ratio_frozen_numbers():
+    # Cosines 0.6 and 0.075, so trust 1 and 0.5; losses 2 and 10 beside the task's 1.
+    gradients = torch.eye(3)[[2, 0, 1]].double()
+    gradients[0] = torch.tensor([0.6, 0.075, (1 - 0.6**2 - 0.075**2) ** 0.5])
+    losses = torch.tensor([1.0, 2.0, 10.0]).double()
+    weights = weights_of("loss_ratio", gradients, losses)
+    assert weights.tolist() == pytest.approx([1.0, 4 / 2, 0.5 * 4 / 10], rel=1e-5)
+    # Conflict: the task alone.
+    gradients = torch.tensor([[2.0, 0.0], [-1.0, 1.0]]).double()
+    assert weights_of("loss_ratio", gradients, torch.ones(2)).tolist() == [1.0, 0.0]
+    # A loss of next to nothing would have a weight of a million: ten times the task's gradient.
+    gradients = torch.tensor([[3.0, 4.0], [0.002, 0.0]]).double()
+    weights = weights_of("loss_ratio", gradients, torch.tensor([4.0, 1.6e-5]).double())
+    assert weights.tolist() == pytest.approx([1.0, 10 * 5 / 0.002])
+
+
+def test_running_losses_are_the_geometric_mean_of_ratios_to_the_tasks():
+    running = RunningLosses(0.5)
+    seen = [[1.0, 2.0, 0.1], [4.0, 2.0, 0.1], [2.0, 8.0, 3.2]]
+    found = [running.update(torch.tensor(losses).double()) for losses in seen]
+    assert found[0].tolist() == pytest.approx(seen[0])
+    # Factors a third and two thirds, then 1/7, 2/7 and 4/7.
+    assert found[1].tolist() == pytest.approx(
+        [4.0, 4 * (2 * 0.5**2) ** (1 / 3), 4 * (0.1 * 0.025**2) ** (1 / 3)]
+    )
+    assert found[2].tolist() == pytest.approx(
+        [2.0, 2 * (2 * 0.5**2 * 4**4) ** (1 / 7), 2 * (0.1 * 0.025**2 * 1.6**4) ** (1 / 7)]
+    )
+
+
+def test_a_rule_may_see_running_losses_and_what_is_recorded_is_the_batchs():
+    balancer = Balancer(build_rule("loss_ratio"), smoothing=0.5, schedule=(1.0, 1.0))
+    raw = Balancer(build_rule("loss_ratio"), smoothing=0.0, schedule=(1.0, 1.0))
+    gram = torch.tensor([[[1.0, 0.9], [0.9, 1.0]]], dtype=torch.float64)
+    for losses in ([1.0, 1.0], [1.0, 8.0]):
+        found, plain = (
+            b.balance(gram, torch.tensor(losses, dtype=torch.float64)) for b in (balancer, raw)
+        )
+        assert found.losses.tolist() == losses
+    assert found.weights.tolist() == pytest.approx([1.0, 4 / 8 ** (2 / 3)])
+    assert plain.weights.tolist() == pytest.approx([1.0, 4 / 8])
+    # A loss of zero has a mean like any other, which then is finite.
+    balancer.balance(gram, torch.tensor([1.0, 0.0], dtype=torch.float64))
+    later = balancer.balance(gram, torch.tensor([1.0, 1.0], dtype=torch.float64))
+    assert later.fallback == "" and later.weights.isfinite().all()
+
+
+def test_a_running_loss_stays_its_objectives_while_another_has_vanished():
+    balancer = Balancer(build_rule("loss_ratio"), schedule=(1.0, 1.0))
+    gradients = torch.eye(3, 3, dtype=torch.float64) + 0.5
+    losses = torch.tensor([1.0, 2.0, 16.0], dtype=torch.float64)
+    for _ in range(500):  # until the agreement has been shown
+        first = balancer.balance((gradients @ gradients.T)[None], losses)
+    gradients[1] = 0
+    second = balancer.balance((gradients @ gradients.T)[None], losses)
+    assert first.weights.tolist() == pytest.approx([1.0, 4 / 2, 4 / 16])
+    assert second.fallback == "vanished"
+    assert second.weights.tolist() == pytest.approx([1.0, 0.0, 4 / 16])
+
+
+@pytest.mark.parametrize("name", ["constant_dominance", "loss_ratio"])
+def test_own_parameters_learn_at_the_tasks_pace(name):
+    rule = build_rule(name)
     # In conflict or not: |g_task| / |g_k|.
     gradients = torch.tensor([[3.0, 4.0], [-1.0, 0.0], [0.0, 20.0]]).double()
     decided = balance(rule, gradients @ gradients.T, torch.ones(3))
@@ -276,6 +351,7 @@ GUARDED = [
     "aligned",
     "anchored",
     "constant_dominance",
+    "loss_ratio",
     "min_norm",
     "protected_min_norm",
 ]
@@ -434,6 +510,9 @@ def test_fixed_weights():
         ("aligned", "none", {"agreement": 0.0}, "MOKD.BALANCING.AGREEMENT is 0.0"),
         ("constant_dominance", "none", {"dominance": 0.0}, "MOKD.BALANCING.DOMINANCE is 0.0"),
         ("constant_dominance", "none", {"agreement": 1.5}, "MOKD.BALANCING.AGREEMENT is 1.5"),
+        ("loss_ratio", "none", {"loss_ratio": {"RATIO": 0.0}}, "LOSS_RATIO.RATIO is 0.0"),
+        ("loss_ratio", "none", {"loss_ratio": {"CAP": -1.0}}, "LOSS_RATIO.CAP is -1.0"),
+        ("loss_ratio", "none", {"agreement": 0.0}, "MOKD.BALANCING.AGREEMENT is 0.0"),
         ("aligned", "none", {"cap": 2.0}, "MOKD.BALANCING.CAP is 2.0"),
         ("anchored", "none", {"cap": 0.0}, "MOKD.BALANCING.CAP is 0.0"),
         ("anchored", "none", {"cap": 2.0}, "MOKD.BALANCING.CAP is 2.0"),
@@ -847,10 +926,11 @@ def test_a_running_gram_leaves_a_vanishing_gradient_as_it_is():
     assert cosine(after, 0, 1) == pytest.approx(0.5 * (1 - 0.5**2))
 
 
+@pytest.mark.parametrize("name", ["constant_dominance", "loss_ratio"])
 @pytest.mark.parametrize("power", [-5, 4])
-def test_a_running_gram_does_not_round_otherwise_in_other_units(power):
+def test_running_means_do_not_round_otherwise_in_other_units(power, name):
     """Losses in units that differ by a power of two: the same weights times that, exactly."""
-    first, second = (Balancer(build_rule("constant_dominance"), steps=10) for _ in range(2))
+    first, second = (Balancer(build_rule(name), steps=10) for _ in range(2))
     factor = torch.tensor([1.0, 2.0**power, 2.0 ** (-2 * power)], dtype=torch.float64)
     for seed in range(20):
         gradients, losses = random_gradients(seed, 3)
@@ -863,7 +943,11 @@ def test_a_running_gram_does_not_round_otherwise_in_other_units(power):
 
 @pytest.mark.parametrize(
     "name, smoothing, schedule",
-    [("constant_dominance", 0.98, (0.2, 1.8)), ("aligned", 0.0, (1.0, 1.0))],
+    [
+        ("constant_dominance", 0.98, (0.2, 1.8)),
+        ("loss_ratio", 0.98, (0.2, 1.8)),
+        ("aligned", 0.0, (1.0, 1.0)),
+    ],
 )
 def test_a_rules_own_smoothing_and_schedule_are_the_defaults(name, smoothing, schedule):
     own = Balancer(build_rule(name), steps=10)
@@ -1000,7 +1084,7 @@ def test_ranks_take_the_first_ones_decision_whatever_their_own_was():
     assert torch.equal(found.weights, told[0]) and found.own is None
 
 
-@pytest.mark.parametrize("name", ["protected_min_norm", "constant_dominance"])
+@pytest.mark.parametrize("name", ["protected_min_norm", "constant_dominance", "loss_ratio"])
 def test_a_non_finite_step_leaves_no_trace(name):
     balancer = Balancer(build_rule(name), smoothing=0.5, steps=10)
     gradients, losses = random_gradients(0)

@@ -189,9 +189,9 @@ def test_three_objectives_at_weights_one_are_the_plain_sum(build, place, name):
 
 
 @pytest.mark.parametrize("place", ["features", "parameters"])
-@pytest.mark.parametrize("rule", ["fixed", "constant_dominance"])
+@pytest.mark.parametrize("rule", ["fixed", "constant_dominance", "loss_ratio"])
 def test_the_head_gets_its_task_and_the_weighted_logits(build, place, rule):
-    """And the projectors the weighted features, by the default rule whatever the weight."""
+    """And the projectors the weighted features, or the task's pace whatever the weight."""
     model = build([*FIXED, [1.0, 0.5, 3.0], PLACE, place, "MOKD.BALANCING.RULE", rule])
     balanced = gradients(model)
     weights, own = (
@@ -219,7 +219,10 @@ def test_the_head_gets_its_task_and_the_weighted_logits(build, place, rule):
 
 @pytest.mark.parametrize(
     "rule",
-    ["constant_dominance", "aligned", "protected_min_norm", "min_norm", "anchored", "imtl_g"],
+    [
+        *("constant_dominance", "loss_ratio", "aligned"),
+        *("protected_min_norm", "min_norm", "anchored", "imtl_g"),
+    ],
 )
 def test_three_objectives_are_balanced_by_every_rule(build, rule):
     model = build(["MOKD.BALANCING.RULE", rule])
