@@ -174,10 +174,13 @@ def test_famo_learns_from_the_same_batch(make_cfg):
         + ["SOLVER.MICRO_BATCHES", 2],
         ["SOLVER.EMA_DECAY", 0.9, "MOKD.BALANCING.INTERVAL", 3],
         BF16,
+        [*FP16, *FAMO, "SOLVER.EMA_DECAY", 0.9],
         [*OUTPUTS, *FAMO],
+        [*OUTPUTS, "MOKD.BALANCING.RULE", "loss_ratio"],
         ["MOKD.ENABLED", False, "DATALOADER.RESUMABLE", True],
     ],
-    ids=["famo", "look_ahead", "signal", "average", "bfloat16", "outputs", "scratch"],
+    ids=["famo", "look_ahead", "signal", "average", "bfloat16"]
+    + ["float16", "outputs", "loss_ratio", "scratch"],
 )
 def test_resumed_equals_uninterrupted(make_cfg, opts):
     opts = ["SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 2, "TEST.EVAL_PERIOD", 100, *opts]
