@@ -76,7 +76,7 @@ def build_network(name, num_classes, weights="", strict=True, options=None, opti
     return network
 
 
-def _resolve(name, weights, option):
+def _resolve(name, weights, option, named_by="MODEL.CLASSIFIER.NAME"):
     """The constructor of a random network, and a function that returns a state dict (or None)."""
     is_file = bool(weights) and PathManager.isfile(weights)
     state = functools.partial(_state_of_file, weights) if is_file else None
@@ -85,11 +85,11 @@ def _resolve(name, weights, option):
             raise ValueError(f"{option} is '{weights}': expected '' or a file for '{name}'.")
         return CLASSIFIERS.get(name), state
     if name.startswith(TIMM_PREFIX):
-        return _resolve_timm(name, weights, option, state)
+        return _resolve_timm(name, weights, option, state, named_by)
     known = torchvision.models.list_models(module=torchvision.models)
     if name not in known:
         raise ValueError(
-            f"MODEL.CLASSIFIER.NAME is '{name}': expected a classification model of torchvision "
+            f"{named_by} is '{name}': expected a classification model of torchvision "
             f"{torchvision.__version__} ({', '.join(known)}), '{TIMM_PREFIX}X' for timm's X, or "
             f"one registered in CLASSIFIERS ({', '.join(CLASSIFIERS) or 'none'})."
         )
@@ -111,18 +111,18 @@ def _make_torchvision(name, defaults, **options):
         return torchvision.models.get_model(name, weights=None, **{**defaults, **options})
 
 
-def _resolve_timm(name, weights, option, state):
+def _resolve_timm(name, weights, option, state, named_by):
     try:
         import timm
     except ImportError as error:
         raise ImportError(
-            f"MODEL.CLASSIFIER.NAME '{name}' needs timm: pip install -e '.[timm]' in the checkout"
+            f"{named_by} '{name}' needs timm: pip install -e '.[timm]' in the checkout"
         ) from error
     bare = name[len(TIMM_PREFIX) :]
     if not timm.is_model(bare):
         close = timm.list_models(f"*{bare.split('.')[0]}*")[:8]
         raise ValueError(
-            f"MODEL.CLASSIFIER.NAME is '{name}', which timm {timm.__version__} does not have. "
+            f"{named_by} is '{name}', which timm {timm.__version__} does not have. "
             f"Similar: {', '.join(close) or 'none'}."
         )
 
@@ -193,7 +193,7 @@ def _shortened(keys, most=6):
 def input_normalisation(name, weights):
     """
     Args:
-        name, weights (str): as of :func:`build_network`.
+        name, weights (str): ``MOKD.TEACHER.CLASSIFIER`` and ``.WEIGHTS``.
 
     Returns:
         tuple: mean and standard deviation of each of R, G, B in [0, 255] that these weights want;
@@ -202,7 +202,7 @@ def input_normalisation(name, weights):
     Raises:
         ValueError, ImportError: as :func:`build_network`.
     """
-    _resolve(name, weights, "MOKD.TEACHER.WEIGHTS")
+    _resolve(name, weights, "MOKD.TEACHER.WEIGHTS", named_by="MOKD.TEACHER.CLASSIFIER")
     if weights and PathManager.isfile(weights):
         return list(IMAGENET_MEAN), list(IMAGENET_STD)
     if name.startswith(TIMM_PREFIX):

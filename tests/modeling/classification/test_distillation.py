@@ -487,6 +487,15 @@ def test_teachers_that_cannot_be(make_digits_cfg, opts, error, message):
         build_classifier_teacher(make_digits_cfg(opts))
 
 
+@pytest.mark.parametrize("name", ["resnet17", "timm.resnet17"])
+def test_an_unknown_teacher_is_not_called_the_student(make_digits_cfg, name):
+    if name.startswith("timm."):
+        pytest.importorskip("timm")
+    opts = ["MOKD.TEACHER.CONFIG_FILE", "", "MOKD.TEACHER.CLASSIFIER", name]
+    with pytest.raises(ValueError, match=f"^MOKD.TEACHER.CLASSIFIER is '{name}'"):
+        build_classifier_teacher(make_digits_cfg(opts))
+
+
 def test_a_classifier_cannot_teach_a_detector(make_cfg):
     with pytest.raises(ValueError, match="CLASSIFIER is 'resnet18', but the student is no classif"):
         teacher_config(make_cfg("mokd", ["MOKD.TEACHER.CLASSIFIER", "resnet18"]))
