@@ -6,8 +6,6 @@ from .balancer import Balancer
 from .boundary import Boundary, FeatureBoundary
 from .build import build_boundary
 from .gram import (
-    RunningGram,
-    RunningLosses,
     cosine,
     dominance,
     gram_by_part,
@@ -20,6 +18,7 @@ from .gram import (
 from .min_norm import min_norm_simplex, min_norm_two
 from .parameters import ParameterBoundary
 from .rules import BALANCERS, RESCALES, Balance, balance, build_rule
+from .running import RunningGram, RunningLosses
 
 __all__ = [
     "BALANCERS",

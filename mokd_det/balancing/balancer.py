@@ -6,8 +6,9 @@ import math
 
 import torch
 
-from .gram import RunningGram, RunningLosses, repair_gram
-from .rules import LOSS_FLOOR, RESCALES, Balance, balance
+from .gram import repair_gram
+from .rules import RESCALES, Balance, balance
+from .running import RunningGram, RunningLosses
 
 __all__ = ["Balancer"]
 
@@ -134,7 +135,7 @@ class Balancer:
                 signal = signal.detach().to("cpu", torch.float64)
             seen = self._smoothed(gram, signal)
             if self._running_losses:
-                seen_losses = self._running_losses.update(losses.clamp_min(LOSS_FLOOR))
+                seen_losses = self._running_losses.update(losses)
             if gradients is not None:
                 self.rule.observe(gradients)
         result = balance(self.rule, seen, seen_losses, self.rescale)

@@ -5,7 +5,8 @@ import copy
 
 import torch
 
-from .rules import BALANCERS, LOSS_FLOOR
+from .rules import BALANCERS
+from .running import LOSS_FLOOR
 
 __all__ = ["Famo"]
 

@@ -4,8 +4,6 @@
 import torch
 
 __all__ = [
-    "RunningGram",
-    "RunningLosses",
     "cosine",
     "dominance",
     "gram_by_part",
@@ -102,117 +100,6 @@ def repair_gram(gram, reference, floor=1e-3):
         norm = cosines.diagonal().sqrt()
         cosines = cosines / torch.outer(norm, norm)
     return cosines * sizes
-
-
-class RunningGram:
-    """
-    A running mean of Gram matrices in which no single batch weighs much (ours): the geometric mean
-    of the gradients' norms in units of the first one's, and the arithmetic mean of the cosines,
-    both with weights that fall by ``smoothing`` a step. The norms' are corrected for the start, as
-    Adam's; the cosines' start from orthogonal gradients: that two objectives agree has to be shown
-    by many batches, and the first ones, by chance, may look so.
-
-    A plain mean of the matrices is one of squared norms: a batch with a task gradient ten times as
-    long as usual has a hundred times the weight, and for many steps the distillation would look
-    short and get large weights, on which training can diverge. A step in which a gradient vanishes
-    is not averaged, and not changed.
-
-    Attributes:
-        first (Tensor or None): (K,) norms of the first step, in units of the first of them.
-        logs (Tensor or None): (K,) mean logarithm of the norms in units of the first and of
-            ``first``: factors of two between objectives do not even change the rounding.
-        cosines (Tensor or None): (K, K).
-        count (int): steps in the means.
-    """
-
-    def __init__(self, smoothing):
-        """
-        Args:
-            smoothing (float): in [0, 1).
-        """
-        self.smoothing = smoothing
-        self.first = self.logs = self.cosines = None
-        self.count = 0
-
-    def update(self, gram):
-        """
-        Args:
-            gram (Tensor): (K, K), of this step.
-
-        Returns:
-            Tensor: (K, K), the mean; its first gradient has this step's norm.
-        """
-        if vanishing(gram).any():
-            return gram
-        norms = gram.diagonal().sqrt()
-        ratios = norms / norms[0]
-        if self.first is None:
-            self.first = ratios
-            self.logs = torch.zeros_like(ratios)
-            self.cosines = torch.eye(len(gram)).to(gram)
-        # New tensors: a step that mixed precision skips is undone by putting the old ones back.
-        new = 1 - self.smoothing
-        self.logs = self.smoothing * self.logs + new * (ratios / self.first).log()
-        self.cosines = self.smoothing * self.cosines + new * gram / torch.outer(norms, norms)
-        self.count += 1
-        complete = 1 - self.smoothing**self.count
-        sizes = norms[0] * self.first * (self.logs / complete).exp()
-        return self.cosines * torch.outer(sizes, sizes)
-
-    def state_dict(self):
-        names = ("first", "logs", "cosines", "count")
-        return {name: getattr(self, name) for name in names}
-
-    def load_state_dict(self, state):
-        for name, value in state.items():
-            setattr(self, name, value)
-
-
-class RunningLosses:
-    """
-    Running geometric mean of the losses in units of the task's (ours), corrected for the start, as
-    the norms of :class:`RunningGram`.
-
-    Attributes:
-        first (Tensor or None): (K,) losses of the first step, in units of the task's.
-        logs (Tensor or None): (K,) mean logarithm of the losses in units of the task's and of
-            ``first``, which keeps a loss times a power of two from changing the rounding.
-        count (int): steps in the mean.
-    """
-
-    def __init__(self, smoothing):
-        """
-        Args:
-            smoothing (float): share of the past, in [0, 1).
-        """
-        self.smoothing = smoothing
-        self.first = self.logs = None
-        self.count = 0
-
-    def update(self, losses):
-        """
-        Args:
-            losses (Tensor): (K,), of this step, positive, the task first.
-
-        Returns:
-            Tensor: (K,), the mean; the task's loss is this step's.
-        """
-        ratios = losses / losses[0]
-        if self.first is None:
-            self.first = ratios
-            self.logs = torch.zeros_like(ratios)
-        # New tensors: a step that mixed precision skips is undone by putting the old ones back.
-        new = 1 - self.smoothing
-        self.logs = self.smoothing * self.logs + new * (ratios / self.first).log()
-        self.count += 1
-        return losses[0] * self.first * (self.logs / (1 - self.smoothing**self.count)).exp()
-
-    def state_dict(self):
-        return {"first": self.first, "logs": self.logs, "count": self.count}
-
-    def load_state_dict(self, state):
-        for name, value in state.items():
-            setattr(self, name, value)
 
 
 def vanishing(gram):

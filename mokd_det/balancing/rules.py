@@ -11,7 +11,7 @@ rule sees finite, non-vanishing gradients and positive finite losses. Rules with
 What else a rule may have, if it wants it:
 
 * ``smoothing``, ``schedule``: the defaults of MOKD.BALANCING.SMOOTHING and SCHEDULE for it;
-* ``smooths_losses = True``: its ``losses`` are smoothed as the Gram matrix is;
+* ``smooths_losses = True``: where there is smoothing, its ``losses`` are :class:`RunningLosses`;
 * ``own_weights(gram) -> (K,)``: factors of the objectives' gradients for parameters that one
   objective has for itself (projectors), of the matrix that ``weights`` saw (with GRAM "signal" the
   batch's); neither rescaled nor scheduled. Without it they are the weights;
@@ -27,7 +27,7 @@ What else a rule may have, if it wants it:
 
 Sources: MoKD (arXiv 2505.08170, withdrawn by its authors), DTO-KD (ICLR 2026), MGDA (Sener &
 Koltun 2018), CAGrad (Liu et al. 2021), IMTL (Liu et al., ICLR 2021), gradient cosine (Du et al.
-2018, arXiv 1812.02224).
+2018, arXiv 1812.02224), uncertainty weighting (Kendall et al., CVPR 2018, arXiv 1705.07115).
 """
 
 import dataclasses
@@ -38,16 +38,14 @@ import torch
 from ..registry import Registry
 from .gram import vanishing
 from .min_norm import min_norm_simplex, min_norm_two
+from .running import LOSS_FLOOR
 
-__all__ = ["BALANCERS", "LOSS_FLOOR", "RESCALES", "Balance", "balance", "build_rule"]
+__all__ = ["BALANCERS", "RESCALES", "Balance", "balance", "build_rule"]
 
 BALANCERS = Registry("BALANCERS", "MOKD.BALANCING.RULE")
 """Classes of rules, built as ``cls(**options)`` with the options of MOKD.BALANCING they take."""
 
 TORCHJD_PREFIX = "torchjd."
-
-# The log of a loss needs a floor: a student that matches its teacher has a loss of zero.
-LOSS_FLOOR = 1e-12
 
 
 @BALANCERS.register("fixed")
@@ -238,20 +236,19 @@ class ConstantDominance:
 @BALANCERS.register("loss_ratio")
 class LossRatio:
     """
-    The task's loss, and each distillation loss that is trusted at a set multiple of it (ours; the
-    weights are those of uncertainty weighting, Kendall et al., CVPR 2018, arXiv 1705.07115).
+    The task's loss, and each distillation loss that is trusted, at a set multiple of it (ours,
+    after uncertainty weighting, Kendall et al., CVPR 2018, arXiv 1705.07115).
 
     ``weight_k = ratio t_k L_task / L_k``, with the trust ``t_k`` of ``constant_dominance``, so that
-    the update is ``L_task (grad log L_task + ratio sum_k t_k grad log L_k)``. If every loss is the
-    negative logarithm of a likelihood with a width of its own, the likeliest width is the loss
-    itself, and the gradients add up like this with a ratio of 1: what stays noisy counts less. The
-    task's loss stays high where its labels are few, wrong or ambiguous, while the student comes
-    close to its teacher, who then gets more of the update than the gradients' lengths would give.
-    The scale of the losses is irrelevant.
+    the update is ``L_task (grad log L_task + ratio sum_k t_k grad log L_k)``. Uncertainty weighting
+    is the sum of these logarithms: a loss is an error in units of a noise of its own, the likeliest
+    noise is the loss, and what stays noisy counts less. The task's loss stays high where its labels
+    are few, wrong or ambiguous, while the student comes close to its teacher, who then gets more of
+    the update than the gradients' lengths would give. The scale of the losses is irrelevant.
 
-    All this is said of running means (:class:`RunningGram`, :class:`RunningLosses`). Parameters
-    that an objective has for itself learn at the task's pace, and the schedule rises, both as
-    with ``constant_dominance``.
+    All this is said of running means (:class:`RunningGram`, :class:`RunningLosses`). Losses are to
+    be positive. Parameters that an objective has for itself learn at the task's pace, and the
+    schedule rises, both as with ``constant_dominance``.
     """
 
     smoothing = 0.98
@@ -261,10 +258,11 @@ class LossRatio:
     def __init__(self, ratio=4.0, cap=10.0, agreement=0.1):
         """
         Args:
-            ratio (float): each weighted distillation loss in units of the task's loss, on average
-                over the training; > 0.
+            ratio (float): each weighted distillation loss in units of the task's loss, in the
+                middle of the schedule; > 0.
             cap (float): largest norm of the weighted distillation gradients in units of the task
-                gradient's, before the schedule: the ratio of a loss of nothing has no bound; > 0.
+                gradient's, both as the rule sees them, before the schedule; > 0. The weight of a
+                loss of next to nothing has no other bound.
             agreement (float): cosine from which on a gradient is trusted in full, and of whose half
                 not at all; in (0, 1].
         """

@@ -268,7 +268,8 @@ def add_mokd_config(cfg):
     #                         gradients that agree with it, in equal shares; projectors learn at
     #                         the task's pace
     #   "loss_ratio"          the task's loss, and LOSS_RATIO.RATIO times as much of each
-    #                         distillation loss whose gradient agrees with its; projectors as above
+    #                         distillation loss whose gradient agrees with the task's; projectors
+    #                         as above
     #   "aligned"             the task's gradient, turned towards what the distillation gradients
     #                         that agree with it add beyond it; its length stays
     #   "min_norm"            the published rule, literally; it can starve the task
@@ -299,9 +300,9 @@ def add_mokd_config(cfg):
     # two of them), which are noisy: for rules without a running mean of their own set SMOOTHING.
     cfg.MOKD.BALANCING.GRAM = "batch"
     # Share of the past, in [0, 1), in the running means that the rule sees: the geometric of the
-    # norms' ratios (and of the losses', for "loss_ratio"), the arithmetic of the cosines, which
-    # starts from 0 (with GRAM "signal": of the products as they are). None: the rule's own, 0.98
-    # for "constant_dominance" and "loss_ratio" and 0 for the others.
+    # norms' ratios, the arithmetic of the cosines, which starts from 0 (with GRAM "signal": of the
+    # products as they are); with "loss_ratio" the geometric of the losses' ratios, too. None: the
+    # rule's own, 0.98 for "constant_dominance" and "loss_ratio" and 0 for the others.
     cfg.MOKD.BALANCING.SMOOTHING = None
     # Compute weights at every k-th step only, and reuse them in between.
     cfg.MOKD.BALANCING.INTERVAL = 1
@@ -336,7 +337,7 @@ def add_mokd_config(cfg):
     cfg.MOKD.BALANCING.FAMO.WEIGHT_DECAY = 0.01
     # Rule "loss_ratio": each weighted distillation loss in units of the task's, times SCHEDULE:
     # with its own, 0.8 in the beginning and 7.2 in the end; and the largest norm of the weighted
-    # distillation gradient in units of the task gradient's, before SCHEDULE.
+    # distillation gradient in units of the task gradient's, as the rule sees them, before SCHEDULE.
     cfg.MOKD.BALANCING.LOSS_RATIO = CN()
     cfg.MOKD.BALANCING.LOSS_RATIO.RATIO = 4.0
     cfg.MOKD.BALANCING.LOSS_RATIO.CAP = 10.0

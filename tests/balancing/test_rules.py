@@ -241,23 +241,58 @@ def test_a_rule_may_see_running_losses_and_what_is_recorded_is_the_batchs():
         assert found.losses.tolist() == losses
     assert found.weights.tolist() == pytest.approx([1.0, 4 / 8 ** (2 / 3)])
     assert plain.weights.tolist() == pytest.approx([1.0, 4 / 8])
-    # A loss of zero has a mean like any other, which then is finite.
-    balancer.balance(gram, torch.tensor([1.0, 0.0], dtype=torch.float64))
-    later = balancer.balance(gram, torch.tensor([1.0, 1.0], dtype=torch.float64))
-    assert later.fallback == "" and later.weights.isfinite().all()
+    # A loss of zero is not averaged, whether it is the first or not.
+    zero = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    again = balancer.balance(gram, zero)
+    assert torch.equal(again.weights, found.weights) and again.losses.tolist() == [1.0, 0.0]
+    late = Balancer(build_rule("loss_ratio"), smoothing=0.5, schedule=(1.0, 1.0))
+    late.balance(gram, zero)
+    found = late.balance(gram, torch.tensor([1.0, 8.0], dtype=torch.float64))
+    assert found.weights.tolist() == pytest.approx([1.0, 4 / 8])
+
+
+def agreeing_gradients(seed, count=3):
+    """As ``random_gradients``, with cosines of 0.5 and more with the task's."""
+    gradients, losses = random_gradients(seed, count, size=40)
+    units = gradients / gradients.norm(dim=1, keepdim=True)
+    sizes = gradients.norm(dim=1, keepdim=True).clamp(0.3, 3)
+    agreeing = units + units[0]
+    return agreeing / agreeing.norm(dim=1, keepdim=True) * sizes, losses
 
 
 def test_a_running_loss_stays_its_objectives_while_another_has_vanished():
-    balancer = Balancer(build_rule("loss_ratio"), schedule=(1.0, 1.0))
-    gradients = torch.eye(3, 3, dtype=torch.float64) + 0.5
-    losses = torch.tensor([1.0, 2.0, 16.0], dtype=torch.float64)
-    for _ in range(500):  # until the agreement has been shown
+    balancer = Balancer(build_rule("loss_ratio"), smoothing=0.5, schedule=(1.0, 1.0))
+    gradients, losses = torch.eye(3, 3).double() + 0.5, torch.tensor([1.0, 2.0, 16.0]).double()
+    for _ in range(60):  # until nothing is left of what the means start from
         first = balancer.balance((gradients @ gradients.T)[None], losses)
     gradients[1] = 0
+    losses[1:] *= 4
     second = balancer.balance((gradients @ gradients.T)[None], losses)
     assert first.weights.tolist() == pytest.approx([1.0, 4 / 2, 4 / 16])
     assert second.fallback == "vanished"
-    assert second.weights.tolist() == pytest.approx([1.0, 0.0, 4 / 16])
+    assert second.weights.tolist() == pytest.approx([1.0, 0.0, 4 / 32])
+
+
+def test_running_losses_are_undone_and_resumed():
+    def make():
+        return Balancer(build_rule("loss_ratio"), smoothing=0.5, steps=10)
+
+    def weights(balancer, seed):
+        gradients, losses = agreeing_gradients(seed)
+        found = balancer.balance((gradients @ gradients.T)[None], losses).weights
+        balancer.end_step()
+        return found
+
+    balancer = make()
+    weights(balancer, 0)
+    state = balancer.state_dict()
+    expected = weights(balancer, 1)
+    assert (expected > 0).all()
+    resumed = make()
+    for restored in (balancer, resumed):
+        weights(restored, 2)
+        restored.load_state_dict(state)
+        assert torch.equal(weights(restored, 1), expected)
 
 
 @pytest.mark.parametrize("name", ["constant_dominance", "loss_ratio"])
@@ -930,14 +965,14 @@ def test_a_running_gram_leaves_a_vanishing_gradient_as_it_is():
 @pytest.mark.parametrize("power", [-5, 4])
 def test_running_means_do_not_round_otherwise_in_other_units(power, name):
     """Losses in units that differ by a power of two: the same weights times that, exactly."""
-    first, second = (Balancer(build_rule(name), steps=10) for _ in range(2))
+    first, second = (Balancer(build_rule(name), smoothing=0.5, steps=10) for _ in range(2))
     factor = torch.tensor([1.0, 2.0**power, 2.0 ** (-2 * power)], dtype=torch.float64)
     for seed in range(20):
-        gradients, losses = random_gradients(seed, 3)
+        gradients, losses = agreeing_gradients(seed)
         one = first.balance((gradients @ gradients.T)[None], losses)
         scaled = gradients * factor[:, None]
         other = second.balance((scaled @ scaled.T)[None], losses * factor)
-        assert torch.equal(other.weights * factor, one.weights)
+        assert torch.equal(other.weights * factor, one.weights) and (one.weights > 0).all()
         assert torch.equal(other.own_weights * factor, one.own_weights)
 
 

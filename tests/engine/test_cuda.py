@@ -47,7 +47,7 @@ EXACT = [
     ["MODEL.TORCHVISION.NORM", "BN", "MODEL.RPN.PRE_NMS_TOPK_TEST", 4096]
     + ["MODEL.RPN.POST_NMS_TOPK_TEST", 4096],
 ]
-# Or so few that others would change the losses.
+# Or so few that a different sample would change the losses.
 FEW = ["MODEL.RPN.BATCH_SIZE_PER_IMAGE", 8, "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 8]
 ANCHORED = ["MOKD.BALANCING.RULE", "anchored"]  # which uses the teacher from the first step on
 

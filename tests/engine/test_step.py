@@ -176,7 +176,7 @@ def test_famo_learns_from_the_same_batch(make_cfg):
         BF16,
         [*FP16, *FAMO, "SOLVER.EMA_DECAY", 0.9],
         [*OUTPUTS, *FAMO],
-        [*OUTPUTS, "MOKD.BALANCING.RULE", "loss_ratio"],
+        [*OUTPUTS, "MOKD.BALANCING.RULE", "loss_ratio", "MOKD.BALANCING.SMOOTHING", 0.3],
         ["MOKD.ENABLED", False, "DATALOADER.RESUMABLE", True],
     ],
     ids=["famo", "look_ahead", "signal", "average", "bfloat16"]
@@ -193,6 +193,12 @@ def test_resumed_equals_uninterrupted(make_cfg, opts):
     assert_equal_states(whole.model.state_dict(), second.model.state_dict())
     if whole.average is not None:
         assert_equal_states(whole.average.model.state_dict(), second.average.model.state_dict())
+    if "loss_ratio" in opts:
+        means = [
+            t._trainer.boundary.balancer.state_dict()["running_losses"] for t in (whole, second)
+        ]
+        assert means[0]["count"] == means[1]["count"] == 4
+        assert_equal_states(*({k: v for k, v in m.items() if k != "count"} for m in means))
 
 
 def test_resuming_with_more_objectives_is_refused(make_cfg):

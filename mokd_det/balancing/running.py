@@ -1,0 +1,116 @@
+# Copyright (c) The mokd_det authors.
+"""Running means of what a rule sees. Their state changes by plain assignment only: see Balancer."""
+
+import torch
+
+from .gram import vanishing
+
+__all__ = ["LOSS_FLOOR", "RunningGram", "RunningLosses"]
+
+# The log of a loss needs a floor: a student that matches its teacher has a loss of zero.
+LOSS_FLOOR = 1e-12
+
+
+class _RunningRatios:
+    """
+    A running geometric mean of positive numbers in units of the first of them, with weights that
+    fall by ``smoothing`` a step, corrected for the start, as Adam's.
+
+    Attributes:
+        first (Tensor or None): (K,) the first step's ratios.
+        logs (Tensor or None): (K,) mean logarithm of the ratios in units of ``first``: factors of
+            two between objectives do not even change the rounding.
+        count (int): steps in the mean.
+    """
+
+    state = ("first", "logs", "count")
+
+    def __init__(self, smoothing):
+        """
+        Args:
+            smoothing (float): share of the past, in [0, 1).
+        """
+        self.smoothing = smoothing
+        self.first = self.logs = None
+        self.count = 0
+
+    def _add(self, ratios):
+        if self.first is None:
+            self.first = ratios
+            self.logs = torch.zeros_like(ratios)
+        # New tensors: a step that mixed precision skips is undone by putting the old ones back.
+        new = 1 - self.smoothing
+        self.logs = self.smoothing * self.logs + new * (ratios / self.first).log()
+        self.count += 1
+
+    def _times_mean(self, unit):
+        return unit * self.first * (self.logs / (1 - self.smoothing**self.count)).exp()
+
+    def state_dict(self):
+        return {name: getattr(self, name) for name in self.state}
+
+    def load_state_dict(self, state):
+        for name, value in state.items():
+            setattr(self, name, value)
+
+
+class RunningGram(_RunningRatios):
+    """
+    A running mean of Gram matrices in which no single batch weighs much (ours): the geometric mean
+    of the gradients' norms in units of the first one's, and the arithmetic mean of the cosines,
+    both with weights that fall by ``smoothing`` a step. The norms' are corrected for the start, as
+    Adam's; the cosines' start from orthogonal gradients: that two objectives agree has to be shown
+    by many batches, and the first ones, by chance, may look so.
+
+    A plain mean of the matrices is one of squared norms: a batch with a task gradient ten times as
+    long as usual has a hundred times the weight, and for many steps the distillation would look
+    short and get large weights, on which training can diverge. A step in which a gradient vanishes
+    is not averaged, and not changed.
+
+    Attributes:
+        cosines (Tensor or None): (K, K).
+    """
+
+    state = ("first", "logs", "cosines", "count")
+
+    def __init__(self, smoothing):
+        super().__init__(smoothing)
+        self.cosines = None
+
+    def update(self, gram):
+        """
+        Args:
+            gram (Tensor): (K, K), of this step.
+
+        Returns:
+            Tensor: (K, K), the mean; its first gradient has this step's norm.
+        """
+        if vanishing(gram).any():
+            return gram
+        norms = gram.diagonal().sqrt()
+        if self.cosines is None:
+            self.cosines = torch.eye(len(gram)).to(gram)
+        new = 1 - self.smoothing
+        self.cosines = self.smoothing * self.cosines + new * gram / torch.outer(norms, norms)
+        self._add(norms / norms[0])
+        sizes = self._times_mean(norms[0])
+        return self.cosines * torch.outer(sizes, sizes)
+
+
+class RunningLosses(_RunningRatios):
+    """
+    The running geometric mean of the losses in units of the task's (ours). A step in which a loss
+    is not positive is not averaged: the logarithm of nothing would decide for many steps.
+    """
+
+    def update(self, losses):
+        """
+        Args:
+            losses (Tensor): (K,), of this step, the task first.
+
+        Returns:
+            Tensor: (K,), the mean; the task's loss is this step's.
+        """
+        if (losses > LOSS_FLOOR).all():
+            self._add(losses / losses[0])
+        return losses if self.first is None else self._times_mean(losses[0])
