@@ -43,8 +43,10 @@ Their names:
   another length (commits 27de59a to 83ace7f).
 - *dominance 3*: g_task + 3 |g_task| d with a plain running mean of the Gram matrix (commit
   1846406; some records say f1760c0-dirty, the same code before it was committed).
-- *constant dominance 3*: the default until commit d968b3b, today's with a dominance that does not
-  rise.
+- *constant dominance 3, rising*, and *constant dominance* in names of digits_scale and
+  digits_teachers: the default until `loss_ratio` was made it. Records of rows without a rule in
+  their overrides are of `constant_dominance`, which the study files say now.
+- *constant dominance 3*: the default until commit d968b3b, with a dominance that does not rise.
 - *joint trust*: the default until commit 66165f4. `AGREEMENT` was asked of the gradient that
   agrees best, and its answer stood for all.
 - *by cosine*: the default from there until 356c07d. Each gradient counted in proportion to its

@@ -13,7 +13,7 @@ GRAMS = ("batch", "signal")
 
 
 def build_boundary(
-    rule="constant_dominance",
+    rule="loss_ratio",
     place="features",
     shared=None,
     rescale="none",

@@ -264,12 +264,11 @@ def add_mokd_config(cfg):
     # How the gradients of task and distillation are weighed against each other where they meet.
     cfg.MOKD.BALANCING = CN()
     # Registered in mokd_det.balancing.BALANCERS:
-    #   "constant_dominance"  the task's gradient, and DOMINANCE times as long those distillation
-    #                         gradients that agree with it, in equal shares; projectors learn at
-    #                         the task's pace
     #   "loss_ratio"          the task's loss, and LOSS_RATIO.RATIO times as much of each
     #                         distillation loss whose gradient agrees with the task's; projectors
-    #                         as above
+    #                         learn at the task's pace
+    #   "constant_dominance"  the task's gradient, and DOMINANCE times as long those distillation
+    #                         gradients that agree with it, in equal shares; projectors as above
     #   "aligned"             the task's gradient, turned towards what the distillation gradients
     #                         that agree with it add beyond it; its length stays
     #   "min_norm"            the published rule, literally; it can starve the task
@@ -281,11 +280,11 @@ def add_mokd_config(cfg):
     #   "cosine_gate"         WEIGHTS, without distillation while it conflicts with the task
     #   "fixed"               WEIGHTS at every step
     #   "torchjd.X"           TorchJD's XWeighting, e.g. "torchjd.UPGrad"
-    cfg.MOKD.BALANCING.RULE = "constant_dominance"
+    cfg.MOKD.BALANCING.RULE = "loss_ratio"
     # How the rule's weights are scaled: "none" (as the rule gives them), "convex" (they sum to
     # one), "sum" (to the number of objectives), "task_norm" (the update has the task gradient's
     # norm), "task_progress" (the update is as far along the task's gradient as that is long).
-    # "aligned" has the task's norm by itself; "constant_dominance", "loss_ratio",
+    # "aligned" has the task's norm by itself; "loss_ratio", "constant_dominance",
     # "protected_min_norm" and "anchored" give the task weight one. These five want "none".
     cfg.MOKD.BALANCING.RESCALE = "none"
     # Where gradients are measured: "features" (those of the student that are matched; nearly
@@ -302,18 +301,24 @@ def add_mokd_config(cfg):
     # Share of the past, in [0, 1), in the running means that the rule sees: the geometric of the
     # norms' ratios, the arithmetic of the cosines, which starts from 0 (with GRAM "signal": of the
     # products as they are); with "loss_ratio" the geometric of the losses' ratios, too. None: the
-    # rule's own, 0.98 for "constant_dominance" and "loss_ratio" and 0 for the others.
+    # rule's own, 0.98 for "loss_ratio" and "constant_dominance" and 0 for the others.
     cfg.MOKD.BALANCING.SMOOTHING = None
     # Compute weights at every k-th step only, and reuse them in between.
     cfg.MOKD.BALANCING.INTERVAL = 1
     # Factor of the distillation objectives' weights, whatever the rule, at the first and at the
     # last step of the training; a straight line in between. [0.0, 1.0] is a ramp, [1.0, 0.0]
-    # leaves the end to the task. (With "constant_dominance" and "loss_ratio" projectors do not
+    # leaves the end to the task. (With "loss_ratio" and "constant_dominance" projectors do not
     # follow it.) None: these rules' own, [0.2, 1.8], and [1.0, 1.0] for the others.
     cfg.MOKD.BALANCING.SCHEDULE = None
     # Rules "fixed" and "cosine_gate": the weights of the objectives, in the order task, features,
     # outputs (those that are enabled).
     cfg.MOKD.BALANCING.WEIGHTS = [1.0, 1.0]
+    # Rule "loss_ratio": each weighted distillation loss in units of the task's, times SCHEDULE:
+    # with its own, 0.8 in the beginning and 7.2 in the end; and the largest norm of the weighted
+    # distillation gradient in units of the task gradient's, as the rule sees them, before SCHEDULE.
+    cfg.MOKD.BALANCING.LOSS_RATIO = CN()
+    cfg.MOKD.BALANCING.LOSS_RATIO.RATIO = 4.0
+    cfg.MOKD.BALANCING.LOSS_RATIO.CAP = 10.0
     # Rule "constant_dominance": norm of the weighted distillation gradient in units of the task
     # gradient's, times SCHEDULE: with its own, 0.6 in the beginning and 5.4 in the end.
     cfg.MOKD.BALANCING.DOMINANCE = 3.0
@@ -322,7 +327,7 @@ def add_mokd_config(cfg):
     # in every step if it is below 1; "aligned" (CAP up to 1) turns its gradient by an angle with
     # this tangent at most, 45 degrees.
     cfg.MOKD.BALANCING.CAP = 1.0
-    # Rules "constant_dominance", "loss_ratio" and "aligned": cosine with the task gradient, from
+    # Rules "loss_ratio", "constant_dominance" and "aligned": cosine with the task gradient, from
     # which on a distillation gradient is trusted in full. Below, its part falls to nothing at half
     # of it, and so does DOMINANCE if none is trusted in full. ("aligned": CAP falls with the best
     # one's cosine, in proportion.)
@@ -335,12 +340,6 @@ def add_mokd_config(cfg):
     cfg.MOKD.BALANCING.FAMO = CN()
     cfg.MOKD.BALANCING.FAMO.LR = 0.025
     cfg.MOKD.BALANCING.FAMO.WEIGHT_DECAY = 0.01
-    # Rule "loss_ratio": each weighted distillation loss in units of the task's, times SCHEDULE:
-    # with its own, 0.8 in the beginning and 7.2 in the end; and the largest norm of the weighted
-    # distillation gradient in units of the task gradient's, as the rule sees them, before SCHEDULE.
-    cfg.MOKD.BALANCING.LOSS_RATIO = CN()
-    cfg.MOKD.BALANCING.LOSS_RATIO.RATIO = 4.0
-    cfg.MOKD.BALANCING.LOSS_RATIO.CAP = 10.0
     # Rule "look_ahead": step of the weight's logarithm; largest weight in its unit; subtract the
     # task's own merit; the unit: "one", "loss" (L_task / L_distill of the first step) or "norm".
     cfg.MOKD.BALANCING.LOOK_AHEAD = CN()
