@@ -110,14 +110,26 @@ def test_distillation_of_weight_zero_is_the_resumable_twin_from_scratch(make_cfg
     assert_equal_states(scratch.model.student.state_dict(), mokd.model.student.state_dict())
 
 
-def test_scale_of_the_distillation_losses_is_irrelevant_for_the_default_rule(make_cfg):
+@pytest.mark.parametrize("rule", ["", "constant_dominance"], ids=["default", "constant_dominance"])
+def test_scale_of_the_distillation_losses_is_irrelevant(make_cfg, rule):
     """For the student and the projectors; by powers of two, which floats are scaled by exactly."""
     states = []
     for scale in (1.0, 2.0**-10, 2.0**10):
-        opts = ["MOKD.OUTPUTS.ENABLED", True, "TEST.EVAL_PERIOD", 100]
+        # A memory so short that the outputs are trusted within these few steps.
+        opts = [
+            "MOKD.OUTPUTS.ENABLED",
+            True,
+            "TEST.EVAL_PERIOD",
+            100,
+            "MOKD.BALANCING.SMOOTHING",
+            0.3,
+        ]
         opts += ["MOKD.FEATURES.LOSS_WEIGHT", scale, "MOKD.OUTPUTS.LOSS_WEIGHT", 1 / scale]
+        opts += ["MOKD.BALANCING.RULE", rule] if rule else []
         trainer = train(make_cfg("mokd", opts, f"scale_{scale}"))
-        assert trainer.model.boundary.balancer.rule_name == "ConstantDominance"
+        expected = "ConstantDominance" if rule else "LossRatio"
+        assert trainer.model.boundary.balancer.rule_name == expected
+        assert trainer.storage.latest()["balance/features/weight_outputs"][0] > 0
         states.append(trainer.model.state_dict())
     for other in states[1:]:
         for key, value in states[0].items():
