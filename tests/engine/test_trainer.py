@@ -115,15 +115,9 @@ def test_scale_of_the_distillation_losses_is_irrelevant(make_cfg, rule):
     """For the student and the projectors; by powers of two, which floats are scaled by exactly."""
     states = []
     for scale in (1.0, 2.0**-10, 2.0**10):
+        opts = ["MOKD.OUTPUTS.ENABLED", True, "TEST.EVAL_PERIOD", 100]
         # A memory so short that the outputs are trusted within these few steps.
-        opts = [
-            "MOKD.OUTPUTS.ENABLED",
-            True,
-            "TEST.EVAL_PERIOD",
-            100,
-            "MOKD.BALANCING.SMOOTHING",
-            0.3,
-        ]
+        opts += ["MOKD.BALANCING.SMOOTHING", 0.3]
         opts += ["MOKD.FEATURES.LOSS_WEIGHT", scale, "MOKD.OUTPUTS.LOSS_WEIGHT", 1 / scale]
         opts += ["MOKD.BALANCING.RULE", rule] if rule else []
         trainer = train(make_cfg("mokd", opts, f"scale_{scale}"))
