@@ -322,10 +322,10 @@ def add_mokd_config(cfg):
     # Rule "constant_dominance": norm of the weighted distillation gradient in units of the task
     # gradient's, times SCHEDULE: with its own, 0.6 in the beginning and 5.4 in the end.
     cfg.MOKD.BALANCING.DOMINANCE = 3.0
-    # Rules "aligned", "protected_min_norm" and "anchored": largest norm of the weighted
-    # distillation gradient, in units of the task gradient's. With the latter two the task descends
-    # in every step if it is below 1; "aligned" (CAP up to 1) turns its gradient by an angle with
-    # this tangent at most, 45 degrees.
+    # Rules "aligned", "protected_min_norm" and "anchored": largest norm ("anchored": the norm) of
+    # the weighted distillation gradient, in units of the task gradient's. With the latter two the
+    # task descends in every step if it is below 1; "aligned" turns its gradient by an angle with
+    # this tangent at most, 45 degrees. "aligned" and "anchored" take 1 at most.
     cfg.MOKD.BALANCING.CAP = 1.0
     # Rules "loss_ratio", "constant_dominance" and "aligned": cosine with the task gradient, from
     # which on a distillation gradient is trusted in full. Below, its part falls to nothing at half

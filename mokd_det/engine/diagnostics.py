@@ -96,7 +96,8 @@ class BalanceDiagnostics:
                 "The task starves: the cosine of the update with its gradient at "
                 f"{self.prefix.split('/')[1]} was below {LEAST_COSINE} in {starved:.0%} of the "
                 f"last {WINDOW} steps. Use a rule that protects it (MOKD.BALANCING.RULE aligned "
-                "or anchored), or less weight for distillation."
+                "or anchored), or less weight for distillation (LOSS_RATIO.RATIO, DOMINANCE or "
+                "WEIGHTS, whichever your rule has)."
             )
             self.warned = True
 

@@ -86,7 +86,7 @@ def test_float16_skips_overflowing_steps_without_a_trace(make_cfg):
 
 @pytest.mark.parametrize("place", ["features", "parameters"])
 def test_float16_is_close_to_float32_in_unscaled_numbers(make_cfg, place):
-    # Not the default rule, which would magnify the noise of a cosine near zero.
+    # Not the default rule, which gives a cosine near zero no weight at all.
     opts = ["MOKD.BALANCING.PLACE", place, "MOKD.BALANCING.RULE", "anchored"]
     plain = build(make_cfg("mokd", opts, "plain"))
     run_steps(plain)
