@@ -324,6 +324,18 @@ def test_benchmark_needs_distillation():
         tool.main(tool.argument_parser().parse_args(["--config-file", CONFIGS["faster_rcnn"]]))
 
 
+def test_benchmark_takes_overrides_after_its_variants():
+    tool = load_script("tools/benchmark.py")
+    args = ["--config-file", CONFIGS["faster_rcnn"], "--variants", "student", "fixed"]
+    args = tool.argument_parser().parse_args([*args, "OUTPUT_DIR", "elsewhere"])
+    with pytest.raises(ValueError, match="has MOKD.ENABLED False"):  # comes after both
+        tool.main(args)
+    assert args.variants == ["student", "fixed"] and args.opts == ["OUTPUT_DIR", "elsewhere"]
+    args.variants = ["student", "featurs"]
+    with pytest.raises(ValueError, match="--variants has .'featurs'.: expected some of student"):
+        tool.main(args)
+
+
 def test_teacher_options_are_compared_in_one_process(monkeypatch):
     tool = load_script("tools/benchmark.py")
     monkeypatch.setattr(tool.comm, "get_world_size", lambda: 2)

@@ -53,7 +53,7 @@ from detectron2.utils.events import EventStorage, get_event_storage
 from torch import nn
 
 from mokd_det.balancing import Boundary, build_boundary
-from mokd_det.config import find_config, get_cfg, load_config
+from mokd_det.config import find_config, get_cfg, load_config, split_overrides
 from mokd_det.engine import BalancedTrainer, DistillationTrainer, launch
 from mokd_det.engine.trainer import wrap_distributed
 from mokd_det.modeling import build_teacher
@@ -438,7 +438,9 @@ def argument_parser():
     parser.add_argument("--size", type=int, nargs=2, default=(256, 320), metavar=("H", "W"))
     parser.add_argument("--batch", type=int, default=4, help="images a step (%(default)s)")
     parser.add_argument("--rounds", type=int, default=10, help="(%(default)s)")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
+    parser.add_argument(
+        "--variants", nargs="+", default=VARIANTS, help=f"of {', '.join(VARIANTS)} (all of them)"
+    )
     parser.add_argument(
         "--teacher-options", action="store_true", help="compare those of the teacher"
     )
@@ -452,6 +454,10 @@ def argument_parser():
 def main(args):
     if args.rounds < 2:
         raise ValueError(f"--rounds is {args.rounds}: expected 2 or more.")
+    args.variants, overrides = split_overrides(args.variants)
+    args.opts = overrides + args.opts
+    if unknown := [name for name in args.variants if name not in VARIANTS]:
+        raise ValueError(f"--variants has {unknown}: expected some of {', '.join(VARIANTS)}.")
     if args.teacher_options and comm.get_world_size() > 1:
         raise ValueError(
             "--teacher-options compares within one process: start it without torchrun."

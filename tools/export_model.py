@@ -38,7 +38,7 @@ import torch
 from detectron2.utils.logger import setup_logger
 
 from mokd_det import modeling  # noqa: F401  (registers the torchvision backbones)
-from mokd_det.config import get_cfg, load_config
+from mokd_det.config import load_config, split_overrides
 from mokd_det.export import (
     DEFAULT_TOLERANCE,
     FORMATS,
@@ -85,17 +85,6 @@ def argument_parser():
     return parser
 
 
-def split_images(args):
-    """--images takes all that follows it: from the first KEY VALUE on, that is overrides."""
-    known = get_cfg()
-    for i, value in enumerate(args.images):
-        if value.split(".")[0] in known and not os.path.isfile(value):
-            args.opts = args.images[i:] + args.opts
-            args.images = args.images[:i]
-            break
-    return args
-
-
 def report(result):
     """Return the results as lines for people."""
     lines = [f"{result['file']}: {result['bytes'] / 2**20:.1f} MiB"]
@@ -123,7 +112,9 @@ def report(result):
 
 
 def main():
-    args = split_images(argument_parser().parse_args())
+    args = argument_parser().parse_args()
+    args.images, overrides = split_overrides(args.images)
+    args.opts = overrides + args.opts
     check_options(args.format, args.method, args.half, args.freeze)
     if args.tolerance <= 0:
         raise ValueError(f"--tolerance is {args.tolerance}: expected a number > 0.")

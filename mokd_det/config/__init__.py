@@ -2,7 +2,14 @@
 """The options of mokd_det, and how configs are read."""
 
 from .defaults import add_mokd_config
-from .loading import find_config, get_cfg, load_config, merge_overrides, stock_config
+from .loading import (
+    find_config,
+    get_cfg,
+    load_config,
+    merge_overrides,
+    split_overrides,
+    stock_config,
+)
 
 __all__ = [
     "add_mokd_config",
@@ -10,5 +17,6 @@ __all__ = [
     "get_cfg",
     "load_config",
     "merge_overrides",
+    "split_overrides",
     "stock_config",
 ]

@@ -12,7 +12,14 @@ from detectron2.utils.file_io import PathManager
 
 from .defaults import add_mokd_config
 
-__all__ = ["find_config", "get_cfg", "load_config", "merge_overrides", "stock_config"]
+__all__ = [
+    "find_config",
+    "get_cfg",
+    "load_config",
+    "merge_overrides",
+    "split_overrides",
+    "stock_config",
+]
 
 
 def get_cfg():
@@ -91,6 +98,23 @@ def merge_overrides(cfg, opts, source="override"):
                 )
             opts[i + 1] = CfgNode(value)
     cfg.merge_from_list(opts)
+
+
+def split_overrides(values):
+    """
+    What a command's option of many values has taken, which by argparse is all that follows it.
+
+    Args:
+        values (sequence[str]): such as ["a.jpg", "b.jpg", "MODEL.DEVICE", "cpu"].
+
+    Returns:
+        tuple[list[str]]: the option's own, and overrides: all from the first key on.
+    """
+    known = get_cfg()
+    for i, value in enumerate(values):
+        if value.split(".")[0] in known and not os.path.isfile(value):
+            return list(values[:i]), list(values[i:])
+    return list(values), []
 
 
 def find_config(name, option):

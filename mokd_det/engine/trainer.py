@@ -112,6 +112,13 @@ class DistillationTrainer(Trainer):
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
+        if not (hasattr(data_loader, "seed") and hasattr(data_loader, "start")):
+            raise TypeError(
+                f"build_train_loader of {type(self).__name__} returned a "
+                f"{type(data_loader).__name__}, but a distilled run has to be able to go on where "
+                "it stopped. Return mokd_det.data.build_resumable_train_loader(cfg, "
+                "mapper=your_mapper), or a mokd_det.data.ResumableLoader."
+            )
         ddp_model = wrap_distributed(model)
         self.average = None
         if cfg.SOLVER.EMA_DECAY:

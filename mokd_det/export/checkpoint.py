@@ -13,8 +13,8 @@ __all__ = ["export_checkpoint"]
 
 def export_checkpoint(cfg, output_dir):
     """
-    Write ``model.pth`` (weights only: no optimizer, no projector) and ``config.yaml`` (Detectron2's
-    keys only, ``MODEL.WEIGHTS`` pointing to the file beside it).
+    Write ``model.pth`` (weights only: no optimizer, no projector) and ``config.yaml`` (the keys of
+    :func:`~mokd_det.config.stock_config`, ``MODEL.WEIGHTS`` pointing to the file beside it).
 
     Args:
         cfg (CfgNode): the student's config with its trained ``MODEL.WEIGHTS``.
@@ -33,6 +33,9 @@ def export_checkpoint(cfg, output_dir):
     torch.save({"model": model.state_dict(), "__author__": "mokd_det"}, weights)
     stock = stock_config(cfg)
     stock.MODEL.WEIGHTS = os.path.abspath(weights)  # so that it works from any folder
+    for part in ("TORCHVISION", "CLASSIFIER"):
+        if part in stock.MODEL:
+            stock.MODEL[part].WEIGHTS = ""  # what training started from; nothing to download here
     with open(config, "w") as f:
         f.write(stock.dump())
     return {"weights": weights, "config": config}

@@ -3,7 +3,7 @@ import pytest
 import yaml
 from detectron2.config import get_cfg as get_detectron2_cfg
 
-from mokd_det.config import get_cfg, load_config, stock_config
+from mokd_det.config import get_cfg, load_config, split_overrides, stock_config
 
 from ..conftest import CONFIGS
 
@@ -57,6 +57,14 @@ def test_bad_overrides_are_explained():
         load_config("", ["MOKD.ENABLE", True])
     with pytest.raises(ValueError, match="pairs KEY VALUE"):
         load_config("", ["MOKD.ENABLED"])
+
+
+def test_an_option_of_many_values_leaves_the_overrides(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "SEED").touch()
+    files, opts = ["a.jpg", "SEED"], ["MODEL.DEVICE", "cpu"]
+    assert split_overrides([*files, *opts]) == (files, opts)
+    assert split_overrides(("a.jpg",)) == (["a.jpg"], [])
 
 
 def test_missing_file_names_its_option():

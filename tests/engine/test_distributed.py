@@ -18,8 +18,8 @@ OUTPUTS = ["MOKD.OUTPUTS.ENABLED", True, "MOKD.OUTPUTS.PROPOSALS", 16]
 CASES = {
     "features": ["MOKD.BALANCING.PLACE", "features"],
     # A smaller part of the small gradient, whose rounding the third step's weights follow. Not of
-    # the default rule (that is "features"): its weights follow how far a running cosine that is next
-    # to 0 then is above half of AGREEMENT, and the same rounding is 1e-3 of them.
+    # the default rule (that is "features"): its weights follow how far a running cosine, next to 0
+    # then, is above half of AGREEMENT, and the same rounding is 1e-3 of them.
     "parameters": [
         *("MOKD.BALANCING.PLACE", "parameters", "MOKD.BALANCING.RULE", "protected_min_norm"),
         *("MOKD.BALANCING.CAP", 0.5),

@@ -7,12 +7,15 @@ import sys
 
 import pytest
 import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper, build_detection_train_loader
 from detectron2.engine import DefaultTrainer
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 
 from mokd_det.balancing import Boundary
-from mokd_det.config import stock_config
+from mokd_det.config import get_cfg, stock_config
+from mokd_det.data import build_resumable_train_loader
 from mokd_det.engine import DistillationTrainer, Trainer, build_trainer
 from mokd_det.evaluation import build_evaluator
 
@@ -323,3 +326,47 @@ def test_non_finite_loss_stops_before_the_weights_change(make_cfg):
     for key, value in model.named_parameters():
         assert torch.equal(before[key], value), key
     assert trainer._trainer.boundary.last.fallback == "non_finite"
+
+
+class OwnMapper:
+    def __init__(self, cfg):
+        self.mapper = DatasetMapper(cfg, is_train=True)
+        self.seen = 0
+
+    def __call__(self, element):
+        self.seen += 1
+        return self.mapper(element)
+
+
+def test_a_trainer_with_a_mapper_of_its_own(make_cfg):
+    class OwnTrainer(DistillationTrainer):
+        @classmethod
+        def build_train_loader(cls, cfg):
+            cls.mapper = OwnMapper(cfg)
+            return build_resumable_train_loader(cfg, mapper=cls.mapper)
+
+    trainer = OwnTrainer(make_cfg("mokd"))
+    with EventStorage():
+        trainer.run_step()
+    assert OwnTrainer.mapper.seen >= trainer.cfg.SOLVER.IMS_PER_BATCH
+
+
+def test_a_loader_that_cannot_resume_is_refused(make_cfg):
+    class OwnTrainer(DistillationTrainer):
+        @classmethod
+        def build_train_loader(cls, cfg):
+            return build_detection_train_loader(cfg, mapper=OwnMapper(cfg))
+
+    with pytest.raises(TypeError, match="Return mokd_det.data.build_resumable_train_loader"):
+        OwnTrainer(make_cfg("mokd"))
+
+
+def test_options_of_ones_own_beside_ours(make_cfg, tmp_path):
+    written = make_cfg("mokd")
+    written.MODEL.OWN = CfgNode({"SIZE": 3})
+    (tmp_path / "own.yaml").write_text(written.dump())
+    cfg = get_cfg()
+    cfg.MODEL.OWN = CfgNode({"SIZE": 1})
+    cfg.merge_from_file(str(tmp_path / "own.yaml"))
+    assert cfg.MODEL.OWN.SIZE == 3
+    assert isinstance(build_trainer(cfg), DistillationTrainer)

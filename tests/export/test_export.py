@@ -9,14 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
+from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
 
 import mokd_det
-from mokd_det.config import load_config
+from mokd_det.config import get_cfg, load_config
 from mokd_det.export import (
     benchmark,
     check_benchmark,
     check_options,
+    export_checkpoint,
     export_model,
     format_benchmark,
 )
@@ -46,6 +48,23 @@ def rcnn(folder):
 @pytest.fixture(scope="module")
 def retinanet(folder):
     return detector("retinanet", folder)
+
+
+def test_checkpoint_needs_no_pretrained_weights(tmp_path):
+    """Its own are in the file: what the backbone started from may be gone, or not to be had."""
+    opts = ["MODEL.DEVICE", "cpu", "MODEL.TORCHVISION.WEIGHTS"]
+    cfg = load_config("configs/Quick-Start/teacher.yaml", [*opts, ""])
+    model = build_model(cfg)
+    torch.save({"model": model.state_dict()}, tmp_path / "trained.pth")
+    opts += ["not/there.pth", "MODEL.WEIGHTS", str(tmp_path / "trained.pth")]
+    written = export_checkpoint(
+        load_config("configs/Quick-Start/teacher.yaml", opts), str(tmp_path / "out")
+    )
+    cfg = get_cfg()
+    cfg.merge_from_file(written["config"])
+    again = build_model(cfg)
+    DetectionCheckpointer(again).load(cfg.MODEL.WEIGHTS)
+    assert all(x.equal(again.state_dict()[name]) for name, x in model.state_dict().items())
 
 
 @pytest.mark.parametrize("name, method", [("rcnn", "scripting"), ("retinanet", "tracing")])
