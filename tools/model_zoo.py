@@ -57,6 +57,11 @@ Their names:
   RPN is as well where both sides have the same anchors (the trees' pair). All names above are of
   that time, too.
 """
+INDEX = """
+Studies of today's default, the rule `loss_ratio`: {}.
+
+Of those before it, and of other rules: {}.
+"""
 NOT_RUN = """## Recipes that were not run here
 
 Neither their data nor the GPUs were there. Each file builds, trains and evaluates on small data in
@@ -124,14 +129,21 @@ def section(study, records):
     return "\n\n".join(parts) + f"{missing}{folded}{pictures}\n"
 
 
+def links_of(names):
+    return ", ".join(f"[{name}](#{name})" for name in names)
+
+
 def model_zoo():
     """The whole text."""
-    parts = [HEAD]
+    parts, of_default, others = [HEAD], [], []
     for path in sorted((ROOT / "studies").glob("*.yaml")):
         study = load_study(path)
         study["comment"] = [line for line in path.read_text().splitlines() if line.startswith("#")]
         if records := read_records(study):
             parts.append(section(study, records))
+            of_rule = "loss_ratio" in str([study["opts"], study["methods"]])
+            (of_default if of_rule else others).append(study["name"])
+    parts[0] += INDEX.format(*map(links_of, (of_default, others)))
     recipes = sorted(
         str(path.relative_to(ROOT))
         for group in ("COCO-Detection", "COCO-InstanceSegmentation", "ImageNet-Classification")
