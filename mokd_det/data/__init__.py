@@ -2,7 +2,12 @@
 """Data sets from the config, VOC reading, and training loaders that can resume."""
 
 from .augmentation import RandomChannelGain, build_train_mapper
-from .catalog import check_classes, check_datasets, register_datasets
+from .catalog import (
+    check_classes,
+    check_datasets,
+    check_teacher_classes,
+    register_datasets,
+)
 from .loader import ResumableLoader, build_resumable_train_loader, isolated_rng
 from .paths import datasets_root, local_path
 from .schedule import schedule_in_iterations
@@ -14,6 +19,7 @@ __all__ = [
     "build_train_mapper",
     "check_classes",
     "check_datasets",
+    "check_teacher_classes",
     "datasets_root",
     "isolated_rng",
     "local_path",

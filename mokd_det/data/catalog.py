@@ -3,6 +3,7 @@
 
 import difflib
 import json
+import logging
 import os
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -12,7 +13,9 @@ from detectron2.utils.file_io import PathManager
 from .classification.sources import class_names, open_source
 from .paths import datasets_root, local_path
 
-__all__ = ["register_datasets", "check_classes", "check_datasets"]
+__all__ = ["register_datasets", "check_classes", "check_datasets", "check_teacher_classes"]
+
+logger = logging.getLogger(__name__)
 
 IMAGENET = [[f"imagenet_{split}", f"datasets://imagenet/{split}"] for split in ("train", "val")]
 
@@ -106,6 +109,59 @@ def check_classes(cfg, options=("TRAIN", "TEST")):
                     f"'{name}' has {len(classes)} classes ({_listed(classes)}): set it to "
                     f"{len(classes)}."
                 )
+
+
+def check_teacher_classes(cfg, teacher_cfg):
+    """
+    Outputs are compared class by class, so both sides must number the classes alike. Checked by
+    the names in the training sets of both configs, where these are known without reading images.
+
+    Args:
+        cfg, teacher_cfg (CfgNode): the student's and the teacher's config.
+
+    Raises:
+        ValueError: the same names in another order.
+    """
+    names, teacher_names = _class_names(cfg), _class_names(teacher_cfg)
+    if not names or not teacher_names or names == teacher_names:
+        return
+    both = (
+        f"the student's classes are {_listed(names)} (DATASETS.TRAIN {cfg.DATASETS.TRAIN[0]}), the "
+        f"teacher's {_listed(teacher_names)} ({teacher_cfg.DATASETS.TRAIN[0]})"
+    )
+    if sorted(names) == sorted(teacher_names):
+        raise ValueError(
+            f"MOKD.OUTPUTS.ENABLED True: {both}, the same in another order, and outputs are "
+            "compared by number. Bring the student's data set into the teacher's order, or distil "
+            "features only (MOKD.OUTPUTS.ENABLED False)."
+        )
+    if len(names) == len(teacher_names):  # another number is the model's to refuse
+        logger.warning(f"Outputs are compared by the classes' numbers, but {both}.")
+
+
+def _class_names(cfg):
+    """Of the first training set of a config; None if they are not known."""
+    for name in cfg.DATASETS.TRAIN[:1]:
+        for known, json_file, _ in cfg.DATASETS.COCO:
+            if known == name:
+                return _coco_class_names(local_path(json_file))
+        for known, path in cfg.DATASETS.CLASSIFICATION:
+            if known == name:
+                path = local_path(path)
+                return class_names(path) if os.path.exists(path) else None
+        if name in DatasetCatalog.list():
+            metadata = MetadataCatalog.get(name)
+            return metadata.get("thing_classes") or _coco_class_names(metadata.get("json_file"))
+    return None
+
+
+def _coco_class_names(json_file):
+    """In the order in which Detectron2 numbers the classes: that of the categories' ids."""
+    if json_file is None or not PathManager.isfile(json_file):
+        return None
+    with PathManager.open(json_file) as f:
+        categories = json.load(f).get("categories", [])
+    return [category["name"] for category in sorted(categories, key=lambda c: c["id"])]
 
 
 def _listed(names, most=5):

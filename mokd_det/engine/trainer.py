@@ -18,6 +18,7 @@ from ..data import (
     build_train_mapper,
     check_classes,
     check_datasets,
+    check_teacher_classes,
     classification,
     register_datasets,
     schedule_in_iterations,
@@ -30,6 +31,7 @@ from ..modeling import (
     copy_weights,
     inheritable_names,
     is_classifier,
+    teacher_config,
 )
 from .average import AverageCheckpointer, WeightAverage
 from .optimizer import build_optimizer
@@ -105,6 +107,8 @@ class DistillationTrainer(Trainer):
             setup_logger()
         check_supported(cfg)
         prepare_datasets(cfg)
+        if cfg.MOKD.ENABLED and cfg.MOKD.OUTPUTS.ENABLED and not cfg.MOKD.TEACHER.TORCHSCRIPT.FILE:
+            check_teacher_classes(cfg, teacher_config(cfg))
         self.check_evaluators(cfg)
         cfg = schedule_in_iterations(cfg)
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())

@@ -8,7 +8,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from detectron2.data import DatasetCatalog, build_detection_train_loader
+from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_train_loader
 from PIL import Image
 
 from mokd_det.config import load_config
@@ -16,6 +16,7 @@ from mokd_det.data import (
     build_resumable_train_loader,
     build_train_mapper,
     check_datasets,
+    check_teacher_classes,
     datasets_root,
     isolated_rng,
     local_path,
@@ -261,6 +262,40 @@ def loader_of(make_cfg, seed=3, opts=()):
     loader = build_resumable_train_loader(cfg, mapper=build_train_mapper(cfg))
     loader.seed = seed
     return loader
+
+
+def with_classes(folder, *names):
+    """A config whose training set has these classes; ids fall, and Detectron2 goes by the ids."""
+    path = folder / f"{'_'.join(names)[:40]}.json"
+    categories = [{"id": i, "name": name} for i, name in enumerate(names)]
+    path.write_text(json.dumps({"images": [], "annotations": [], "categories": categories[::-1]}))
+    sets = [[path.stem, str(path), str(folder)]]
+    return load_config("", ["DATASETS.COCO", sets, "DATASETS.TRAIN", (path.stem,)])
+
+
+def test_teacher_of_the_same_classes_in_another_order_is_refused(tmp_path):
+    student, teacher = with_classes(tmp_path, "a", "b"), with_classes(tmp_path, "b", "a")
+    with pytest.raises(ValueError, match=r"are 2: a, b .*'s 2: b, a .*in another order"):
+        check_teacher_classes(student, teacher)
+
+
+def test_teacher_of_other_class_names_is_told(tmp_path, caplog):
+    student = with_classes(tmp_path, "a", "b")
+    for names, told in [(("a", "c"), 1), (("a", "b"), 0), (("a", "b", "c"), 0)]:
+        caplog.clear()
+        check_teacher_classes(student, with_classes(tmp_path, *names))
+        assert len(caplog.records) == told
+    assert caplog.records == []
+    unknown = load_config("", ["DATASETS.TRAIN", ("not_registered",)])
+    check_teacher_classes(student, unknown)
+    check_teacher_classes(student, load_config(""))
+
+
+def test_classes_of_a_set_that_detectron2_knows(tmp_path):
+    coco = load_config("", ["DATASETS.TRAIN", ("coco_2017_train",)])
+    names = MetadataCatalog.get("coco_2017_train").thing_classes
+    with pytest.raises(ValueError, match="80: person, bicycle, .*in another order"):
+        check_teacher_classes(with_classes(tmp_path, *names[::-1]), coco)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

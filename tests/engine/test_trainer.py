@@ -370,3 +370,14 @@ def test_options_of_ones_own_beside_ours(make_cfg, tmp_path):
     cfg.merge_from_file(str(tmp_path / "own.yaml"))
     assert cfg.MODEL.OWN.SIZE == 3
     assert isinstance(build_trainer(cfg), DistillationTrainer)
+
+
+def test_classes_of_the_teacher_are_compared_before_training(make_cfg, tmp_path, caplog):
+    categories = [{"id": 1, "name": "shrub"}]
+    (tmp_path / "shrubs.json").write_text(json.dumps({"categories": categories}))
+    sets = [["shrubs", str(tmp_path / "shrubs.json"), str(tmp_path)]]
+    teacher = ["DATASETS.COCO", sets, "DATASETS.TRAIN", ("shrubs",)]
+    opts = ["MOKD.OUTPUTS.ENABLED", True, "MOKD.TEACHER.OPTS", teacher]
+    DistillationTrainer(make_cfg("mokd", opts))
+    told = [r.getMessage() for r in caplog.records if "compared by the classes'" in r.getMessage()]
+    assert len(told) == 1 and "the teacher's 1: shrub" in told[0]
