@@ -82,8 +82,9 @@ class BalanceDiagnostics:
         if name not in self.warned_idle and sum(steps) > WINDOW / 2:
             logger.warning(
                 f"The objective '{name}' had no weight in more than half of the last {WINDOW} "
-                "steps: the rule finds it superfluous beside the others, or in conflict. If it is "
-                "to take part, use MOKD.BALANCING.RULE anchored or fixed; else switch it off."
+                "steps: the rule finds it superfluous beside the others, in conflict with the task "
+                "or unrelated to it. If it is to take part, use MOKD.BALANCING.RULE anchored or "
+                f"fixed; else MOKD.{name.upper()}.ENABLED False saves what it costs."
             )
             self.warned_idle.add(name)
 
