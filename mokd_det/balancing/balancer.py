@@ -52,7 +52,7 @@ class Balancer:
             )
         if smoothing is None:
             smoothing = getattr(rule, "smoothing", 0.0)
-        if not 0 <= smoothing < 1:
+        if not (isinstance(smoothing, (int, float)) and 0 <= smoothing < 1):
             raise ValueError(f"MOKD.BALANCING.SMOOTHING is {smoothing}: expected 0 <= s < 1.")
         if interval < 1:
             raise ValueError(f"MOKD.BALANCING.INTERVAL is {interval}: expected 1 or more steps.")
@@ -63,9 +63,10 @@ class Balancer:
             )
         if schedule is None:
             schedule = getattr(rule, "schedule", (1.0, 1.0))
-        if len(schedule) != 2 or any(not 0 <= factor < math.inf for factor in schedule):
+        factors = schedule if isinstance(schedule, (list, tuple)) else ()
+        if len(factors) != 2 or any(not 0 <= factor < math.inf for factor in factors):
             raise ValueError(
-                f"MOKD.BALANCING.SCHEDULE is {list(schedule)}: expected two finite numbers >= 0, "
+                f"MOKD.BALANCING.SCHEDULE is {schedule}: expected two finite numbers >= 0, "
                 "the factors at the first and at the last step."
             )
         if schedule[0] != schedule[1] and steps is None:
@@ -117,7 +118,8 @@ class Balancer:
             losses (Tensor): (K,) values of the objectives.
             signal (Tensor): (K, K) of :func:`signal_gram`, which the rule is to see instead.
             gradients (list[list[Tensor]]): for rules that ask for them.
-            agree (callable): from this process's (2, K) weights and own weights to those of all.
+            agree (callable): from this process's (3, K) weights, own weights and whether there
+                was no fallback to those of all.
 
         Returns:
             Balance
@@ -142,12 +144,18 @@ class Balancer:
         weights, own = result.weights, result.own
         if own is not None and signal is not None:
             # Those of the signal may be far shorter than the gradients that are stepped along.
-            own = torch.where(own > 0, self.rule.own_weights(gram), own)
+            pace = self.rule.own_weights(gram)
+            own = torch.where((own > 0) & pace.isfinite(), pace, torch.zeros_like(own))
+        usual = torch.full_like(weights, not result.fallback)
         if agree:
-            weights, own = agree(torch.stack([weights, weights if own is None else own]))
+            weights, own, usual = agree(
+                torch.stack([weights, weights if own is None else own, usual])
+            )
             # Not by this rank's result: it may be the only one with a fallback, or without.
             own = own if hasattr(self.rule, "own_weights") else None
-        if finite:  # the weights of a step that is thrown away are not kept for later ones
+        # Later steps reuse neither the weights of one that is thrown away, nor those of a batch in
+        # which a gradient happened to vanish: they would leave its objective out for good.
+        if usual.all():
             self.weights, self.own = weights, own
         return dataclasses.replace(
             result,

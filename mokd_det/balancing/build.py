@@ -1,15 +1,19 @@
 # Copyright (c) The mokd_det authors.
 """From options to a boundary."""
 
+import logging
+
 from .balancer import Balancer
 from .boundary import FeatureBoundary
 from .parameters import ParameterBoundary
-from .rules import build_rule
+from .rules import FixedWeights, build_rule
 
 __all__ = ["PLACES", "GRAMS", "build_boundary"]
 
 PLACES = ("features", "parameters")
 GRAMS = ("batch", "signal")
+
+logger = logging.getLogger(__name__)
 
 
 def build_boundary(
@@ -49,6 +53,12 @@ def build_boundary(
     built = build_rule(rule, **options)
     if objectives is not None and hasattr(built, "check_objectives"):
         built.check_objectives(objectives)
+    weights = options.get("weights", ())
+    if any(w != 1 for w in weights) and not isinstance(built, FixedWeights):
+        logger.warning(
+            f"MOKD.BALANCING.WEIGHTS {list(weights)} are not used by MOKD.BALANCING.RULE '{rule}', "
+            "which finds its own: set the rule to 'fixed' if you want them."
+        )
     balancer = Balancer(built, rescale, smoothing, interval, schedule, steps)
     if place == "parameters":
         return ParameterBoundary(balancer, shared, layers, gram == "signal")

@@ -24,6 +24,7 @@ class Famo:
 
     reads_gradients = False
     needs_second_forward = True
+    needs_positive_losses = True
 
     def __init__(self, lr=0.025, weight_decay=0.01):
         """

@@ -28,6 +28,9 @@ def gram_matrix(gradients):
     Returns:
         Tensor: (K, K), symmetric, float32 (float64 if the gradients are), whatever precision the
         gradients have: sums of many small squares do not fit half precision.
+
+    Raises:
+        ValueError: all are None.
     """
     return gram_by_part(gradients).sum(0)
 
@@ -40,7 +43,12 @@ def gram_by_part(gradients):
         Tensor: (P, K, K), one Gram matrix for each part.
     """
     size = len(gradients)
-    example = next(g for objective in gradients for g in objective if g is not None)
+    example = next((g for objective in gradients for g in objective if g is not None), None)
+    if example is None:
+        raise ValueError(
+            "No objective has a gradient where they are measured: with MOKD.BALANCING.LAYERS name "
+            "layers that the features depend on."
+        )
     dtype = torch.promote_types(example.dtype, torch.float32)
     zero = torch.zeros((), dtype=dtype, device=example.device)
     products = []

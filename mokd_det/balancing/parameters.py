@@ -104,7 +104,8 @@ class ParameterBoundary(Boundary):
         ]
 
     def accumulate(self, losses):
-        self._backward(losses)
+        shared, measured = self._parameters()
+        around = self._backward_around(losses, shared)
         self._losses.append(torch.stack([loss.detach().float() for loss in losses]))
         features, copies = self._features, self._copies
         self._features = self._copies = None
@@ -116,21 +117,22 @@ class ParameterBoundary(Boundary):
             raise RuntimeError(MISSED)
         if not self.balancer.due:
             self._balance = self.balancer.reuse(self._mean_losses())
-            _backward_through(features, combine(self._balance.weights.tolist(), cotangents))
+            self._backward_balanced(features, cotangents, shared, around)
             return
-        shared, measured = self._parameters()
         if self.layers and self._micro_batches == 1:
             layers = [shared[i] for i in measured]
             gradients = [_gradients(features, part, layers, retain=True) for part in cotangents]
+            gradients[0] = list(map(_sum, gradients[0], [around[i] for i in measured]))
             self._add_group_gram(gradients)
             gradients, _, losses = self._averaged(gradients, layers, [])
             self._balance = self._decide(gradients, losses)
-            _backward_through(features, combine(self._balance.weights.tolist(), cotangents))
+            self._backward_balanced(features, cotangents, shared, around)
             return
         last = len(cotangents) - 1
         gradients = [
             _gradients(features, part, shared, retain=i < last) for i, part in enumerate(cotangents)
         ]
+        gradients[0] = list(map(_sum, gradients[0], around))
         self._add_group_gram([[part[i] for i in measured] for part in gradients])
         if self._sums is not None:
             gradients = [
@@ -161,6 +163,25 @@ class ParameterBoundary(Boundary):
         self.last = self._balance
         self.balancer.end_step()
         return self.last
+
+    def _backward_around(self, losses, shared):
+        """
+        The backward pass of the losses, down to the features' copies. Returns what reaches shared
+        parameters around these: the task's gradient of layers behind the last tapped feature.
+        """
+        kept = [p.grad for p in shared]
+        self._set(shared, [None] * len(shared))
+        self._backward(losses)
+        around = [p.grad for p in shared]
+        self._set(shared, kept)
+        return around
+
+    def _backward_balanced(self, features, cotangents, shared, around):
+        """One backward pass of the weighted sum, added to the parameters' gradients."""
+        weights = self._balance.weights.tolist()
+        _backward_through(features, combine(weights, cotangents))
+        around = combine(weights[:1], [around])
+        self._set(shared, [_sum(p.grad, g) for p, g in zip(shared, around)])
 
     def _mean_losses(self):
         return torch.stack(self._losses).mean(0)

@@ -18,6 +18,7 @@ What else a rule may have, if it wants it:
 * ``check_objectives(count)``: raises ValueError for a number of objectives that it has no answer
   for, before training;
 * ``reads_gradients = False``: vanishing gradients are no special case for it;
+* ``needs_positive_losses = True``: it weighs losses by their values; one below zero is an error;
 * ``needs_gradients = True`` and ``observe(gradients)``: called before ``weights`` with the
   gradients themselves (K lists of tensors; place "parameters" only);
 * ``needs_second_forward = True`` and ``update(before, after)``: called after the model's step with
@@ -91,6 +92,8 @@ class MinNorm:
     nearly all the weight and starve the task.
     """
 
+    needs_positive_losses = True
+
     def __init__(self, clip=True, log_losses=True):
         """
         Args:
@@ -99,7 +102,7 @@ class MinNorm:
                 the scale of a loss then matters.
         """
         self.clip = clip
-        self.log_losses = log_losses
+        self.log_losses = self.needs_positive_losses = log_losses
 
     def check_objectives(self, count):
         """Raise ValueError if the formula is not defined for ``count`` objectives."""
@@ -126,6 +129,8 @@ class ProtectedMinNorm:
     meaning, and the distillation has the same ratio to it, at most ``cap * |g_task|`` in norm:
     with ``cap < 1`` the task descends to first order in every step.
     """
+
+    needs_positive_losses = True
 
     def __init__(self, cap=1.0):
         """
@@ -254,6 +259,7 @@ class LossRatio:
     smoothing = 0.98
     schedule = (0.2, 1.8)
     smooths_losses = True
+    needs_positive_losses = True
 
     def __init__(self, ratio=4.0, cap=10.0, agreement=0.1):
         """
@@ -485,6 +491,9 @@ def balance(rule, gram, losses, rescale="none"):
 
     Returns:
         Balance: the weights and why.
+
+    Raises:
+        ValueError: a loss below zero, and a rule that needs positive ones.
     """
     # Small and double on the CPU: rules stay readable, and 1e-6 differences of norms survive.
     gram = gram.detach().to("cpu", torch.float64)
@@ -492,6 +501,14 @@ def balance(rule, gram, losses, rescale="none"):
     ones = torch.ones(len(gram), dtype=torch.float64)
     if not (gram.isfinite().all() and losses.isfinite().all()):
         return Balance(ones, gram, losses, "non_finite")
+    # Not by less than rounding: a divergence of two equal distributions may end below zero.
+    negative = losses < -1e-4 * losses.abs().max()
+    if negative.any() and getattr(rule, "needs_positive_losses", False):
+        raise ValueError(
+            f"MOKD.BALANCING.RULE '{getattr(rule, 'name', type(rule).__name__)}' weighs losses by "
+            f"their values, but those of the objectives are {losses.tolist()}: give the negative "
+            "one a form that is zero at best (1 - cosine), or choose 'constant_dominance'."
+        )
     vanished = vanishing(gram)
     fallback, kept = "", torch.arange(len(gram))
     if vanished.any() and getattr(rule, "reads_gradients", True):

@@ -65,7 +65,7 @@ class RunningGram(_RunningRatios):
     A plain mean of the matrices is one of squared norms: a batch with a task gradient ten times as
     long as usual has a hundred times the weight, and for many steps the distillation would look
     short and get large weights, on which training can diverge. A step in which a gradient vanishes
-    is not averaged, and not changed.
+    is not averaged; the mean without that gradient is what is seen in it.
 
     Attributes:
         cosines (Tensor or None): (K, K).
@@ -85,11 +85,14 @@ class RunningGram(_RunningRatios):
         Returns:
             Tensor: (K, K), the mean; its first gradient has this step's norm.
         """
-        if vanishing(gram).any():
-            return gram
         norms = gram.diagonal().sqrt()
         if self.cosines is None:
             self.cosines = torch.eye(len(gram)).to(gram)
+        vanished = vanishing(gram)
+        if vanished.any():
+            sizes = norms if self.first is None else self._times_mean(norms[0])
+            sizes = torch.where(vanished, torch.zeros_like(sizes), sizes)
+            return self.cosines * torch.outer(sizes, sizes)
         new = 1 - self.smoothing
         self.cosines = self.smoothing * self.cosines + new * gram / torch.outer(norms, norms)
         self._add(norms / norms[0])

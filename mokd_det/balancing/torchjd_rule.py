@@ -63,8 +63,22 @@ class TorchjdRule:
                 f"{inspect.signature(cls)}: {error}"
             ) from error
         self.name = f"torchjd.{name}"
+        # A vector of options has an entry for each objective, also for one that vanishes.
+        self.reads_gradients = not any(isinstance(v, torch.Tensor) for v in options.values())
+        self._options = options
         self.calls = 0
         self._built = self._held()
+
+    def check_objectives(self, count):
+        """Raise ValueError if the weighting has no answer for ``count`` objectives."""
+        try:
+            with torch.random.fork_rng(devices=[]):
+                copy.deepcopy(self.weighting)(torch.eye(count, dtype=torch.float64))
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"MOKD.BALANCING.TORCHJD {self._options} of {self.name} does not fit {count} "
+                f"objectives: {error}"
+            ) from error
 
     def weights(self, gram, losses):
         self.calls += 1
@@ -76,7 +90,7 @@ class TorchjdRule:
         # TorchJD's stateful weightings keep their state in attributes and buffers, and change it
         # in place.
         held = {**vars(self.weighting), **dict(self.weighting.named_buffers())}
-        kinds = (torch.Tensor, int, float, tuple)
+        kinds = (torch.Tensor, int, float, tuple, type(None))
         return copy.deepcopy({k: v for k, v in held.items() if isinstance(v, kinds)})
 
     def state_dict(self):
@@ -86,7 +100,8 @@ class TorchjdRule:
 
     def load_state_dict(self, state):
         self.calls = state["calls"]
-        for key, value in copy.deepcopy(state["weighting"]).items():
+        # Also what has changed since: a step that is undone may have been the first to change it.
+        for key, value in copy.deepcopy({**self._built, **state["weighting"]}).items():
             setattr(self.weighting, key, value)
 
 

@@ -97,6 +97,37 @@ def test_equals_the_brute_force_reference(setting, name, layers):
             assert torch.allclose(parameter.grad, rest[parameter_name], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("layers", [(), ("stem",), ("down",)])
+def test_layers_behind_the_last_feature_train_with_the_tasks_gradient(setting, layers, count):
+    """A tap in the middle of a classifier: what follows it is shared as well, but for the head."""
+    net, shared, x, target = setting
+
+    def losses(first, second, part_target):
+        return [net.task([first, net.down(first)]), net.distill([second], part_target)]
+
+    gradients = []
+    for objective in range(2):
+        net.zero_grad()
+        first = torch.relu(net.stem(x))
+        losses(first, first, target)[objective].backward()
+        gradients.append([p.grad for p in shared.parameters()])
+    boundary = build_boundary(
+        *("fixed", "parameters", shared), layers=layers, interval=2, weights=[0.7, 2.0]
+    )
+    for reused in (False, True):
+        net.zero_grad()
+        boundary.start(count)
+        for part, part_target in zip(x.chunk(count), target.chunk(count)):
+            copies = boundary.split([torch.relu(net.stem(part))], 2)
+            boundary.accumulate(losses(copies[0][0], copies[1][0], part_target))
+        found = boundary.finish(net.parameters())
+        assert (found.gram is None) == reused
+        for parameter, task, distillation in zip(shared.parameters(), *gradients):
+            wanted = 0.7 * task + (0 if distillation is None else 2 * distillation)
+            assert torch.allclose(parameter.grad, wanted, rtol=1e-4, atol=1e-6)
+
+
 def parts_of(boundary, net, x, target, count):
     """One step over ``count`` micro-batches."""
     net.zero_grad()
@@ -236,6 +267,14 @@ def test_unused_and_frozen_parameters(setting):
 def test_options_that_exclude_each_other(setting, options, message):
     with pytest.raises(ValueError, match=message):
         build_boundary(**{"shared": setting[1], "steps": 10, **options})
+
+
+def test_layers_that_no_objective_reaches_are_an_error(setting):
+    net, shared, x, target = setting
+    shared.extra = torch.nn.Linear(2, 2)
+    boundary = build_boundary("anchored", "parameters", shared, layers=["extra"])
+    with pytest.raises(ValueError, match="with MOKD.BALANCING.LAYERS name layers that the feature"):
+        boundary.backward(losses_of(net, boundary, x, target), net.parameters())
 
 
 def test_losses_that_miss_the_boundary_are_an_error(setting):

@@ -13,6 +13,7 @@ from mokd_det.balancing import (
     RunningGram,
     RunningLosses,
     balance,
+    build_boundary,
     build_rule,
     cosine,
     dominance,
@@ -811,6 +812,32 @@ def test_torchjd_weighting_by_name(name, options):
     assert torch.equal(balance(rule, gram, losses).weights, balance(other, gram, losses).weights)
 
 
+@pytest.mark.parametrize("name", ["GradVac", "PCD"])
+def test_torchjds_state_of_before_the_first_step_undoes_it(name):
+    """Loss scaling skips the first steps of float16."""
+    pytest.importorskip("torchjd")
+    rule, fresh = build_rule(f"torchjd.{name}"), build_rule(f"torchjd.{name}")
+    gradients, losses = random_gradients(3, 3)
+    before = rule.state_dict()
+    rule.weights(gradients @ gradients.T, losses)
+    rule.load_state_dict(before)
+    gradients, losses = random_gradients(4, 3)
+    gram = gradients @ gradients.T
+    assert torch.equal(rule.weights(gram, losses), fresh.weights(gram, losses))
+
+
+def test_torchjds_options_have_an_entry_for_each_objective():
+    pytest.importorskip("torchjd")
+    options = {"torchjd": {"pref_vector": [0.5, 0.3, 0.2]}}
+    with pytest.raises(ValueError, match="TORCHJD .*of torchjd.UPGrad does not fit 2 objectives"):
+        build_boundary("torchjd.UPGrad", objectives=2, **options)
+    boundary = build_boundary("torchjd.UPGrad", objectives=3, **options)
+    gradients, losses = random_gradients(3, 3)
+    gradients[2] = 0
+    weights = balance(boundary.balancer.rule, gradients @ gradients.T, losses).weights
+    assert len(weights) == 3 and weights.isfinite().all() and (weights[:2] > 0).all()
+
+
 def test_torchjd_errors(monkeypatch):
     pytest.importorskip("torchjd")
     with pytest.raises(ValueError, match="'torchjd.UpGrad', which does not exist.*torchjd.UPGrad"):
@@ -949,6 +976,20 @@ def test_agreement_by_chance_in_the_first_batches_is_none_to_a_running_gram():
     assert cosine(running.update(against), 0, 1) == pytest.approx(-0.02 * 0.02 * 0.2)
 
 
+def test_a_batch_without_one_gradient_shows_the_mean_of_the_others():
+    """Not what this batch says of them: agreement by chance would count in full in it."""
+    running = RunningGram(0.9)
+    orthogonal = torch.eye(3, dtype=torch.float64) * torch.tensor([1.0, 4.0, 9.0])
+    batch = orthogonal.clone()
+    batch[0, 1] = batch[1, 0] = 1.0  # a cosine of a half
+    batch[2] = batch[:, 2] = 0
+    wanted = torch.diag(torch.tensor([1.0, 4.0, 0.0], dtype=torch.float64))
+    assert torch.equal(running.update(batch), wanted)  # and so before anything is known
+    for _ in range(20):
+        running.update(orthogonal)
+    assert torch.allclose(running.update(batch), wanted) and running.count == 20
+
+
 def test_a_running_gram_leaves_a_vanishing_gradient_as_it_is():
     running = RunningGram(0.5)
     gram = torch.tensor([[4.0, 1.0], [1.0, 1.0]], dtype=torch.float64)
@@ -1019,6 +1060,24 @@ def test_interval_reuses_weights_in_between():
             assert result.gram is None and torch.equal(result.weights, last)
         balancer.end_step()
     assert due == [True, False, False, True, False, False, True]
+
+
+@pytest.mark.parametrize("gone", [0, 2])
+def test_a_gradient_that_vanished_in_a_batch_is_not_left_out_until_the_next_interval(gone):
+    balancer = Balancer(build_rule("anchored"), interval=3)
+    gradients, losses = random_gradients(0, 3)
+    without = gradients.clone()
+    without[gone] = 0
+    due = []
+    for given in (without, gradients, gradients, without, gradients):
+        due.append(balancer.due)
+        if balancer.due:
+            found = balancer.balance((given @ given.T)[None], losses)
+            assert (found.weights > 0).tolist() == [given[i].any() for i in range(3)]
+        else:
+            assert (balancer.reuse(losses).weights > 0).all()
+        balancer.end_step()
+    assert due == [True, True, False, True, False]
 
 
 def test_schedule_is_a_straight_line_for_all_but_the_task():
@@ -1105,16 +1164,21 @@ def test_own_weights_of_a_signal_are_the_batchs():
     found = balance_of(balancer, 0, signal=1e-6 * torch.eye(3))
     norms = gram.diagonal().sqrt()
     assert torch.allclose(found.own, norms[0] / norms)
+    gradients[1] = 0  # in this batch
+    parts = (gradients @ gradients.T)[None]
+    found = balancer.balance(parts, losses, signal=1e-6 * torch.eye(3))
+    assert found.own.isfinite().all() and found.own[1] == 0 and found.own[2] > 0
 
 
 def test_ranks_take_the_first_ones_decision_whatever_their_own_was():
     gradients, losses = random_gradients(0, 2)
-    told = torch.tensor([[1.0, 0.5], [1.0, 2.0]], dtype=torch.float64)
+    told = torch.tensor([[1.0, 0.5], [1.0, 2.0], [1.0, 1.0]], dtype=torch.float64)
     for scale in (1.0, 0.0):  # with the latter, this rank found that the gradient has vanished
         scaled = gradients * torch.tensor([[1.0], [scale]])
         balancer = Balancer(build_rule("constant_dominance"), schedule=(1.0, 1.0))
         found = balancer.balance((scaled @ scaled.T)[None], losses, agree=lambda _: told.clone())
         assert torch.equal(found.weights, told[0]) and torch.equal(found.own, told[1])
+        assert torch.equal(balancer.weights, told[0])
     found = balance_of(Balancer(build_rule("anchored")), 0, 2, agree=lambda _: told.clone())
     assert torch.equal(found.weights, told[0]) and found.own is None
 
@@ -1129,6 +1193,26 @@ def test_a_non_finite_step_leaves_no_trace(name):
     assert balancer.balance(bad, losses).fallback == "non_finite"
     after = balancer.state_dict()
     assert all(after[key] is before[key] or after[key] == before[key] for key in before)
+
+
+@pytest.mark.parametrize("name", ["loss_ratio", "min_norm", "protected_min_norm", "famo"])
+def test_rules_on_the_losses_values_refuse_one_below_zero(name):
+    gradients, losses = random_gradients(0)
+    losses[1] = -0.5
+    with pytest.raises(ValueError, match="weighs losses by their values, but .*-0.5"):
+        weights_of(name, gradients, losses)
+    losses[1] = -1e-9  # rounding
+    assert weights_of(name, gradients, losses).isfinite().all()
+    losses[1] = -0.5
+    assert weights_of("anchored", gradients, losses).isfinite().all()
+
+
+def test_weights_that_the_rule_does_not_use_are_told(caplog):
+    build_boundary("loss_ratio", weights=[1.0, 1.0], steps=10)
+    build_boundary("fixed", weights=[1.0, 3.0])
+    assert not caplog.records
+    build_boundary("loss_ratio", weights=[1.0, 3.0], steps=10)
+    assert "WEIGHTS [1.0, 3.0] are not used by MOKD.BALANCING.RULE 'loss_ratio'" in caplog.text
 
 
 def test_share_does_not_depend_on_units():
@@ -1170,6 +1254,8 @@ def test_balancer_options_are_checked():
         ({"rescale": "x"}, "MOKD.BALANCING.RESCALE is 'x'"),
         ({"schedule": [1.0]}, "MOKD.BALANCING.SCHEDULE is \\[1.0\\]"),
         ({"schedule": [1.0, -1.0]}, "MOKD.BALANCING.SCHEDULE"),
+        ({"schedule": 0.5}, "MOKD.BALANCING.SCHEDULE is 0.5: expected two"),
+        ({"smoothing": "0.9x"}, "MOKD.BALANCING.SMOOTHING is 0.9x: expected"),
         ({"schedule": [0.0, 1.0]}, "needs the number of all steps"),
     ):
         with pytest.raises(ValueError, match=message):
