@@ -12,7 +12,13 @@ from detectron2.utils.analysis import FlopCountAnalysis
 from ..config import stock_config
 from ..data.classification import Batch
 from ..evaluation import count_parameters
-from ..modeling import is_classifier, load_trained_model, stock_module, teacher_config
+from ..modeling import (
+    is_classifier,
+    load_trained_model,
+    stock_module,
+    teacher_config,
+    without_initial_weights,
+)
 from .export import export_model
 from .images import read_images, to_tensor
 from .onnx import load_onnx
@@ -182,11 +188,11 @@ def compare_with_twin(cfg, image):
     """
     student = load_trained_model(cfg)
     twin_cfg = stock_config(cfg)
+    if is_classifier(cfg):
+        twin_cfg = without_initial_weights(twin_cfg)
     twin_cfg.MODEL.WEIGHTS = ""
     if "TORCHVISION" in twin_cfg.MODEL:
         twin_cfg.MODEL.TORCHVISION.WEIGHTS = ""
-    if is_classifier(cfg):
-        twin_cfg.MODEL.CLASSIFIER.WEIGHTS = ""
     twin = build_model(twin_cfg).eval()
     shapes = [
         {key: tuple(value.shape) for key, value in model.state_dict().items()}

@@ -6,7 +6,7 @@ import os
 import torch
 
 from ..config import stock_config
-from ..modeling import load_trained_model
+from ..modeling import is_classifier, load_trained_model, without_initial_weights
 
 __all__ = ["export_checkpoint"]
 
@@ -24,18 +24,25 @@ def export_checkpoint(cfg, output_dir):
         dict[str, str]: paths of ``weights`` and ``config``.
 
     Raises:
-        ValueError: the weights do not fit the config.
+        ValueError: the weights do not fit the config, or the folder is a run's own.
     """
+    if os.path.isfile(os.path.join(output_dir, "last_checkpoint")):
+        raise ValueError(
+            f"--output is '{output_dir}', the OUTPUT_DIR of a run (it has a last_checkpoint), "
+            "whose config.yaml would be overwritten: choose another folder."
+        )
     model = load_trained_model(cfg)
     os.makedirs(output_dir, exist_ok=True)
     weights = os.path.join(output_dir, "model.pth")
     config = os.path.join(output_dir, "config.yaml")
     torch.save({"model": model.state_dict(), "__author__": "mokd_det"}, weights)
     stock = stock_config(cfg)
+    # What training started from: there is nothing to download here.
+    if is_classifier(stock):
+        stock = without_initial_weights(stock)
+    if "TORCHVISION" in stock.MODEL:
+        stock.MODEL.TORCHVISION.WEIGHTS = ""
     stock.MODEL.WEIGHTS = os.path.abspath(weights)  # so that it works from any folder
-    for part in ("TORCHVISION", "CLASSIFIER"):
-        if part in stock.MODEL:
-            stock.MODEL[part].WEIGHTS = ""  # what training started from; nothing to download here
     with open(config, "w") as f:
         f.write(stock.dump())
     return {"weights": weights, "config": config}

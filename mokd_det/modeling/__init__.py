@@ -2,7 +2,13 @@
 """Detectron2 side: the distillation models, their teachers, torchvision's networks in them."""
 
 from .acceleration import accelerate_student, check_acceleration
-from .classification import CLASSIFIERS, Classifier, is_classifier, stock_module
+from .classification import (
+    CLASSIFIERS,
+    Classifier,
+    is_classifier,
+    stock_module,
+    without_initial_weights,
+)
 from .distillation_model import DistillationModel
 from .feature_objective import FeatureObjective, build_level_map
 from .inherit import copy_weights, inheritable_names
@@ -43,4 +49,5 @@ __all__ = [
     "set_module_numbers",
     "stock_module",
     "teacher_config",
+    "without_initial_weights",
 ]

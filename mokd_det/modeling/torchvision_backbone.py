@@ -47,8 +47,9 @@ class TorchvisionBackbone(Backbone):
                 ``out_features``. Empty: the last four-dimensional node of each stride.
             norm (str): "BN", or "FrozenBN" to keep the statistics and affine of the weights.
             freeze_at (int): as Detectron2's ``MODEL.BACKBONE.FREEZE_AT``: stages up to
-                ``res{freeze_at}`` do not train, and their BatchNorm keeps its statistics (1: what
-                comes before res2's first layer of stride 4). 0 trains all.
+                ``res{freeze_at}`` do not train, and their BatchNorm keeps its statistics (1: the
+                layers of stride 2 before the stage of stride 4; the first layer, if it has that
+                stride itself). 0 trains all.
 
         Raises:
             ValueError: unknown name, weights, stage, node or norm; the message has the choices.
@@ -64,6 +65,7 @@ class TorchvisionBackbone(Backbone):
         self.body = create_feature_extractor(
             model, return_nodes={node: stage for stage, node in nodes.items()}
         )
+        _check_nodes_stay(self.body, nodes.values())
         if norm == "FrozenBN":
             # After tracing: the tracer takes torch's own normalisation only as one node.
             self.body = FrozenBatchNorm2d.convert_frozen_batchnorm(self.body)
@@ -101,8 +103,12 @@ def _build_model(name, weights):
             f"{torchvision.__version__}: {', '.join(known)}."
         )
     enum_names = [w.name for w in torchvision.models.get_model_weights(name)]
-    # torchvision's googlenet and inception have heads for training only, useless here.
-    options = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
+    # torchvision's googlenet and inception have heads for training only, useless here. They take
+    # images under the others' normalisation, as with torchvision's own weights: a trained model is
+    # built without these, and has to be the same.
+    options = {}
+    if name in ("googlenet", "inception_v3"):
+        options = {"init_weights": True, "transform_input": True}
     if weights == "" or PathManager.isfile(weights):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*weight initialization.*")
@@ -179,15 +185,16 @@ def _shapes(model, nodes):
     return found
 
 
-def _nodes_by_stride(model):
+def _nodes_by_stride(model, stages=None):
     """
-    Return the graph node of each stage, by stage name: the last one before the block that halves
-    the resolution (whose first layers still have the old one, but are no output of a stage).
+    Return the graph node of each stage (a dict as ``STAGE_OF_STRIDE``), by stage name: the last one
+    before the block that halves the resolution (whose first layers still have the old one, but are
+    no output of a stage).
     """
     _, graph_nodes = get_graph_node_names(model)
     strides = [shape and shape["stride"] for shape in _shapes(model, graph_nodes)]
     found = {}
-    for stride, stage in STAGE_OF_STRIDE.items():
+    for stride, stage in (stages or STAGE_OF_STRIDE).items():
         end = next((i for i, s in enumerate(strides) if s and s > stride), len(strides))
         block = _block_of(model, graph_nodes[end]) if end < len(strides) else None
         for node, s in zip(graph_nodes[:end], strides):
@@ -246,13 +253,30 @@ def _choose_nodes(model, name, automatic, out_features, nodes):
     return {stage: automatic[stage] for stage in out_features or stages}
 
 
+def _check_nodes_stay(body, names):
+    """Raise ValueError if what follows a node changes it in place, before it is read."""
+    modules = dict(body.named_modules())
+    outputs = next(node for node in body.graph.nodes if node.op == "output").all_input_nodes
+    for name, node in zip(names, outputs):
+        for user in node.users:
+            module = modules.get(user.target) if user.op == "call_module" else None
+            if getattr(module, "inplace", False) or user.kwargs.get("inplace"):
+                raise ValueError(
+                    f"MODEL.TORCHVISION.NODES has '{name}', which '{user.name}' changes in place: "
+                    "name that one."
+                )
+
+
 def _freeze(model, nodes, freeze_at, name):
     """
     Freeze every module that the graph calls up to the node of stage ``res{freeze_at}``; return
     the names of these nodes.
     """
     _, graph_nodes = get_graph_node_names(model)
-    last = nodes.get(f"res{freeze_at}") if freeze_at > 1 else graph_nodes[1]
+    if freeze_at == 1:
+        last = _nodes_by_stride(model, {2: "stem"}).get("stem", graph_nodes[1])
+    else:
+        last = nodes.get(f"res{freeze_at}")
     if last is None:
         raise ValueError(
             f"MODEL.BACKBONE.FREEZE_AT is {freeze_at}: {name} was built with {list(nodes)}; "

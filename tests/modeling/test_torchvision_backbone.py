@@ -73,9 +73,41 @@ def test_frozen_norm_and_freeze_at():
     assert any(isinstance(m, FrozenBatchNorm2d) for m in backbone.modules())
     trains = {k.split(".")[1] for k, p in backbone.named_parameters() if p.requires_grad}
     assert trains == {"layer2", "layer3", "layer4"}
-    stem = TorchvisionBackbone("resnet18", freeze_at=1)
-    frozen = {k.split(".")[1] for k, p in stem.named_parameters() if not p.requires_grad}
-    assert frozen == {"conv1"}
+
+
+@pytest.mark.parametrize(
+    "name, stem",
+    [
+        ("resnet18", {"conv1", "bn1"}),
+        ("mobilenet_v2", {"features.0", "features.1"}),
+        ("swin_t", {"features.0"}),  # stride 4 at once
+    ],
+)
+def test_the_stem_alone_is_frozen(name, stem):
+    backbone = TorchvisionBackbone(name, freeze_at=1).train()
+    in_stem = tuple(f"body.{part}." for part in stem)
+    frozen = [k for k, p in backbone.named_parameters() if not p.requires_grad]
+    trains = [k for k, p in backbone.named_parameters() if p.requires_grad]
+    assert frozen and all(k.startswith(in_stem) for k in frozen)
+    if name != "swin_t":  # its first layer alone, without the normalisation behind it
+        assert not any(k.startswith(in_stem) for k in trains)
+    before = {k: v.clone() for k, v in backbone.state_dict().items()}
+    backbone(torch.rand(2, 3, 64, 64))
+    moved = {k for k, v in backbone.state_dict().items() if not v.equal(before[k])}
+    assert not any(k.startswith(in_stem) for k in moved)
+
+
+def test_a_trained_backbone_is_built_without_the_weights_it_started_from(monkeypatch):
+    """torchvision sets the conversion of the input by the weights, which a reload has not."""
+    state = torchvision.models.googlenet(init_weights=True).state_dict()
+    enum = torchvision.models.GoogLeNet_Weights
+    monkeypatch.setattr(enum, "get_state_dict", lambda self, **options: state)
+    trained = TorchvisionBackbone("googlenet", weights="DEFAULT").eval()
+    again = TorchvisionBackbone("googlenet").eval()
+    again.load_state_dict(trained.state_dict())
+    image = torch.rand(1, 3, 128, 128)
+    for stage, features in trained(image).items():
+        assert torch.equal(features, again(image)[stage])
 
 
 def test_frozen_stages_keep_their_statistics():
@@ -88,7 +120,7 @@ def test_frozen_stages_keep_their_statistics():
 
 def test_named_nodes():
     backbone = TorchvisionBackbone(
-        "resnet18", out_features=["res3", "res4"], nodes=["layer2.0.relu", "layer3.0.add"]
+        "resnet18", out_features=["res3", "res4"], nodes=["layer2.0.relu", "layer3.0.bn1"]
     )
     assert backbone.output_shape()["res3"].channels == 128
 
@@ -108,6 +140,14 @@ def test_named_nodes():
         ),
         ({"name": "vit_b_16"}, "does not take images of"),
         ({"name": "squeezenet1_0"}, "has no feature maps for"),
+        (
+            {
+                "name": "resnet18",
+                "out_features": ["res3", "res4"],
+                "nodes": ["layer2.0.add", "layer3.0.bn1"],
+            },
+            "NODES has 'layer2.0.add', which 'layer2_0_relu_1' changes in place",
+        ),
         ({"name": "resnet18", "freeze_at": 9}, "MODEL.BACKBONE.FREEZE_AT is 9"),
     ],
 )

@@ -1,7 +1,13 @@
 # Copyright (c) The mokd_det authors.
 """Classifiers: torchvision's, timm's and one's own, as students and as teachers."""
 
-from .classifier import Classifier, is_classifier, load_trained_classifier, stock_module
+from .classifier import (
+    Classifier,
+    is_classifier,
+    load_trained_classifier,
+    stock_module,
+    without_initial_weights,
+)
 from .distillation import ClassifierDistillationModel
 from .networks import CLASSIFIERS, build_network
 from .objectives import ClassifierFeatureObjective, LogitObjective
@@ -28,4 +34,5 @@ __all__ = [
     "is_classifier",
     "load_trained_classifier",
     "stock_module",
+    "without_initial_weights",
 ]

@@ -8,10 +8,17 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from torch import nn
 
 from ..loading import StrictCheckpointer
-from .networks import build_network
+from .networks import build_network, implied_options
 from .taps import PRE_LOGITS
 
-__all__ = ["Classifier", "default_tap", "is_classifier", "load_trained_classifier", "stock_module"]
+__all__ = [
+    "Classifier",
+    "default_tap",
+    "is_classifier",
+    "load_trained_classifier",
+    "stock_module",
+    "without_initial_weights",
+]
 
 HEADS = ("fc", "classifier", "head", "heads")
 # Weight of the heads for training only, of GoogLeNet (Szegedy et al. 2015) and Inception.
@@ -26,6 +33,26 @@ def is_classifier(cfg):
 def stock_module(model):
     """Return the module whose state a checkpoint of a student holds under stock keys."""
     return model.network if isinstance(model, Classifier) else model
+
+
+def without_initial_weights(cfg):
+    """
+    Args:
+        cfg (CfgNode): of a classifier.
+
+    Returns:
+        CfgNode: a copy that builds the same network with random weights: what follows from
+        MODEL.CLASSIFIER.WEIGHTS besides the weights is in OPTIONS.
+    """
+    cfg = cfg.clone()
+    cfg.defrost()
+    options = cfg.MODEL.CLASSIFIER
+    given = {key.lower() for key in options.OPTIONS}
+    for key, value in implied_options(options.NAME, options.WEIGHTS).items():
+        if key not in given:
+            options.OPTIONS[key] = value
+    options.WEIGHTS = ""
+    return cfg
 
 
 @META_ARCH_REGISTRY.register()
@@ -165,10 +192,8 @@ def load_trained_classifier(cfg, option="MODEL.WEIGHTS"):
     Raises:
         ValueError: no weights given, or they do not fit.
     """
-    cfg = cfg.clone()
-    cfg.defrost()
     if cfg.MODEL.WEIGHTS:
-        cfg.MODEL.CLASSIFIER.WEIGHTS = ""
+        cfg = without_initial_weights(cfg)
     elif not cfg.MODEL.CLASSIFIER.WEIGHTS:
         raise ValueError(
             "MODEL.WEIGHTS and MODEL.CLASSIFIER.WEIGHTS are empty: add MODEL.WEIGHTS "

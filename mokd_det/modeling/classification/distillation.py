@@ -34,7 +34,7 @@ class ClassifierDistillationModel(DistillationModel):
         if options.OUTPUTS.ENABLED:
             outputs = LogitObjective(student, teacher.model, options.OUTPUTS.TEMPERATURE)
         boundary = boundary_of(cfg, SharedPart(student))
-        _check_place(features, outputs, options.BALANCING)
+        _check_place(student, features, outputs, options.BALANCING)
         return {
             "student": student,
             "teacher": teacher,
@@ -73,8 +73,17 @@ class SharedPart(nn.Module):
         return self._classifier[0].network.named_modules(*args, **kwargs)
 
 
-def _check_place(features, outputs, options):
-    """At features, a rule sees conflict only where both gradients arrive."""
+def _check_place(student, features, outputs, options):
+    """
+    At features, a rule sees conflict only where both gradients arrive. At parameters, the backward
+    pass of the losses ends at the features, so no loss may reach what comes before around them.
+    """
+    if options.PLACE == "parameters" and getattr(student.network, "aux_logits", False):
+        raise ValueError(
+            "MOKD.BALANCING.PLACE 'parameters' cannot have the heads for training only of "
+            f"{type(student.network).__name__}, which leave it before the tapped features: set "
+            "MODEL.CLASSIFIER.OPTIONS to {aux_logits: False}, or PLACE to 'features'."
+        )
     if options.PLACE != "features" or features is None or outputs is None:
         return
     if PRE_LOGITS not in features.level_map and options.RULE != "fixed":

@@ -11,7 +11,7 @@ from detectron2.utils.file_io import PathManager
 
 from ...registry import Registry
 
-__all__ = ["CLASSIFIERS", "build_network", "input_normalisation"]
+__all__ = ["CLASSIFIERS", "build_network", "implied_options", "input_normalisation"]
 
 logger = logging.getLogger(__name__)
 
@@ -93,16 +93,30 @@ def _resolve(name, weights, option, named_by="MODEL.CLASSIFIER.NAME"):
             f"{torchvision.__version__} ({', '.join(known)}), '{TIMM_PREFIX}X' for timm's X, or "
             f"one registered in CLASSIFIERS ({', '.join(CLASSIFIERS) or 'none'})."
         )
-    # What torchvision's builders set if they are given weights themselves, and what a file of
-    # those weights needs, too.
-    converts = bool(weights) and name in ("googlenet", "inception_v3")
-    defaults = {"transform_input": True} if converts else {}
     if weights and not is_file:
         member = _torchvision_weights(name, weights, option)
         state = functools.partial(member.get_state_dict, progress=False, check_hash=True)
-        if name.startswith("vit_"):
-            defaults["image_size"] = member.meta["min_size"][0]
-    return functools.partial(_make_torchvision, name, defaults), state
+    return functools.partial(_make_torchvision, name, implied_options(name, weights)), state
+
+
+def implied_options(name, weights):
+    """
+    Args:
+        name, weights (str): as for :func:`build_network`.
+
+    Returns:
+        dict: options of the constructor that torchvision's builders set for these weights, and that
+        are not in a state dict: a network that was trained from them needs them as well.
+    """
+    if not weights or name in CLASSIFIERS or name.startswith(TIMM_PREFIX):
+        return {}
+    if name in ("googlenet", "inception_v3"):
+        return {"transform_input": True}
+    if name.startswith("vit_"):
+        enum = torchvision.models.get_model_weights(name)
+        member = enum.DEFAULT if weights == "DEFAULT" else enum.__members__.get(weights)
+        return {"image_size": member.meta["min_size"][0]} if member else {}
+    return {}
 
 
 def _make_torchvision(name, defaults, **options):

@@ -10,7 +10,7 @@ from detectron2.utils.file_io import PathManager
 
 from ...config import find_config, load_config, merge_overrides
 from ..frozen_teacher import FrozenTeacher, speed_options
-from .classifier import is_classifier, load_trained_classifier
+from .classifier import is_classifier, load_trained_classifier, without_initial_weights
 from .networks import input_normalisation
 from .taps import PRE_LOGITS
 
@@ -68,11 +68,15 @@ class ClassifierTeacher(FrozenTeacher):
         self._taps = tuple(names)
         for name in self._taps:
             if name == PRE_LOGITS:
-                hook = lambda _module, args: self._found.update({PRE_LOGITS: args[0]})  # noqa: E731
+                hook = lambda _module, args: (self._keep(PRE_LOGITS, args[0]),)  # noqa: E731
                 self.model.head.register_forward_pre_hook(hook)
             else:
-                hook = lambda _m, _args, output, name=name: self._found.update({name: output})  # noqa: E731
+                hook = lambda _m, _args, output, name=name: self._keep(name, output)  # noqa: E731
                 self.model.network.get_submodule(name).register_forward_hook(hook)
+
+    def _keep(self, name, feature):
+        self._found[name] = feature
+        return feature.clone()  # goes on: what follows may work in place, as on the student's side
 
     def view(self, batch, input_format="RGB"):
         """
@@ -123,6 +127,7 @@ def classifier_teacher_config(cfg):
         teacher_cfg = load_config("", ["MODEL.META_ARCHITECTURE", "Classifier"])
         teacher_cfg.INPUT.FORMAT = "RGB"
         teacher_cfg.MODEL.CLASSIFIER.NAME = options.CLASSIFIER
+        teacher_cfg.MODEL.CLASSIFIER.WEIGHTS = options.WEIGHTS  # torchvision's, also as a file
         teacher_cfg.MODEL.CLASSIFIER.NUM_CLASSES = cfg.MODEL.CLASSIFIER.NUM_CLASSES
         mean, std = input_normalisation(options.CLASSIFIER, options.WEIGHTS)
         teacher_cfg.MODEL.PIXEL_MEAN, teacher_cfg.MODEL.PIXEL_STD = mean, std
@@ -150,8 +155,11 @@ def classifier_teacher_config(cfg):
             f"MOKD.TEACHER.WEIGHTS '{given}' does not exist (looked in {os.getcwd()}). Train the "
             "teacher first, or give 'DEFAULT' for its ImageNet weights."
         )
+    if is_file:
+        teacher_cfg = without_initial_weights(teacher_cfg)
+    else:
+        teacher_cfg.MODEL.CLASSIFIER.WEIGHTS = given
     teacher_cfg.MODEL.WEIGHTS = given if is_file else ""
-    teacher_cfg.MODEL.CLASSIFIER.WEIGHTS = "" if is_file else given
     return teacher_cfg
 
 

@@ -13,7 +13,11 @@ from mokd_det.config import load_config
 from mokd_det.data.classification import Batch
 from mokd_det.engine import DistillationTrainer
 from mokd_det.modeling import Classifier
-from mokd_det.modeling.classification import build_classifier_teacher, build_network
+from mokd_det.modeling.classification import (
+    ClassifierTeacher,
+    build_classifier_teacher,
+    build_network,
+)
 from mokd_det.modeling.classification.taps import (
     PRE_LOGITS,
     TapShape,
@@ -365,6 +369,26 @@ def test_what_follows_a_tap_may_work_in_place():
     with replace_taps(model, ["features.0", "features.3"], lambda x: read.update(x) or x):
         model(digit_batch())
     assert read["features.0"].min() < 0 and read["features.3"].min() < 0  # not yet rectified
+
+
+@pytest.mark.parametrize("name, tap", [("resnet18", "bn1"), ("densenet121", "features")])
+def test_a_tap_is_the_same_tensor_on_both_sides(name, tap):
+    """On the teacher's, too, what follows may work in place."""
+    model = network(name).eval()
+    seen, batch = {}, digit_batch()
+    with replace_taps(model, [tap], lambda features: seen.update(features) or features):
+        model(batch)
+    teacher = ClassifierTeacher(model, 32)
+    teacher.taps = (tap,)
+    view = teacher.view(batch)
+    teacher.wait(view)
+    assert seen[tap].min() < 0 and torch.equal(view.features[tap], seen[tap])
+
+
+def test_places_of_a_network_with_heads_for_training_only(build):
+    opts = ["MODEL.CLASSIFIER.NAME", "googlenet", "MOKD.BALANCING.PLACE", "parameters"]
+    with pytest.raises(ValueError, match="cannot have the heads for training only of GoogLeNet"):
+        build(opts)
 
 
 def test_a_model_takes_its_own_state(build):

@@ -4,11 +4,12 @@
 import pytest
 import torch
 import torchvision
+from detectron2.config import CfgNode
 from torch import nn
 
 from mokd_det.config import load_config
 from mokd_det.data.classification import Batch
-from mokd_det.modeling import CLASSIFIERS, Classifier
+from mokd_det.modeling import CLASSIFIERS, Classifier, without_initial_weights
 from mokd_det.modeling.classification import build_network, load_trained_classifier
 from mokd_det.modeling.classification.classifier import default_tap
 from mokd_det.modeling.classification.networks import input_normalisation
@@ -161,6 +162,41 @@ def test_torchvisions_weights_are_taken_as_torchvision_takes_them(monkeypatch):
     assert network.image_size == 384  # of these weights
     assert not any(p.any() for p in network.parameters())
     assert not build_network("inception_v3", 10).transform_input  # as torchvision's from scratch
+
+
+@pytest.mark.parametrize(
+    "name, weights, option",
+    [
+        ("googlenet", "DEFAULT", ("transform_input", True)),
+        ("googlenet", "file", ("transform_input", True)),
+        ("vit_b_16", "IMAGENET1K_SWAG_E2E_V1", ("image_size", 384)),
+    ],
+)
+def test_a_trained_network_is_built_without_the_weights_it_started_from(
+    name, weights, option, tmp_path, monkeypatch
+):
+    """What torchvision's builder sets by the weights is not in the state."""
+    size = {"image_size": 384} if name == "vit_b_16" else {"init_weights": True}
+    state = torchvision.models.get_model(name, weights=None, **size).state_dict()
+    enum = torchvision.models.get_model_weights(name)
+    monkeypatch.setattr(enum, "get_state_dict", lambda self, **options: state)
+    path, trained = tmp_path / "start.pth", tmp_path / "trained.pth"
+    torch.save(state, path)
+    cfg = load_config("configs/Base-Classifier.yaml", ["MODEL.CLASSIFIER.NAME", name])
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.CLASSIFIER.NUM_CLASSES = 3
+    cfg.MODEL.CLASSIFIER.WEIGHTS = str(path) if weights == "file" else weights
+    torch.save({"model": Classifier(cfg).state_dict()}, trained)
+    path.unlink()
+    cfg.MODEL.WEIGHTS = str(trained)
+    assert getattr(load_trained_classifier(cfg).network, option[0]) == option[1]
+    exported = without_initial_weights(cfg)
+    assert exported.MODEL.CLASSIFIER.WEIGHTS == "" and cfg.MODEL.CLASSIFIER.WEIGHTS != ""
+    assert dict(exported.MODEL.CLASSIFIER.OPTIONS) == dict([option])
+    cfg.MODEL.CLASSIFIER.OPTIONS = CfgNode({option[0].upper(): option[1]})
+    assert dict(without_initial_weights(cfg).MODEL.CLASSIFIER.OPTIONS) == {
+        option[0].upper(): option[1]
+    }
 
 
 def test_normalisation_follows_the_weights():
