@@ -8,18 +8,21 @@ Examples:
   python tools/study.py studies/fashion_mnist.yaml --run --only scratch --only mokd
   python tools/study.py studies/fashion_mnist.yaml --summarize
 
-Every run is one call of tools/train_net.py, on one thread; with GPUs the jobs take turns on them.
-What it gave (results, metrics over iterations, losses, balance, checksums of weights) is kept in
-studies/NAME/METHOD-SEED.json (or in the folder --output); a run whose file is there is not run
-again, so a study that was stopped goes on. The table (mean, standard deviation, paired difference
-to the baselines with its 95 % interval) is printed and written beside them to table.md and
-table.json, pictures to curves.png, balance.png and axis.png as far as there is something to draw.
+Every run is one call of tools/train_net.py, on one thread; with GPUs (those of
+CUDA_VISIBLE_DEVICES, if it is set) the jobs take turns on them. What it gave (results, metrics over
+iterations, losses, balance, checksums of weights) is kept in studies/NAME/METHOD-SEED.json (or in
+the folder --output); a run whose file is there is not run again, so a study that was stopped goes
+on. A run starts in an empty folder: what an earlier one without that file left in
+output/studies/NAME/METHOD-SEED is removed. A run that fails leaves the others, and the study fails
+at its end. The table (mean, standard deviation, paired difference to the baselines with its 95 %
+interval) is printed and written beside them to table.md and table.json, pictures to curves.png,
+balance.png and axis.png as far as there is something to draw.
 
 A study file:
   teacher: CONFIG              # or a list; trained once, unless their weights are there
   seeds: [1, 2, 3]
   baseline: scratch            # differences are to this method, seed by seed; or a list of them
-  metrics: [SET/TASK/METRIC]   # of results.json
+  metrics: [SET/TASK/METRIC]   # of results.json; null, which is AP without any box, counts as 0
   opts: [KEY, VALUE, ...]      # overrides of every run
   axis: LABEL                  # of axis.png: the last metric of methods that have "line" and "x"
   methods:
@@ -38,9 +41,11 @@ import functools
 import json
 import os
 import queue
+import shutil
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import mokd_det  # noqa: F401  (first: mends Detectron2 where it needs it)
@@ -65,7 +70,7 @@ from mokd_det.study import (
 )
 
 ROOT = Path(__file__).resolve().parent.parent
-# Numbers of GPUs, each lent to one run at a time; filled by run().
+# What CUDA_VISIBLE_DEVICES calls the GPUs, each lent to one run at a time; filled by run().
 gpus = queue.SimpleQueue()
 
 
@@ -131,6 +136,25 @@ def teacher_of(study, name):
     return mokd.TEACHER.WEIGHTS if mokd.ENABLED else None
 
 
+def remove_attempt(study, run):
+    """
+    Remove the folder of a run without a record: its metrics and balance would be appended to.
+
+    Raises:
+        ValueError: the folder leads elsewhere, by a link; nothing is removed.
+    """
+    studies = ROOT / "output" / "studies"
+    output = studies / study["name"] / run
+    if not output.exists():
+        return
+    if output.resolve() != studies.resolve() / study["name"] / run:
+        raise ValueError(
+            f"{output} is to be removed before its run, but leads to {output.resolve()}: expected "
+            "a folder of output/studies, without links. Move it away or remove it."
+        )
+    shutil.rmtree(output)
+
+
 def run_one(study, name, seed):
     """Run one method with one seed and keep its results; return what was done."""
     record = record_of(study, name, seed)
@@ -139,13 +163,16 @@ def run_one(study, name, seed):
     method = study["methods"][name]
     opts = [*study["opts"], *method.get("opts", []), "SEED", seed]
     output = ROOT / "output" / "studies" / study["name"] / record.stem
+    remove_attempt(study, record.stem)
     code = commit()  # before the run: the checkout may be moved on meanwhile
     seconds = train(method["config"], opts, output)
     content = {"method": name, "seed": seed, "config": method["config"], "opts": opts}
     content |= {"seconds": round(seconds, 1), "commit": code, **read_run(output)}
     if teacher := teacher_of(study, name):
         # Another processor trains another teacher from the same seed.
-        content["teacher_sha256"] = sha256_of(ROOT / PathManager.get_local_path(teacher))
+        file = ROOT / PathManager.get_local_path(teacher)
+        # No file: the name of a weight enum, which says it as well.
+        content["teacher_sha256"] = sha256_of(file) if file.is_file() else teacher
     write_json(record, content)
     values = ", ".join(f"{m}: {metric_of(content['results'], m):.2f}" for m in study["metrics"])
     return f"{name} seed {seed}: {values} ({seconds:.0f} s)"
@@ -158,8 +185,12 @@ def run(study, jobs, only, first=None):
     names = dict.fromkeys(name for name, _ in runs)
     waits = {name: teacher_of(study, name) is not None for name in names}
     failed = 0
-    for job in range(jobs if torch.cuda.device_count() else 0):
-        gpus.put(job % torch.cuda.device_count())
+    count = torch.cuda.device_count()
+    # Of several users of a machine each is given some of its GPUs: only those are lent.
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible = given.split(",") if given else range(count)
+    for job in range(jobs if count else 0):
+        gpus.put(visible[job % count])
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         teacher = pool.submit(train_teachers, study) if any(waits.values()) else None
 
@@ -169,13 +200,17 @@ def run(study, jobs, only, first=None):
             return run_one(study, name, seed)
 
         # Those without a teacher run beside its training.
-        todo = [pool.submit(one, *item) for item in sorted(runs, key=lambda item: waits[item[0]])]
+        todo = {
+            pool.submit(one, *item): item for item in sorted(runs, key=lambda item: waits[item[0]])
+        }
         for done in concurrent.futures.as_completed(todo):
             try:
                 print(done.result(), flush=True)
-            except RuntimeError as error:
+            except Exception as error:  # whatever it is, the other runs go on
                 failed += 1
-                print(error, file=sys.stderr, flush=True)
+                name, seed = todo[done]
+                lines = "".join(traceback.format_exception(error))
+                print(f"{name} seed {seed} failed:\n{lines}", file=sys.stderr, flush=True)
     if failed:
         raise SystemExit(f"{failed} runs failed, see above; the others are kept.")
 

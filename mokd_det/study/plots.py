@@ -9,6 +9,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
+from .study import number_of  # noqa: E402
+
 __all__ = ["plot_axis", "plot_balance", "plot_curves"]
 
 # Panels of the balance: label, scale of the axis, prefix of the names, line to compare with.
@@ -24,7 +26,8 @@ def plot_curves(records, metrics, path):
     """
     Args:
         records (dict[str, dict[int, dict]]): method -> seed -> record, see :func:`read_run`.
-        metrics (list[str]): "data set/task/metric", a panel for each.
+        metrics (list[str]): "data set/task/metric", a panel for each; NaN is drawn as 0, see
+            :func:`number_of`.
         path (str or Path): PNG to write: mean over seeds, and one standard deviation around it.
 
     Returns:
@@ -32,7 +35,10 @@ def plot_curves(records, metrics, path):
     """
     found = {
         (name, metric): _mean_and_std(
-            [record.get("curves", {}).get(metric, []) for record in by_seed.values()]
+            [
+                [(i, number_of(value)) for i, value in record.get("curves", {}).get(metric, [])]
+                for record in by_seed.values()
+            ]
         )
         for name, by_seed in records.items()
         for metric in metrics

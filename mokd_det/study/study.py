@@ -89,7 +89,7 @@ def runs_of(study, only=(), first=None):
     }
     return [
         (name, own[i])
-        for i in range(max(map(len, seeds.values())))
+        for i in range(max(map(len, seeds.values()), default=0))
         for name, own in seeds.items()
         if i < len(own)
     ]
@@ -102,10 +102,18 @@ def record_of(study, name, seed):
 
 
 def metric_of(results, metric):
-    """Return results["a"]["b"]["c"] for "a/b/c"."""
+    """Return results["a"]["b"]["c"] for "a/b/c", as :func:`number_of` counts it."""
     for key in metric.split("/"):
         results = results[key]
-    return results
+    return number_of(results)
+
+
+def number_of(value):
+    """
+    Return a metric's value, 0.0 for None or NaN: Detectron2 has no AP for a detector that predicts
+    nothing at all, and such a detector finds nothing.
+    """
+    return 0.0 if value is None or math.isnan(value) else value
 
 
 def read_records(study):
@@ -128,7 +136,7 @@ def interval(values):
 
 
 def values_of(by_seed, metric):
-    """Return dict: seed -> value of the metric."""
+    """Return dict: seed -> value of the metric, see :func:`metric_of`."""
     return {seed: metric_of(record["results"], metric) for seed, record in by_seed.items()}
 
 
@@ -146,10 +154,10 @@ def summarize(study):
     """
     Returns:
         list[dict]: for each method and metric ``teachers``, the checksums of its teachers' weights
-        as far as they were recorded; ``values`` by seed, ``mean``, ``std``, and for each baseline
-        in ``differences`` the mean of the paired ``difference`` to it and ``interval``, half of its
-        95 % interval; None where there is too little to say. A run is not compared with one that
-        had another teacher: that difference would be the teachers'.
+        (names of those without a file) as far as they were recorded; ``values`` by seed, ``mean``,
+        ``std``, and for each baseline in ``differences`` the mean of the paired ``difference`` to
+        it and ``interval``, half of its 95 % interval; None where there is too little to say. A run
+        is not compared with one that had another teacher: that difference would be the teachers'.
     """
     records = read_records(study)
     rows = []
@@ -190,7 +198,8 @@ def format_table(study, rows):
     for name in dict.fromkeys(row["method"] for row in rows):
         own = {row["metric"]: row for row in rows if row["method"] == name}
         first = next(iter(own.values()))
-        teachers = ", ".join(checksum[:8] for checksum in first["teachers"])
+        # The start of a SHA-256 is enough; a name, "IMAGENET1K_V1", is not known by its start.
+        teachers = ", ".join(t[:8] if len(t) == 64 else t for t in first["teachers"])
         cells = [name, teachers, str(first["seeds"])]
         for metric in study["metrics"]:
             row = own[metric]

@@ -3,11 +3,14 @@
 
 import hashlib
 import json
+import math
 
 import pytest
 from PIL import Image
 
+from mokd_det.evaluation import write_results
 from mokd_det.study import (
+    format_table,
     load_study,
     plot_axis,
     plot_balance,
@@ -16,6 +19,7 @@ from mokd_det.study import (
     read_run,
     runs_of,
     summarize,
+    values_of,
 )
 
 METRIC = "trees/bbox/AP"
@@ -107,6 +111,42 @@ def test_methods_of_older_code_are_shown_and_not_run(tmp_path):
     study["folder"].mkdir()
     (study["folder"] / "before-2.json").write_text('{"seed": 2}')
     assert read_records(study) == {"before": {2: {"seed": 2}}}
+
+
+def test_a_study_of_older_code_alone_has_no_runs(tmp_path):
+    path = tmp_path / "study.yaml"
+    methods = "{before: {config: c, commit: 0123abc}}"
+    path.write_text(f"{{seeds: [1, 2], baseline: before, metrics: [a], methods: {methods}}}")
+    assert runs_of(load_study(path)) == []
+
+
+def test_a_detector_that_finds_nothing_has_ap_0(run_dir):
+    """Detectron2 has NaN for every AP if there is no box at all; results.json then has null."""
+    path = run_dir / "study.yaml"
+    methods = "{scratch: {config: c}, mokd: {config: c, line: mokd, x: 1}}"
+    path.write_text(
+        f"{{seeds: [1, 2], baseline: scratch, metrics: [{METRIC}], axis: x, methods: {methods}}}"
+    )
+    study = load_study(path)
+    study["folder"].mkdir()
+
+    def write(name, seed, value):
+        with open(run_dir / "metrics.json", "a") as f:
+            f.write(json.dumps({"iteration": 96, METRIC: value}) + "\n")
+        write_results({"trees": {"bbox": {"AP": value}}}, run_dir)
+        content = json.dumps(read_run(run_dir))
+        (study["folder"] / f"{name}-{seed}.json").write_text(content)
+
+    for seed in (1, 2):
+        write("scratch", seed, math.nan if seed == 1 else 4.0)
+        write("mokd", seed, 10.0)
+    rows = {row["method"]: row for row in summarize(study)}
+    assert rows["scratch"]["values"] == {1: 0.0, 2: 4.0} and rows["scratch"]["mean"] == 2
+    assert rows["mokd"]["differences"]["scratch"]["difference"] == 8  # of 10 and 6
+    assert "| scratch |  | 2 | 2.00 (std 2.83) |" in format_table(study, list(rows.values()))
+    records = read_records(study)
+    assert values_of(records["scratch"], METRIC) == {1: 0.0, 2: 4.0}  # of plot_axis
+    assert plot_curves(records, [METRIC], run_dir / "curves.png")
 
 
 def test_an_axis_needs_its_label(tmp_path):
