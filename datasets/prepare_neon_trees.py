@@ -13,7 +13,7 @@ $DETECTRON2_DATASETS (./datasets by default).
 
 import argparse
 import json
-import shutil
+import re
 from pathlib import Path
 
 from PIL import Image
@@ -21,7 +21,7 @@ from PIL import Image
 from mokd_det.data.packages import fetch_from_package
 from mokd_det.data.paths import datasets_root
 from mokd_det.data.tiling import objects_in_window, tile_windows
-from mokd_det.data.voc import coco_dict, read_voc_xml
+from mokd_det.data.voc import check_replaceable, coco_dict, read_voc_xml
 
 PACKAGE = "deepforest==2.1.0"
 FILES = {
@@ -71,17 +71,21 @@ def prepare(output, size=256, stride=192, min_visible=0.4):
 
     Returns:
         dict[str, dict]: images and boxes per split.
+
+    Raises:
+        FileExistsError: a split's folder or JSON file in ``output`` is not of this script.
     """
     output = Path(output)
+    old_tiles = {split: _old_tiles(output, split) for split in SPLITS}
     photos = output / "photos"
     fetch_from_package(PACKAGE, FILES, photos)
 
     summary = {}
     for split, scenes in SPLITS.items():
         folder = output / split
-        if folder.is_dir():
-            shutil.rmtree(folder)  # tiles of another size must not stay behind
-        folder.mkdir(parents=True)
+        for tile in old_tiles[split]:  # those of another size must not stay behind
+            tile.unlink()
+        folder.mkdir(parents=True, exist_ok=True)
         tiles = []
         for scene in scenes:
             photo = photos / f"{scene}.png"
@@ -106,6 +110,21 @@ def prepare(output, size=256, stride=192, min_visible=0.4):
         (output / f"{split}.json").write_text(json.dumps(coco))
         summary[split] = {"images": len(coco["images"]), "boxes": len(coco["annotations"])}
     return summary
+
+
+def _old_tiles(output, split):
+    """Return the files of an earlier run; FileExistsError if there is anything else."""
+    check_replaceable(output / f"{split}.json")
+    scenes = "|".join(map(re.escape, SPLITS[split]))
+    folder = output / split
+    tiles = sorted(folder.iterdir()) if folder.exists() else []
+    for tile in tiles:
+        if not re.fullmatch(rf"({scenes})_\d+_\d+\.png", tile.name) or not tile.is_file():
+            raise FileExistsError(
+                f"{tile} is no tile of this script, which replaces all in {folder}: choose "
+                "another --output, or move it away."
+            )
+    return tiles
 
 
 def main():

@@ -5,12 +5,12 @@ Any VOC-style folder to COCO JSON, and the lines that make a config use it.
 
     python datasets/prepare_voc.py --root /path/to/VOC2007 --name my_set
 
-reads Annotations/*.xml, JPEGImages/ and ImageSets/Main/*.txt (each list there becomes a split;
-without lists there is one split, "all") and writes my_set/<split>.json into $DETECTRON2_DATASETS
-(./datasets by default). Images stay where they are; my_set/images is a link to their folder. A box
-that is empty or outside its image is dropped with a warning; a broken XML or a missing image is an
-error. Objects marked difficult become COCO's iscrowd: they are not trained on, and missing them
-costs nothing.
+reads Annotations/*.xml, JPEGImages/ and ImageSets/Main/*.txt (each list there becomes a split, but
+for VOC's lists of one class; without that folder there is one split, "all") and writes
+my_set/<split>.json into $DETECTRON2_DATASETS (./datasets by default). Images stay where they are;
+my_set/images is a link to their folder. A box that is empty or outside its image is dropped with a
+warning; a broken XML or a missing image is an error. Objects marked difficult become COCO's
+iscrowd: they are not trained on, and missing them costs nothing.
 """
 
 import argparse
@@ -19,7 +19,9 @@ import logging
 from pathlib import Path
 
 from mokd_det.data.paths import datasets_root
-from mokd_det.data.voc import coco_dict, read_voc_xml
+from mokd_det.data.voc import check_replaceable, coco_dict, read_voc_xml
+
+logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff")
 
@@ -38,7 +40,7 @@ def prepare(
         root (str or Path): the VOC-style folder.
         output (str or Path): folder for ``<split>.json`` and ``images``, a link to the images.
         splits (list[str]): lists of ``image_sets`` to convert. None: all of them, without VOC's
-            lists of a single class (``<class>_<split>.txt``).
+            lists of a single class (``<class>_<split>.txt`` beside ``<split>.txt``).
         classes (list[str]): names in the order of their ids. None: those found, sorted.
         annotations, images, image_sets (str): folders inside ``root``.
 
@@ -47,8 +49,9 @@ def prepare(
 
     Raises:
         FileNotFoundError: a folder, list, annotation or image is missing.
-        FileExistsError: ``output`` has its own ``images`` already.
-        ValueError: broken XML, an image listed twice, or a class that is not in ``classes``.
+        FileExistsError: ``output`` has its own ``images`` or ``<split>.json`` already.
+        ValueError: no list, broken XML, an image listed twice, or a class that is not in
+            ``classes``.
     """
     root, output = Path(root), Path(output)
     annotation_folder, image_folder = root / annotations, root / images
@@ -58,6 +61,8 @@ def prepare(
     files = {f.stem: f for f in image_folder.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES}
 
     split_names = _read_splits(root / image_sets, annotation_folder, splits)
+    for split in split_names:
+        check_replaceable(output / f"{split}.json")
     split_images = {}
     for split, names in split_names.items():
         split_images[split] = []
@@ -106,7 +111,18 @@ def _read_splits(folder, annotation_folder, splits):
         return {"all": sorted(f.stem for f in annotation_folder.glob("*.xml"))}
     lists = {f.stem: f for f in sorted(folder.glob("*.txt"))}
     if splits is None:
-        splits = [name for name in lists if "_" not in name]
+        of_a_class = [n for n in lists if any(n.endswith(f"_{split}") for split in lists)]
+        splits = [name for name in lists if name not in of_a_class]
+        if not splits:
+            raise ValueError(
+                f"{folder} has no list (.txt) to make a split of, and no --splits names one: give "
+                "the folder of the lists by --image-sets."
+            )
+        if of_a_class:
+            logger.info(
+                f"{folder}: left out {', '.join(of_a_class)} as lists of one class; --splits "
+                "converts the lists that it names."
+            )
     result = {}
     for split in splits:
         if split not in lists:
@@ -140,13 +156,13 @@ def main():
     parser.add_argument("--root", required=True, help="the VOC-style folder")
     parser.add_argument("--name", required=True, help="of the data set, for config and folder")
     parser.add_argument("--output", help="folder to write (default: <datasets>/<name>)")
-    parser.add_argument("--splits", nargs="+", help="lists to convert (default: all)")
+    parser.add_argument("--splits", nargs="+", help="lists to convert (all but those of a class)")
     parser.add_argument("--classes", nargs="+", help="in the order of their ids")
     parser.add_argument("--annotations", default="Annotations")
     parser.add_argument("--images", default="JPEGImages")
     parser.add_argument("--image-sets", default="ImageSets/Main")
     args = parser.parse_args()
-    logging.basicConfig(format="%(levelname)s: %(message)s")
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.INFO)
     output = args.output or datasets_root() / args.name
     result = prepare(
         args.root,

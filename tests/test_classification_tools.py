@@ -120,13 +120,35 @@ def test_benchmark(make_digits_cfg, benchmark, monkeypatch):
     monkeypatch.setattr(
         benchmark.distillation, "build_classifier_teacher", benchmark.random_teacher
     )
-    cfg = make_digits_cfg(["MOKD.FEATURES.DIM", 32])
+    # No weights are needed.
+    cfg = make_digits_cfg(["MOKD.FEATURES.DIM", 32, "MOKD.TEACHER.WEIGHTS", "gone/model.pth"])
     result = benchmark.compare_steps(SimpleNamespace(size=32, batch=4, rounds=2), cfg)
     assert set(result) == {"student", "fixed", "balanced", "all", "torchdistill"}
     theirs = result.pop("torchdistill")
     assert "not installed" in theirs["error"] if "error" in theirs else theirs["seconds"] > 0
     for entry in result.values():
         assert entry["images_per_second"] == pytest.approx(4 / entry["seconds"])
+
+
+@pytest.mark.parametrize("weights", ["IMAGENET1K_V1", "gone/model.pth", ""])
+def test_benchmark_of_a_teacher_at_its_own_size(make_digits_cfg, benchmark, monkeypatch, weights):
+    monkeypatch.setattr(
+        benchmark.distillation, "build_classifier_teacher", benchmark.random_teacher
+    )
+    cfg = make_digits_cfg(["MOKD.TEACHER.CONFIG_FILE", "", "MOKD.TEACHER.CLASSIFIER", "resnet18"])
+    cfg.merge_from_list(["MOKD.TEACHER.WEIGHTS", weights, "MOKD.TEACHER.IMAGE_SIZE", 48])
+    sizes = []
+    run = benchmark.ClassifierTeacher._view
+
+    def view(teacher, images):
+        assert teacher.is_resized
+        sizes.append(teacher.image_size)
+        return run(teacher, images)
+
+    monkeypatch.setattr(benchmark.ClassifierTeacher, "_view", view)
+    result = benchmark.compare_steps(SimpleNamespace(size=32, batch=2, rounds=2), cfg)
+    assert set(sizes) == {48}
+    assert "MOKD.TEACHER.IMAGE_SIZE is 48" in result["torchdistill"]["error"]
 
 
 def test_benchmark_of_the_loader(make_digits_cfg, benchmark):
@@ -217,23 +239,80 @@ def test_a_study_runs_what_is_missing_and_makes_its_table(study):
     assert tool.runs_of(loaded, ["plain", "once"], first=1) == [("plain", 1), ("once", 2)]
 
 
-def test_a_run_that_fails_leaves_the_others_and_fails_the_study(study, capsys, monkeypatch):
+@pytest.mark.parametrize("kind", [RuntimeError, KeyError])
+def test_a_run_that_fails_leaves_the_others_and_fails_the_study(study, capsys, monkeypatch, kind):
     tool, loaded, _ = study
     good = tool.train
 
     def train(config, opts, output):
         if opts and opts[-1] == 2:
-            raise RuntimeError("no memory left")
+            raise kind("no memory left")
         return good(config, opts, output)
 
     monkeypatch.setattr(tool, "train", train)
     with pytest.raises(SystemExit, match="3 runs failed"):
         tool.run(loaded, 1, [])
-    assert "no memory left" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "plain seed 2 failed:" in error and f"{kind.__name__}: " in error
+    assert "no memory left" in error
     assert {p.name for p in loaded["folder"].iterdir()} == {
         *("plain-1.json", "plain-3.json", "with_teacher-1.json", "with_teacher-3.json"),
         "teacher.json",
     }
+
+
+def test_a_study_whose_teachers_weights_have_a_name(study):
+    tool, loaded, _ = study
+    loaded["methods"]["with teacher"]["opts"] += ["MOKD.TEACHER.WEIGHTS", "IMAGENET1K_V1"]
+    tool.run(loaded, 1, ["with teacher"])
+    record = json.loads((loaded["folder"] / "with_teacher-1.json").read_text())
+    assert record["teacher_sha256"] == "IMAGENET1K_V1"
+    table = tool.format_table(loaded, tool.summarize(loaded))
+    assert "| with teacher | IMAGENET1K_V1 | 3 | 57.00" in table
+
+
+def test_a_study_of_a_model_that_finds_nothing(study, monkeypatch, capsys):
+    tool, loaded, _ = study
+    monkeypatch.setitem(VALUES, "plain", [None, None, 60.0])
+    tool.run(loaded, 1, ["plain"])
+    assert "plain seed 1: a/b/top1: 0.00 (" in capsys.readouterr().out
+    assert "| plain |  | 3 | 20.00 " in tool.format_table(loaded, tool.summarize(loaded))
+
+
+@pytest.mark.parametrize("visible, lent", [(None, "010"), ("", "010"), ("2,3", "232")])
+def test_a_study_lends_the_gpus_that_it_was_given(study, monkeypatch, visible, lent):
+    tool, loaded, _ = study
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    tool.run(loaded, 3, ["plain"])
+    assert "".join(str(tool.gpus.get()) for _ in range(tool.gpus.qsize())) == lent
+
+
+def test_a_study_keeps_nothing_of_an_unfinished_attempt(study):
+    tool, loaded, _ = study
+    runs = tool.ROOT / "output" / "studies" / "my_study"
+    others = [runs / "plain-2", runs / "plain-10", runs.parent / "plain-1"]
+    for folder in (runs / "plain-1", *others):
+        folder.mkdir(parents=True)
+        (folder / "metrics.json").write_text('{"iteration": 5, "a/b/top1": 1.0}\n')
+    tool.run(loaded, 1, ["plain"], first=1)
+    assert json.loads((loaded["folder"] / "plain-1.json").read_text())["curves"] == {}
+    assert all((folder / "metrics.json").is_file() for folder in others)
+
+
+def test_a_study_removes_nothing_elsewhere(study, capsys):
+    tool, loaded, calls = study
+    elsewhere = tool.ROOT / "elsewhere" / "plain-1"
+    elsewhere.mkdir(parents=True)
+    runs = tool.ROOT / "output" / "studies" / "my_study"
+    runs.parent.mkdir(parents=True)
+    runs.symlink_to(elsewhere.parent)
+    with pytest.raises(SystemExit, match="1 runs failed"):
+        tool.run(loaded, 1, ["plain"], first=1)
+    assert elsewhere.is_dir() and not calls
+    assert f"leads to {elsewhere}: expected a folder of output/studies" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -324,6 +403,32 @@ def test_quick_start_table_and_picture(tmp_path, monkeypatch):
     tool.draw(results, tmp_path / "digits.png")
     picture = cv2.imread(str(tmp_path / "digits.png"))
     assert picture.shape[1] > 1000 and (picture != 255).any(-1).mean() > 0.02
+
+
+def test_quick_start_keeps_earlier_runs(tmp_path, monkeypatch, capsys):
+    tool = load_script("tools/quick_start_classification.py")
+    monkeypatch.setattr(tool, "ROOT", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["quick_start_classification.py"])
+    monkeypatch.setattr(tool, "draw", lambda results, path: None)
+    seeds = {s: {"mean": 1.0, "seeds": [1.0]} for s in tool.SPLITS}
+    results = {"teacher": {"val": 1.0, "test": 1.0}, "scratch": seeds, "mokd": seeds}
+    monkeypatch.setattr(tool, "collect", lambda seconds: results)
+    kept = ["output/quick_start_classification", "output/studies/digits"]
+
+    def step(label, *command):
+        assert not (tmp_path / kept[1]).exists()  # the study would go on with it
+        (tmp_path / kept[0]).mkdir(exist_ok=True)
+
+    monkeypatch.setattr(tool, "step", step)
+    for folder in kept:
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "weights.pth").write_text("earlier")
+    tool.main()
+    printed = capsys.readouterr().out
+    for folder in kept:
+        assert (tmp_path / f"{folder}.1" / "weights.pth").read_text() == "earlier"
+        assert f"What was in {folder} is now in {folder}.1" in printed
+    assert (tmp_path / kept[0] / "results.json").is_file()
 
 
 def test_mnist_and_fashion_mnist_are_prepared(tmp_path):

@@ -14,9 +14,11 @@ import pytest
 import torch
 from detectron2.config import get_cfg as get_detectron2_cfg
 from detectron2.modeling import build_model
+from PIL import Image
 
 from mokd_det.config import load_config
 from mokd_det.data import register_datasets
+from mokd_det.evaluation.results import set_aside
 
 from .conftest import CONFIGS, ROOT, TREE_OPTS, TREES
 from .data.annotated import coco_layout
@@ -101,6 +103,7 @@ def test_eval_only_gives_the_same_numbers_without_a_teacher(trained, tmp_path):
 def test_resume_continues(trained):
     output, opts, _ = trained
     more = ["SOLVER.MAX_ITER", 4, "TEST.EVAL_PERIOD", 100]
+    more += ["MODEL.WEIGHTS", "gone.pth"]  # where training started: not needed any more
     done = run("tools/train_net.py", "--config-file", CONFIGS["mokd"], "--resume", *opts, *more)
     assert "Starting training from iteration 3" in done.stdout
 
@@ -165,6 +168,30 @@ def test_pictures(trained, tmp_path):
     assert (picture == tool.GROUND_TRUTH_COLOUR).all(axis=-1).sum() > 500
 
 
+def test_pictures_take_overrides_for_every_model(tmp_path, monkeypatch):
+    tool = load_script("tools/visualize_predictions.py")
+    register_datasets(load_config(CONFIGS["mokd"], TREE_OPTS))
+    seen = []
+
+    def predict(cfg, elements, score):
+        seen.append((cfg.MODEL.WEIGHTS, cfg.INPUT.MIN_SIZE_TEST))
+        return [tool.ground_truth(element) for element in elements]
+
+    monkeypatch.setattr(tool, "predict", predict)
+    args = ["visualize", "--dataset", "tests_trees_val", "--output", str(tmp_path / "grid.png")]
+    for name in ("mokd", "teacher"):
+        args += ["--model", name, CONFIGS[name], f"{name}.pth"]
+    monkeypatch.setattr(sys, "argv", [*args, "INPUT.MIN_SIZE_TEST", "128"])
+    tool.main()
+    assert seen == [("mokd.pth", 128), ("teacher.pth", 128)]
+
+    monkeypatch.setattr(tool.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", [*args, "MODEL.DEVICE", "cuda"])
+    with pytest.raises(ValueError, match="torch sees no GPU. Add the override: MODEL.DEVICE cpu"):
+        tool.main()
+    assert len(seen) == 2
+
+
 def test_plot_of_a_run_without_distillation_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="not the OUTPUT_DIR of a run with MOKD.ENABLED"):
         load_script("tools/plot_balance.py").plot_balance([str(tmp_path)], "x.png")
@@ -212,6 +239,28 @@ def test_student_and_teacher_are_evaluated_in_one_call(trained, tmp_path):
 )
 def test_flags_that_do_not_fit_are_refused(name, flags, opts, message):
     assert message in refused("--config-file", CONFIGS[name], *flags, *TREE_OPTS, *opts)
+
+
+@pytest.mark.parametrize("size", [0, 48])
+def test_teacher_without_a_config_is_evaluated_at_its_size(make_digits_cfg, monkeypatch, size):
+    tool = load_script("tools/train_net.py")
+    opts = ["MOKD.TEACHER.CONFIG_FILE", "", "MOKD.TEACHER.CLASSIFIER", "resnet18"]
+    cfg = make_digits_cfg([*opts, "MOKD.TEACHER.IMAGE_SIZE", size])
+    register_datasets(cfg)
+    build = tool.Trainer.build_test_loader
+    images = []
+
+    def test(cfg, model):
+        images.append(next(iter(build(cfg, "tests_digits_val"))).images[0])
+        return {"classification": {"top1": 1.0}}
+
+    monkeypatch.setattr(tool.Trainer, "test", test)
+    monkeypatch.setattr(tool, "load_trained_model", lambda *args: None)
+    args = ["--eval-only", "--with-teacher"]
+    tool.evaluate(tool.argument_parser().parse_args(args), cfg)
+    student, teacher = (x.shape[-1] for x in images)
+    assert student == 32 and teacher == (size or 32)
+    assert size or torch.equal(*images)
 
 
 COCO_CONFIG = "configs/COCO-Detection/mokd_faster_rcnn_R_101_to_R_50_FPN_1x.yaml"
@@ -346,7 +395,7 @@ def test_teacher_options_are_compared_in_one_process(monkeypatch):
         tool.main(args)
 
 
-def test_prepare_voc(tmp_path):
+def test_prepare_voc(tmp_path, caplog):
     from .data.test_data import write_voc
 
     tool = load_script("datasets/prepare_voc.py")
@@ -360,8 +409,10 @@ def test_prepare_voc(tmp_path):
     (root / "ImageSets/Main/train.txt").write_text("a\n")
     (root / "ImageSets/Main/val.txt").write_text("b\n")
     (root / "ImageSets/Main/cat_val.txt").write_text("b 1\n")
+    caplog.set_level("INFO")
 
     result = tool.prepare(root, tmp_path / "out")
+    assert "left out cat_val as lists of one class; --splits" in caplog.text
     assert result["classes"] == ["cat", "dog"]
     assert result["splits"] == {s: {"images": 1, "boxes": 1} for s in ("train", "val")}
     coco = json.loads((tmp_path / "out/train.json").read_text())
@@ -382,6 +433,20 @@ def test_prepare_voc(tmp_path):
         tool.prepare(root, tmp_path / "out", splits=["train"], classes=["cat"])
     assert json.loads((tmp_path / "out/train.json").read_text()) == coco  # errors leave it alone
 
+    (root / "ImageSets/Main/val.txt").rename(root / "ImageSets/Main/my_val.txt")
+    (root / "ImageSets/Main/my_val.txt").write_text("b\n")
+    result = tool.prepare(root, tmp_path / "out")
+    assert set(result["splits"]) == {"cat_val", "my_val", "train"}  # of no list "val"
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/my_val.json").write_text('{"info": {"description": "mine"}}')
+    with pytest.raises(FileExistsError, match="own/my_val.json exists and was not made by mokd_de"):
+        tool.prepare(root, tmp_path / "own")
+    assert [p.name for p in (tmp_path / "own").iterdir()] == ["my_val.json"]
+    for file in (root / "ImageSets/Main").iterdir():
+        file.unlink()
+    with pytest.raises(ValueError, match="ImageSets/Main has no list .* no --splits names one"):
+        tool.prepare(root, tmp_path / "out")
+
 
 def test_neon_splits_share_no_scene():
     tool = load_script("datasets/prepare_neon_trees.py")
@@ -389,6 +454,39 @@ def test_neon_splits_share_no_scene():
     assert len(set(scenes)) == len(scenes) == 4
     photos = {f"deepforest/data/{scene}.{suffix}" for scene in scenes for suffix in ("png", "xml")}
     assert photos < set(tool.FILES)
+
+
+def test_neon_trees_delete_nothing_of_the_user(tmp_path, monkeypatch):
+    tool = load_script("datasets/prepare_neon_trees.py")
+    scene = tool.SPLITS["train"][0]
+
+    def fetch(package, files, folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for scene in (scene for scenes in tool.SPLITS.values() for scene in scenes):
+            Image.new("RGB", (60, 40)).save(folder / f"{scene}.png")
+            (folder / f"{scene}.xml").write_text("<annotation/>")
+
+    monkeypatch.setattr(tool, "fetch_from_package", fetch)
+    tool.prepare(tmp_path / "out", size=20, stride=10)
+    (tmp_path / "out/train.json").unlink()  # as if it had been interrupted
+    tool.prepare(tmp_path / "out", size=40, stride=40)
+    tiles = {f"{scene}_0_0.png", f"{scene}_40_0.png"}
+    assert {p.name for p in (tmp_path / "out/train").iterdir()} == tiles
+
+    def refuse(*args):
+        raise AssertionError("nothing is fetched before the folder is checked")
+
+    monkeypatch.setattr(tool, "fetch_from_package", refuse)
+    for split, name in (("test", "photo.png"), ("val", f"{scene}_0_0.png")):
+        file = tmp_path / "out" / split / name  # the second is of another split
+        file.write_text("mine")
+        with pytest.raises(FileExistsError, match=f"{name} is no tile .* choose another --output"):
+            tool.prepare(tmp_path / "out")
+        file.unlink()
+    (tmp_path / "out/test.json").write_text("{}")
+    with pytest.raises(FileExistsError, match="test.json exists and was not made by mokd_det"):
+        tool.prepare(tmp_path / "out")
+    assert {p.name for p in (tmp_path / "out/train").iterdir()} == tiles
 
 
 def test_quick_start_table():
@@ -399,3 +497,78 @@ def test_quick_start_table():
     for phase in tool.phases([]):
         for stage in (stage for lane in phase for stage in lane):
             assert (ROOT / stage.command[0]).is_file() and stage.share > 0
+
+
+@pytest.fixture
+def quick_start(tmp_path, monkeypatch):
+    """The tool with one student in a folder of its own, and the phases that it ran."""
+    tool = load_script("tools/quick_start.py")
+    phases = []
+
+    def run_phases(todo):
+        phases.append(todo)
+        folder = tmp_path / "output/quick_start/scratch"
+        folder.mkdir(parents=True)  # an error if the earlier one were still there
+        found = {data: {"bbox": {"AP": 10.0, "AP50": 20.0}} for data in tool.SPLITS.values()}
+        (folder / "results.json").write_text(json.dumps(found))
+
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.setattr(tool, "ROOT", tmp_path)
+    monkeypatch.setattr(tool, "run_phases", run_phases)
+    monkeypatch.setattr(tool, "CONFIGS", {"scratch": CONFIGS["faster_rcnn"]})
+    monkeypatch.setattr(tool, "RUNS", {"scratch": "output/quick_start/scratch"})
+    monkeypatch.setattr(tool, "WEIGHTS", {"scratch": "w.pth"})
+    return tool, phases
+
+
+def test_quick_start_keeps_earlier_runs(quick_start, tmp_path, monkeypatch, capsys):
+    tool, _ = quick_start
+    monkeypatch.setattr(sys, "argv", ["quick_start.py"])
+    monkeypatch.setattr(tool, "phases", lambda opts: [])
+    earlier = tmp_path / "output/quick_start/teacher/model_final.pth"
+    earlier.parent.mkdir(parents=True)
+    earlier.write_text("earlier")
+    tool.main()
+    tool.main()
+    output = tmp_path / "output"
+    assert (output / "quick_start.1/teacher/model_final.pth").read_text() == "earlier"
+    assert (output / "quick_start.2/results.json").is_file()
+    assert (output / "quick_start/results.json").is_file()
+    assert "output/quick_start is now in output/quick_start.2" in capsys.readouterr().out
+
+
+def test_set_aside_takes_the_first_free_name(tmp_path):
+    assert set_aside(tmp_path / "run") is None
+    for name in ("run", "run.1", "run.3"):
+        (tmp_path / name).mkdir()
+    assert set_aside(tmp_path / "run") == tmp_path / "run.2"
+    assert {p.name for p in tmp_path.iterdir()} == {"run.1", "run.2", "run.3"}
+
+
+def test_overrides_of_the_quick_start_reach_every_run(quick_start, tmp_path, monkeypatch):
+    tool, phases = quick_start
+    monkeypatch.setattr(tool, "phases", lambda opts: opts)
+    parameters = []
+    for opts in ([], ["MODEL.FPN.OUT_CHANNELS", "32"]):
+        monkeypatch.setattr(sys, "argv", ["quick_start.py", *opts])
+        tool.main()
+        results = json.loads((tmp_path / "output/quick_start/results.json").read_text())
+        parameters.append(results["scratch"]["params"])
+    assert phases == [[], ["MODEL.FPN.OUT_CHANNELS", "32"]]
+    assert parameters[0] == 971_712 > parameters[1]
+
+    tool = load_script("tools/quick_start.py")
+    stages = [s for phase in tool.phases(["SEED", "2"]) for lane in phase for s in lane]
+    for script, count in (("train_net", 3), ("export_model", 1), ("visualize_predictions", 1)):
+        commands = [s.command for s in stages if s.command[0] == f"tools/{script}.py"]
+        assert len(commands) == count and all("SEED" in command for command in commands)
+
+
+@pytest.mark.parametrize("option", ["OUTPUT_DIR", "MODEL.WEIGHTS"])
+def test_quick_start_refuses_what_each_run_has(quick_start, monkeypatch, capsys, option):
+    tool, phases = quick_start
+    monkeypatch.setattr(sys, "argv", ["quick_start.py", "SEED", "2", option, "x"])
+    with pytest.raises(SystemExit):
+        tool.main()
+    assert f"{option} cannot be an override: each run has its own" in capsys.readouterr().err
+    assert not phases

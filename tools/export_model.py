@@ -34,11 +34,10 @@ import os
 import sys
 
 import mokd_det  # noqa: F401  (first: mends Detectron2 where it needs it)
-import torch
 from detectron2.utils.logger import setup_logger
 
 from mokd_det import modeling  # noqa: F401  (registers the torchvision backbones)
-from mokd_det.config import load_config, split_overrides
+from mokd_det.config import check_device, load_config, split_overrides
 from mokd_det.export import (
     DEFAULT_TOLERANCE,
     FORMATS,
@@ -120,11 +119,7 @@ def main():
         raise ValueError(f"--tolerance is {args.tolerance}: expected a number > 0.")
     setup_logger(name="mokd_det", abbrev_name="mokd")
     cfg = load_config(args.config_file, args.opts)
-    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(
-            f"MODEL.DEVICE is '{cfg.MODEL.DEVICE}', but torch sees no GPU. Add the override: "
-            "MODEL.DEVICE cpu"
-        )
+    check_device(cfg)
     if args.benchmark:
         check_benchmark(cfg, args.format)
     options = {"half": args.half, "freeze": args.freeze, "images": args.images}

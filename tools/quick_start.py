@@ -9,7 +9,8 @@ Examples:
   python tools/quick_start.py SEED 2 MODEL.DEVICE cuda      # overrides for every run
 
 Everything lands in output/quick_start/: results.json, predictions.png, balance.png, a folder for
-each run and the exported student. AP and AP50 are fractions, as in COCO's own table.
+each run and the exported student. What an earlier start left there is kept, as
+output/quick_start.1 (or .2, ...). AP and AP50 are fractions, as in COCO's own table.
 """
 
 import argparse
@@ -17,7 +18,6 @@ import concurrent.futures
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import threading
@@ -36,6 +36,8 @@ RUNS = {name: f"{OUTPUT}/{Path(config).stem}" for name, config in CONFIGS.items(
 WEIGHTS = {name: f"{run}/model_final.pth" for name, run in RUNS.items()}
 SPLITS = {"val": "neon_trees_val", "test": "neon_trees_test"}
 METRICS = ("AP", "AP50")
+# Each run has its own.
+NOT_OVERRIDDEN = ("OUTPUT_DIR", "MODEL.WEIGHTS")
 
 
 class Stage(NamedTuple):
@@ -74,7 +76,7 @@ def phases(opts):
         Stage(
             "draw predictions",
             ["tools/visualize_predictions.py", "--dataset", SPLITS["val"], *models]
-            + ["--output", f"{OUTPUT}/predictions.png"],
+            + ["--output", f"{OUTPUT}/predictions.png", *opts],
             12,
         ),
         Stage(
@@ -85,7 +87,7 @@ def phases(opts):
         Stage(
             "export the plain student",
             ["tools/export_model.py", "--config-file", CONFIGS["mokd"], "--format", "checkpoint"]
-            + ["--output", f"{OUTPUT}/student", "MODEL.WEIGHTS", WEIGHTS["mokd"]],
+            + ["--output", f"{OUTPUT}/student", *opts, "MODEL.WEIGHTS", WEIGHTS["mokd"]],
             8,
         ),
     ]
@@ -167,8 +169,8 @@ def run_phases(todo):
         before += lane_share(longest)
 
 
-def collect(seconds):
-    """Return the content of results.json from the runs' own results."""
+def collect(seconds, opts):
+    """Return the content of results.json from the results of the runs with overrides ``opts``."""
     import mokd_det  # noqa: F401  (first: mends Detectron2 where it needs it)
     from detectron2.modeling import build_model
 
@@ -185,7 +187,7 @@ def collect(seconds):
             metric: {split: found[data]["bbox"][metric] / 100 for split, data in SPLITS.items()}
             for metric in METRICS
         }
-        cfg = load_config(str(ROOT / config), ["MODEL.TORCHVISION.WEIGHTS", ""])
+        cfg = load_config(str(ROOT / config), [*opts, "MODEL.TORCHVISION.WEIGHTS", ""])
         results[name] = {
             **metrics,
             "params": count_parameters(build_model(cfg)),
@@ -212,12 +214,22 @@ def main():
     )
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides: KEY VALUE ...")
     args = parser.parse_args()
+    for option in NOT_OVERRIDDEN:
+        if option in args.opts[::2]:
+            parser.error(
+                f"{option} cannot be an override: each run has its own, in {OUTPUT}. Leave it out."
+            )
+    import mokd_det  # noqa: F401  (first: mends Detectron2 where it needs it)
+
+    from mokd_det.evaluation.results import set_aside
+
     os.chdir(ROOT)
     start = time.time()
     # Metrics are appended, so what an earlier start left would mix with this one's.
-    shutil.rmtree(OUTPUT, ignore_errors=True)
+    if moved := set_aside(OUTPUT):
+        print(f"[quick start] what was in {OUTPUT} is now in {moved}", flush=True)
     run_phases(phases(args.opts))
-    results = collect(time.time() - start)
+    results = collect(time.time() - start, args.opts)
     Path(OUTPUT, "results.json").write_text(json.dumps(results, indent=2))
     print(f"\n{table(results)}\n")
     print(f"In {OUTPUT}/: results.json, predictions.png, balance.png, student/ (the export)")

@@ -9,14 +9,15 @@ Example:
   python tools/quick_start_classification.py
 
 Everything lands in output/quick_start_classification/: results.json, the study's table and
-records, the teacher, and digits.png with digits that the distilled student learnt to read.
+records, the teacher, and digits.png with digits that the distilled student learnt to read; the
+students' runs in output/studies/digits/. What an earlier start left in the two folders is kept, as
+output/quick_start_classification.1 and output/studies/digits.1 (or .2, ...).
 Accuracies are top-1 in percent.
 """
 
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -124,11 +125,16 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.parse_args()
+    import mokd_det  # noqa: F401  (first: mends Detectron2 where it needs it)
+
+    from mokd_det.evaluation.results import set_aside
+
     os.chdir(ROOT)
     start = time.time()
     # The study would go on with what an earlier start left.
     for folder in (OUTPUT, Path("output/studies/digits")):
-        shutil.rmtree(folder, ignore_errors=True)
+        if moved := set_aside(folder):
+            print(f"What was in {folder} is now in {moved}", flush=True)
     study = str(OUTPUT / "study")
     step("get the digits", "datasets/prepare_mnist.py")
     step(

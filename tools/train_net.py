@@ -41,7 +41,7 @@ from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 from fvcore.common.checkpoint import Checkpointer
 
-from mokd_det.config import load_config, stock_config
+from mokd_det.config import check_device, load_config, stock_config
 from mokd_det.data import check_classes, check_datasets, register_datasets
 from mokd_det.engine import DistillationTrainer, Trainer, build_trainer, launch
 from mokd_det.evaluation import finite, format_comparison, format_zoo_row, write_results, zoo_row
@@ -69,13 +69,15 @@ def setup(args):
         raise ValueError(
             "--with-teacher needs a detector: MOKD.TEACHER.TORCHSCRIPT.FILE gives features only."
         )
-    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+    check_device(cfg)
+    if cfg.TEST.AUG.ENABLED:
         raise ValueError(
-            f"MODEL.DEVICE is '{cfg.MODEL.DEVICE}', but torch sees no GPU. Add the override: "
-            "MODEL.DEVICE cpu"
+            "TEST.AUG.ENABLED True is not supported: set it to False, or evaluate the exported "
+            "checkpoint with Detectron2's own tools/train_net.py."
         )
     weights = cfg.MODEL.WEIGHTS
-    if weights and "://" not in weights and not PathManager.isfile(weights):
+    goes_on = args.resume and Checkpointer(torch.nn.Module(), cfg.OUTPUT_DIR).has_checkpoint()
+    if not goes_on and weights and "://" not in weights and not PathManager.isfile(weights):
         raise FileNotFoundError(f"MODEL.WEIGHTS '{weights}' does not exist.")
     cfg.freeze()
     default_setup(cfg, args)
@@ -98,6 +100,11 @@ def evaluate(args, cfg):
     if args.with_teacher:  # what may be wrong with it is found before the student is evaluated
         teacher_cfg = teacher_config(cfg)
         teacher_cfg.DATASETS = cfg.DATASETS
+        if cfg.MOKD.TEACHER.CLASSIFIER:  # it has no config file that says how it sees images
+            teacher_cfg.INPUT.CLASSIFICATION = cfg.INPUT.CLASSIFICATION.clone()
+            if size := cfg.MOKD.TEACHER.IMAGE_SIZE:
+                teacher_cfg.INPUT.CLASSIFICATION.SIZE_TEST = size
+                teacher_cfg.INPUT.CLASSIFICATION.RESIZE_TEST = size
         teacher_cfg.OUTPUT_DIR = f"{cfg.OUTPUT_DIR}/teacher"
         PathManager.mkdirs(teacher_cfg.OUTPUT_DIR)
         teacher = load_trained_model(teacher_cfg, "MOKD.TEACHER.WEIGHTS")
@@ -116,7 +123,7 @@ def train(args, cfg):
     if comm.is_main_process() and isinstance(trainer, DistillationTrainer):
         # What stock Detectron2 needs to use the student.
         with PathManager.open(f"{cfg.OUTPUT_DIR}/student.yaml", "w") as f:
-            f.write(stock_config(cfg).dump())
+            f.write(stock_config(trainer.cfg).dump())
     trainer.resume_or_load(resume=args.resume)
     trainer.train()
     results = getattr(trainer, "_last_eval_results", {})

@@ -8,6 +8,8 @@ Example:
       --model teacher configs/Quick-Start/teacher.yaml output/quick_start/teacher/model_final.pth \\
       --model MoKD configs/Quick-Start/student_mokd.yaml \\
               output/quick_start/student_mokd/model_final.pth
+
+Overrides KEY VALUE ... at the end are for all models, such as MODEL.DEVICE cpu without a GPU.
 """
 
 import argparse
@@ -21,7 +23,7 @@ from detectron2.data import DatasetCatalog, DatasetMapper
 from detectron2.data.detection_utils import read_image
 from detectron2.structures import BoxMode
 
-from mokd_det.config import load_config
+from mokd_det.config import check_device, load_config
 from mokd_det.data import check_datasets, register_datasets
 from mokd_det.modeling import load_trained_model
 
@@ -29,17 +31,16 @@ GROUND_TRUTH_COLOUR = (80, 220, 80)
 PREDICTION_COLOUR = (60, 140, 255)  # BGR
 
 
-def predict(config_file, weights, elements, score):
+def predict(cfg, elements, score):
     """
     Args:
-        config_file, weights (str): of a trained detector.
+        cfg (CfgNode): of a trained detector.
         elements (list[dict]): data set dicts.
         score (float): smallest score shown.
 
     Returns:
         list[ndarray]: for each element (N, 4) boxes x0, y0, x1, y1 in its pixels.
     """
-    cfg = load_config(config_file, ["MODEL.WEIGHTS", weights])
     model = load_trained_model(cfg)
     mapper = DatasetMapper(cfg, is_train=False)
     boxes = []
@@ -99,7 +100,7 @@ def grid(elements, columns, scale=1.5):
     return np.concatenate(rows)
 
 
-def visualize(dataset, models, output, count=3, score=0.5):
+def visualize(dataset, models, output, count=3, score=0.5, opts=()):
     """
     Args:
         dataset (str): name, registered by the first model's config if it is not yet.
@@ -107,16 +108,19 @@ def visualize(dataset, models, output, count=3, score=0.5):
         output (str): PNG to write.
         count (int): images: those with the most boxes.
         score (float): smallest score shown.
+        opts (sequence): overrides [KEY, VALUE, ...] of all configs.
     """
+    cfgs = [load_config(file, [*opts, "MODEL.WEIGHTS", weights]) for _, file, weights in models]
+    for cfg in cfgs:
+        check_device(cfg)
     if dataset not in DatasetCatalog.list():
-        register_datasets(load_config(models[0][1]))
+        register_datasets(cfgs[0])
     check_datasets([dataset], "--dataset")
     elements = DatasetCatalog.get(dataset)
     elements = sorted(elements, key=lambda e: -len(e.get("annotations", [])))[:count]
     columns = [("ground truth", [ground_truth(e) for e in elements], GROUND_TRUTH_COLOUR)]
-    for label, config_file, weights in models:
-        boxes = predict(config_file, weights, elements, score)
-        columns.append((label, boxes, PREDICTION_COLOUR))
+    for (label, _, _), cfg in zip(models, cfgs):
+        columns.append((label, predict(cfg, elements, score), PREDICTION_COLOUR))
     if not cv2.imwrite(output, grid(elements, columns)):
         raise OSError(f"Could not write {output}.")
 
@@ -137,8 +141,9 @@ def main():
     parser.add_argument("--output", required=True, help="PNG to write")
     parser.add_argument("--count", type=int, default=3, help="number of images (%(default)s)")
     parser.add_argument("--score", type=float, default=0.5, help="smallest score (%(default)s)")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides: KEY VALUE ...")
     args = parser.parse_args()
-    visualize(args.dataset, args.model, args.output, args.count, args.score)
+    visualize(args.dataset, args.model, args.output, args.count, args.score, args.opts)
     print(args.output)
 
 

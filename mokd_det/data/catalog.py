@@ -23,8 +23,8 @@ IMAGENET = [[f"imagenet_{split}", f"datasets://imagenet/{split}"] for split in (
 def register_datasets(cfg):
     """
     Register every set of ``cfg.DATASETS.COCO`` and ``cfg.DATASETS.CLASSIFICATION`` under its name,
-    and ImageNet. The same name may be registered again with the same files (a second run in one
-    process), not with others.
+    and ImageNet, unless the user has sets of these names. The same name may be registered again
+    with the same files (a second run in one process), not with others.
 
     Raises:
         ValueError: a malformed entry, or a name that stands for other files already.
@@ -62,6 +62,8 @@ def _register_classification(entry):
     name, path = entry[0], local_path(entry[1])
     if name in DatasetCatalog.list():
         known = MetadataCatalog.get(name)
+        if entry in IMAGENET and known.get("image_path") is None:
+            return  # the user's own, from before
         # Only ImageNet's path may move, with DETECTRON2_DATASETS.
         if known.get("image_path") != path and entry not in IMAGENET:
             raise ValueError(

@@ -1,15 +1,20 @@
 # Copyright (c) The mokd_det authors.
 """Pascal-VOC XML to COCO JSON. One reader for every VOC-style folder."""
 
+import json
 import logging
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
-from PIL import Image
+from PIL import ExifTags, Image
 
-__all__ = ["read_voc_xml", "clip_box", "coco_dict"]
+__all__ = ["read_voc_xml", "clip_box", "coco_dict", "check_replaceable"]
 
 logger = logging.getLogger(__name__)
+
+MADE_BY = "made by mokd_det"
+# EXIF orientations of an image that lies on its side.
+SIDEWAYS = (5, 6, 7, 8)
 
 
 def read_voc_xml(xml_file, image_file):
@@ -19,7 +24,7 @@ def read_voc_xml(xml_file, image_file):
     Args:
         xml_file (str or Path): a Pascal-VOC annotation.
         image_file (str or Path): the image that it describes. Its size on disk counts, not the
-            size written in the XML.
+            size written in the XML; turned as EXIF says, as Detectron2 reads it.
 
     Returns:
         dict: ``width`` and ``height`` in pixels, and ``objects``, a list of dicts with ``name``,
@@ -37,6 +42,9 @@ def read_voc_xml(xml_file, image_file):
         raise FileNotFoundError(f"{xml_file}: its image {image_file} does not exist.")
     with Image.open(image_file) as image:
         width, height = image.size
+        # Not by ImageOps.exif_transpose, which would decode every image.
+        if image.getexif().get(ExifTags.Base.Orientation) in SIDEWAYS:
+            width, height = height, width
     try:
         root = ElementTree.parse(xml_file).getroot()
     except ElementTree.ParseError as error:
@@ -98,7 +106,7 @@ def coco_dict(images, class_names):
     """
     ids = {name: index for index, name in enumerate(class_names, start=1)}
     coco = {
-        "info": {"description": "made by mokd_det"},
+        "info": {"description": MADE_BY},
         "categories": [{"id": ids[name], "name": name} for name in class_names],
         "images": [],
         "annotations": [],
@@ -129,3 +137,24 @@ def coco_dict(images, class_names):
                 }
             )
     return coco
+
+
+def check_replaceable(json_file):
+    """
+    Args:
+        json_file (str or Path): in the folder ``--output``, to be written.
+
+    Raises:
+        FileExistsError: there is such a file, and it is none of :func:`coco_dict`.
+    """
+    try:
+        description = json.loads(Path(json_file).read_text())["info"]["description"]
+    except FileNotFoundError:
+        return
+    except (IsADirectoryError, ValueError, KeyError, TypeError):  # whatever it is, it is not ours
+        description = None
+    if description != MADE_BY:
+        raise FileExistsError(
+            f"{json_file} exists and was not made by mokd_det (its info.description is not "
+            f"'{MADE_BY}'), so it is not overwritten: choose another --output, or move it away."
+        )

@@ -1,12 +1,21 @@
 # Copyright (c) The mokd_det authors.
-"""Results as JSON."""
+"""Results as JSON, and those of earlier runs."""
 
+import itertools
 import json
 import math
 import numbers
 import os
+from pathlib import Path
 
-__all__ = ["count_parameters", "finite", "format_comparison", "read_json_lines", "write_results"]
+__all__ = [
+    "count_parameters",
+    "finite",
+    "format_comparison",
+    "read_json_lines",
+    "set_aside",
+    "write_results",
+]
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 CLASSIFICATION_METRICS = ("top1", "top5")
@@ -53,6 +62,24 @@ def read_json_lines(path):
             except json.JSONDecodeError:
                 continue
     return records
+
+
+def set_aside(folder):
+    """
+    Rename a folder, so that new results do not mix with what is in it.
+
+    Args:
+        folder (str or Path): need not exist.
+
+    Returns:
+        Path or None: its new name, the first free one of ``folder.1``, ``folder.2``, ...; None if
+        there was nothing to rename.
+    """
+    folder = Path(folder)
+    if not folder.exists():
+        return None
+    names = (Path(f"{folder}.{i}") for i in itertools.count(1))
+    return folder.rename(next(name for name in names if not name.exists()))
 
 
 def format_comparison(results_by_model):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_train_loader
+from detectron2.data.detection_utils import read_image
 from PIL import Image
 
 from mokd_det.config import load_config
@@ -24,7 +25,7 @@ from mokd_det.data import (
     register_datasets,
 )
 from mokd_det.data.tiling import objects_in_window, tile_windows
-from mokd_det.data.voc import clip_box, coco_dict, read_voc_xml
+from mokd_det.data.voc import check_replaceable, clip_box, coco_dict, read_voc_xml
 
 OBJECT = """<object><name>{name}</name><difficult>{difficult}</difficult><bndbox><xmin>{0}</xmin>
 <ymin>{1}</ymin><xmax>{2}</xmax><ymax>{3}</ymax></bndbox></object>"""
@@ -94,6 +95,31 @@ def test_missing_image_names_both_files(tmp_path):
     image_file.unlink()
     with pytest.raises(FileNotFoundError, match="a.xml: its image .*a.png does not exist"):
         read_voc_xml(xml_file, image_file)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_size_is_that_of_the_turned_image(tmp_path, orientation):
+    xml_file, _ = write_voc(tmp_path, [("cat", (1, 1, 30, 40), 0)])
+    exif = Image.Exif()
+    exif[274] = orientation
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.jpg", exif=exif)
+    record = read_voc_xml(xml_file, tmp_path / "a.jpg")
+    height, width = read_image(str(tmp_path / "a.jpg")).shape[:2]
+    assert (record["width"], record["height"]) == (width, height)
+    assert record["objects"][0]["box"] == (0, 0, 30, min(height, 40))
+
+
+def test_only_our_own_json_is_replaceable(tmp_path):
+    file = tmp_path / "train.json"
+    check_replaceable(file)
+    file.write_text(json.dumps(coco_dict([], ["cat"])))
+    check_replaceable(file)
+    for text in ("", "[]", "{}", '{"info": null}', '{"info": {"description": "COCO 2017"}}'):
+        file.write_text(text)
+        with pytest.raises(FileExistsError, match="train.json exists .* choose another --output"):
+            check_replaceable(file)
+    with pytest.raises(FileExistsError, match="was not made by mokd_det"):
+        check_replaceable(tmp_path)
 
 
 def test_coco_dict():
@@ -203,6 +229,25 @@ def test_sets_from_the_config_alone(make_cfg):
     register_datasets(cfg)  # a second run in one process
     check_datasets(cfg.DATASETS.TRAIN, "DATASETS.TRAIN")
     assert len(DatasetCatalog.get("tests_trees_train")) == 6
+
+
+def test_a_users_own_imagenet_stays(monkeypatch, tmp_path):
+    register_datasets(load_config(""))
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    register_datasets(load_config(""))  # ours follows the environment
+    assert MetadataCatalog.get("imagenet_val").image_path == str(tmp_path / "imagenet" / "val")
+    try:
+        DatasetCatalog.remove("imagenet_val")
+        MetadataCatalog.remove("imagenet_val")
+        DatasetCatalog.register("imagenet_val", lambda: ["mine"])
+        register_datasets(load_config(""))
+        assert DatasetCatalog.get("imagenet_val") == ["mine"]
+        assert MetadataCatalog.get("imagenet_val").get("image_path") is None
+    finally:
+        DatasetCatalog.remove("imagenet_val")
+        MetadataCatalog.remove("imagenet_val")
+        monkeypatch.undo()
+        register_datasets(load_config(""))
 
 
 class TestBadDatasets:

@@ -67,6 +67,15 @@ def test_checkpoint_needs_no_pretrained_weights(tmp_path):
     assert all(x.equal(again.state_dict()[name]) for name, x in model.state_dict().items())
 
 
+def test_checkpoint_is_not_exported_into_its_run(rcnn, tmp_path):
+    (tmp_path / "last_checkpoint").write_text("model_final.pth")
+    (tmp_path / "config.yaml").write_text("the run's")
+    with pytest.raises(ValueError, match="--output is .*the OUTPUT_DIR of a run.*choose another"):
+        export_model(rcnn, str(tmp_path), "checkpoint")
+    assert {p.name for p in tmp_path.iterdir()} == {"last_checkpoint", "config.yaml"}
+    assert (tmp_path / "config.yaml").read_text() == "the run's"
+
+
 @pytest.mark.parametrize("name, method", [("rcnn", "scripting"), ("retinanet", "tracing")])
 def test_half_and_freeze(request, tmp_path, name, method):
     cfg = request.getfixturevalue(name)
