@@ -3,6 +3,7 @@
 
 from .defaults import add_mokd_config
 from .loading import (
+    check_device,
     find_config,
     get_cfg,
     load_config,
@@ -13,6 +14,7 @@ from .loading import (
 
 __all__ = [
     "add_mokd_config",
+    "check_device",
     "find_config",
     "get_cfg",
     "load_config",

@@ -4,6 +4,7 @@
 import difflib
 import os
 
+import torch
 import yaml
 from detectron2 import model_zoo
 from detectron2.config import CfgNode
@@ -13,6 +14,7 @@ from detectron2.utils.file_io import PathManager
 from .defaults import add_mokd_config
 
 __all__ = [
+    "check_device",
     "find_config",
     "get_cfg",
     "load_config",
@@ -79,7 +81,8 @@ def merge_overrides(cfg, opts, source="override"):
         source (str): where they were given, for messages.
 
     Raises:
-        ValueError: a key that does not exist, overrides that are no pairs, or no dict.
+        ValueError: a key that does not exist, or that of a group of options, overrides that are no
+            pairs, or no dict.
     """
     opts = list(opts)
     if len(opts) % 2:
@@ -97,7 +100,21 @@ def merge_overrides(cfg, opts, source="override"):
                     "'{name: value}'."
                 )
             opts[i + 1] = CfgNode(value)
+        elif isinstance(node, CfgNode):  # it would be replaced, and its other options lost
+            raise ValueError(
+                f"{source}: {opts[i]} holds several options ({', '.join(node)}): give each by "
+                f"itself, such as {opts[i]}.{next(iter(node))}."
+            )
     cfg.merge_from_list(opts)
+
+
+def check_device(cfg):
+    """Raise ValueError if MODEL.DEVICE is a GPU, and there is none."""
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(
+            f"MODEL.DEVICE is '{cfg.MODEL.DEVICE}', but torch sees no GPU. Add the override: "
+            "MODEL.DEVICE cpu"
+        )
 
 
 def split_overrides(values):
@@ -170,7 +187,7 @@ def stock_config(cfg):
     del stock.INPUT["LSJ"]
     for key in ("COCO", "BROKEN_IMAGES"):
         del stock.DATASETS[key]
-    for key in ("UNIT", "OPTIMIZER", "BETAS", "MICRO_BATCHES", "EMA_DECAY"):
+    for key in ("OPTIMIZER", "BETAS", "MICRO_BATCHES", "EMA_DECAY"):
         del stock.SOLVER[key]
     del stock.SOLVER.AMP["PRECISION"]
     for key in ("REPEATED_AUGMENTATION", "RESUMABLE"):
@@ -185,6 +202,7 @@ def stock_config(cfg):
         del stock.MODEL["CLASSIFIER"]
         del stock.INPUT["CLASSIFICATION"]
         del stock.DATASETS["CLASSIFICATION"]
+        del stock.SOLVER["UNIT"]
         for key in ("BATCH_SIZE", "PER_CLASS"):
             del stock.TEST[key]
     return stock

@@ -8,6 +8,8 @@ import torch.distributed as dist
 from detectron2.engine import launch as detectron2_launch
 from detectron2.utils import comm
 
+from ..config import load_config
+
 __all__ = ["launch"]
 
 
@@ -32,9 +34,11 @@ def launch(main, args):
             args=(args,),
         )
     local_rank, local_ranks = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
-    if torch.cuda.is_available():
+    device = load_config(args.config_file, args.opts).MODEL.DEVICE
+    on_gpu = device.startswith("cuda") and torch.cuda.is_available()  # if there is none: main's
+    if on_gpu:
         torch.cuda.set_device(local_rank)
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    dist.init_process_group("nccl" if on_gpu else "gloo")
     try:
         _create_local_process_group(local_ranks)
         return main(args)

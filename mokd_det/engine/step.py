@@ -184,7 +184,13 @@ class BalancedTrainer(SimpleTrainer):
                 "DATALOADER.RESUMABLE, MICRO_BATCHES and EMA_DECAY), which this run cannot go on "
                 f"with. {NEW_RUN}"
             )
-        if self.boundary.balancer is not None and "balancer" in state:
+        if (self.boundary.balancer is not None) != ("balancer" in state):
+            then = "with" if "balancer" in state else "without"
+            raise ValueError(
+                f"The checkpoint is of a run {then} a teacher, and MOKD.ENABLED is "
+                f"{self.boundary.balancer is not None} now. {NEW_RUN}"
+            )
+        if self.boundary.balancer is not None:
             weights, now = state["balancer"]["weights"], self.inner.objectives
             if weights is not None and len(weights) != len(now):
                 raise ValueError(
@@ -197,7 +203,7 @@ class BalancedTrainer(SimpleTrainer):
         modules = dict(self.inner.student.named_modules())
         for name, numbers in state["numbers"].items():
             vars(modules[name]).update(numbers)
-        if self.boundary.balancer is not None and "balancer" in state:
+        if self.boundary.balancer is not None:
             self.boundary.balancer.load_state_dict(state["balancer"])
         if self.grad_scaler is not None and "grad_scaler" in state:
             self.grad_scaler.load_state_dict(state["grad_scaler"])

@@ -35,7 +35,7 @@ from ..modeling import (
 )
 from .average import AverageCheckpointer, WeightAverage
 from .optimizer import build_optimizer
-from .step import PRECISIONS, BalancedTrainer
+from .step import NEW_RUN, PRECISIONS, BalancedTrainer
 from .writers import BalanceWriter
 
 __all__ = ["DistillationTrainer", "Trainer", "build_trainer"]
@@ -84,6 +84,17 @@ class Trainer(DefaultTrainer):
         return {**super().state_dict(), "_trainer": self._trainer.state_dict()}
 
     def load_state_dict(self, state_dict):
+        """
+        Raises:
+            ValueError: the checkpoint is of another kind of step.
+        """
+        ours = isinstance(self._trainer, BalancedTrainer)
+        if not ours and "seed" in state_dict.get("_trainer", {}):
+            raise ValueError(
+                "The checkpoint is of a run with MOKD.ENABLED True, DATALOADER.RESUMABLE, "
+                "MICRO_BATCHES or EMA_DECAY, which Detectron2's own training step cannot go on "
+                f"with. {NEW_RUN}"
+            )
         super().load_state_dict(state_dict)
         if "load_state_dict" not in vars(DefaultTrainer) and "_trainer" in state_dict:
             self._trainer.load_state_dict(state_dict["_trainer"])
@@ -261,7 +272,8 @@ def check_supported(cfg):
         raise ValueError(
             f"SOLVER.EMA_DECAY is {solver.EMA_DECAY}: expected 0 (off) or 0 < decay < 1."
         )
-    size = solver.IMS_PER_BATCH // comm.get_world_size()
+    # With a reference, the batch and the number of processes will be scaled together.
+    size = solver.IMS_PER_BATCH // (solver.REFERENCE_WORLD_SIZE or comm.get_world_size())
     if solver.MICRO_BATCHES < 1 or size % solver.MICRO_BATCHES:
         raise ValueError(
             f"SOLVER.MICRO_BATCHES is {solver.MICRO_BATCHES}: expected a divisor of the {size} "

@@ -57,6 +57,11 @@ def test_bad_overrides_are_explained():
         load_config("", ["MOKD.ENABLE", True])
     with pytest.raises(ValueError, match="pairs KEY VALUE"):
         load_config("", ["MOKD.ENABLED"])
+    for value in ({"ENABLED": True}, "{ENABLED: True}"):
+        with pytest.raises(
+            ValueError, match="MOKD.OUTPUTS holds several options .ENAB"
+        ):
+            load_config("", ["MOKD.OUTPUTS", value])
 
 
 def test_an_option_of_many_values_leaves_the_overrides(tmp_path, monkeypatch):
@@ -97,3 +102,9 @@ def test_stock_config_is_read_by_detectron2_alone(name, tmp_path):
 
 def test_defaults_are_detectron2s_where_detectron2_has_them():
     assert stock_config(get_cfg()) == get_detectron2_cfg()
+
+
+def test_a_classifiers_schedule_stays_in_its_unit():
+    """Its config needs mokd_det in any case; without the unit, epochs would be iterations."""
+    cfg = load_config("configs/Digits/student_mokd.yaml")
+    assert stock_config(cfg).SOLVER.UNIT == cfg.SOLVER.UNIT == "epoch"

@@ -14,6 +14,7 @@ from mokd_det.balancing import Balance
 from mokd_det.engine import BalancedTrainer, DistillationTrainer, Trainer, build_trainer
 from mokd_det.engine.diagnostics import BalanceDiagnostics
 from mokd_det.engine.replay import Replay
+from mokd_det.engine.trainer import check_supported
 from mokd_det.modeling import SupervisedModel
 
 from .helpers import train_and_stop
@@ -215,6 +216,29 @@ def test_resuming_a_run_of_detectron2s_own_step_is_refused(make_cfg):
     other = build(make_cfg("mokd", ["MOKD.ENABLED", False, "SOLVER.MICRO_BATCHES", 2], "other"))
     with pytest.raises(ValueError, match="checkpoint is of Detectron2's own training step"):
         other._trainer.load_state_dict(state)
+
+
+def test_resuming_with_or_without_a_teacher_as_before(make_cfg):
+    """By outputs alone both have the same parameters, and nothing else would be noticed."""
+    opts = ["MOKD.FEATURES.ENABLED", False, "MOKD.OUTPUTS.ENABLED", True]
+    distilled = build(make_cfg("mokd", opts))
+    run_steps(distilled)
+    alone = build(make_cfg("faster_rcnn", ["DATALOADER.RESUMABLE", True], "alone"))
+    run_steps(alone)
+    with pytest.raises(ValueError, match="of a run with a teacher, and MOKD.ENABLED is False now"):
+        alone._trainer.load_state_dict(distilled._trainer.state_dict())
+    with pytest.raises(ValueError, match="of a run without a teacher, and MOKD.ENABLED is True no"):
+        distilled._trainer.load_state_dict(alone._trainer.state_dict())
+    stock = build_trainer(make_cfg("faster_rcnn", [], "stock"))
+    with pytest.raises(ValueError, match="which Detectron2's own training step cannot go on with"):
+        stock.load_state_dict(alone.state_dict())
+
+
+def test_micro_batches_of_a_batch_that_will_be_scaled(make_cfg):
+    opts = ["SOLVER.IMS_PER_BATCH", 8, "SOLVER.REFERENCE_WORLD_SIZE", 4]
+    check_supported(make_cfg("mokd", [*opts, "SOLVER.MICRO_BATCHES", 2]))
+    with pytest.raises(ValueError, match="MICRO_BATCHES is 4: expected a divisor of the 2 images"):
+        check_supported(make_cfg("mokd", [*opts, "SOLVER.MICRO_BATCHES", 4]))
 
 
 def test_retinanet_resumes_with_the_normaliser_of_its_loss(make_cfg):
