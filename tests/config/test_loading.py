@@ -58,9 +58,7 @@ def test_bad_overrides_are_explained():
     with pytest.raises(ValueError, match="pairs KEY VALUE"):
         load_config("", ["MOKD.ENABLED"])
     for value in ({"ENABLED": True}, "{ENABLED: True}"):
-        with pytest.raises(
-            ValueError, match="MOKD.OUTPUTS holds several options .ENAB"
-        ):
+        with pytest.raises(ValueError, match="MOKD.OUTPUTS holds several options .ENAB"):
             load_config("", ["MOKD.OUTPUTS", value])
 
 
