@@ -65,7 +65,7 @@ class TorchvisionBackbone(Backbone):
         self.body = create_feature_extractor(
             model, return_nodes={node: stage for stage, node in nodes.items()}
         )
-        _check_nodes_stay(self.body, nodes.values())
+        _check_nodes_stay(self.body, nodes)
         if norm == "FrozenBN":
             # After tracing: the tracer takes torch's own normalisation only as one node.
             self.body = FrozenBatchNorm2d.convert_frozen_batchnorm(self.body)
@@ -253,17 +253,20 @@ def _choose_nodes(model, name, automatic, out_features, nodes):
     return {stage: automatic[stage] for stage in out_features or stages}
 
 
-def _check_nodes_stay(body, names):
-    """Raise ValueError if what follows a node changes it in place, before it is read."""
+def _check_nodes_stay(body, nodes):
+    """
+    Raise ValueError if what follows a node of ``nodes`` (stage -> name) changes it in place, before
+    it is read from the traced ``body``.
+    """
     modules = dict(body.named_modules())
-    outputs = next(node for node in body.graph.nodes if node.op == "output").all_input_nodes
-    for name, node in zip(names, outputs):
+    outputs = next(node for node in body.graph.nodes if node.op == "output").args[0]
+    for stage, node in outputs.items():
         for user in node.users:
             module = modules.get(user.target) if user.op == "call_module" else None
             if getattr(module, "inplace", False) or user.kwargs.get("inplace"):
                 raise ValueError(
-                    f"MODEL.TORCHVISION.NODES has '{name}', which '{user.name}' changes in place: "
-                    "name that one."
+                    f"MODEL.TORCHVISION.NODES has '{nodes[stage]}', which '{user.name}' changes "
+                    "in place: name that one."
                 )
 
 
