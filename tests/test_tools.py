@@ -241,10 +241,16 @@ def test_flags_that_do_not_fit_are_refused(name, flags, opts, message):
     assert message in refused("--config-file", CONFIGS[name], *flags, *TREE_OPTS, *opts)
 
 
-@pytest.mark.parametrize("size", [0, 48])
-def test_teacher_without_a_config_is_evaluated_at_its_size(make_digits_cfg, monkeypatch, size):
+@pytest.mark.parametrize(
+    "size, teacher_opts, expected",
+    [(0, [], 32), (48, [], 48), (48, ["INPUT.CLASSIFICATION.SIZE_TEST", 40], 40)],
+)
+def test_teacher_without_a_config_is_evaluated_at_its_size(
+    make_digits_cfg, monkeypatch, size, teacher_opts, expected
+):
     tool = load_script("tools/train_net.py")
     opts = ["MOKD.TEACHER.CONFIG_FILE", "", "MOKD.TEACHER.CLASSIFIER", "resnet18"]
+    opts += ["MOKD.TEACHER.OPTS", teacher_opts]
     cfg = make_digits_cfg([*opts, "MOKD.TEACHER.IMAGE_SIZE", size])
     register_datasets(cfg)
     build = tool.Trainer.build_test_loader
@@ -259,7 +265,7 @@ def test_teacher_without_a_config_is_evaluated_at_its_size(make_digits_cfg, monk
     args = ["--eval-only", "--with-teacher"]
     tool.evaluate(tool.argument_parser().parse_args(args), cfg)
     student, teacher = (x.shape[-1] for x in images)
-    assert student == 32 and teacher == (size or 32)
+    assert student == 32 and teacher == expected
     assert size or torch.equal(*images)
 
 

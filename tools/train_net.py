@@ -100,11 +100,6 @@ def evaluate(args, cfg):
     if args.with_teacher:  # what may be wrong with it is found before the student is evaluated
         teacher_cfg = teacher_config(cfg)
         teacher_cfg.DATASETS = cfg.DATASETS
-        if cfg.MOKD.TEACHER.CLASSIFIER:  # it has no config file that says how it sees images
-            teacher_cfg.INPUT.CLASSIFICATION = cfg.INPUT.CLASSIFICATION.clone()
-            if size := cfg.MOKD.TEACHER.IMAGE_SIZE:
-                teacher_cfg.INPUT.CLASSIFICATION.SIZE_TEST = size
-                teacher_cfg.INPUT.CLASSIFICATION.RESIZE_TEST = size
         teacher_cfg.OUTPUT_DIR = f"{cfg.OUTPUT_DIR}/teacher"
         PathManager.mkdirs(teacher_cfg.OUTPUT_DIR)
         teacher = load_trained_model(teacher_cfg, "MOKD.TEACHER.WEIGHTS")

@@ -3,6 +3,7 @@
 
 from .defaults import add_mokd_config
 from .loading import (
+    check_applicable,
     check_device,
     find_config,
     get_cfg,
@@ -14,6 +15,7 @@ from .loading import (
 
 __all__ = [
     "add_mokd_config",
+    "check_applicable",
     "check_device",
     "find_config",
     "get_cfg",

@@ -14,6 +14,7 @@ from detectron2.utils.file_io import PathManager
 from .defaults import add_mokd_config
 
 __all__ = [
+    "check_applicable",
     "check_device",
     "find_config",
     "get_cfg",
@@ -22,6 +23,24 @@ __all__ = [
     "split_overrides",
     "stock_config",
 ]
+
+# Options that the other kind of model would ignore without a word.
+FOR_DETECTORS = (
+    "INPUT.COLOR_JITTER",
+    "INPUT.LSJ",
+    "MOKD.OUTPUTS.PROPOSALS",
+    "MOKD.OUTPUTS.CLASS_WEIGHT",
+    "MOKD.OUTPUTS.BOX_WEIGHT",
+    "MOKD.OUTPUTS.RPN_WEIGHT",
+)
+FOR_CLASSIFIERS = (
+    "MODEL.CLASSIFIER",
+    "INPUT.CLASSIFICATION",
+    "DATASETS.BROKEN_IMAGES",
+    "DATALOADER.REPEATED_AUGMENTATION",
+    "TEST.PER_CLASS",
+    "MOKD.TEACHER.IMAGE_SIZE",
+)
 
 
 def get_cfg():
@@ -106,6 +125,26 @@ def merge_overrides(cfg, opts, source="override"):
                 f"itself, such as {opts[i]}.{next(iter(node))}."
             )
     cfg.merge_from_list(opts)
+
+
+def check_applicable(cfg):
+    """Raise ValueError for an option that is set, but that the config's kind of model ignores."""
+    classifier = cfg.MODEL.META_ARCHITECTURE == "Classifier"
+    default = get_cfg()
+    for option in FOR_DETECTORS if classifier else FOR_CLASSIFIERS:
+        ours, its_default = cfg, default
+        for part in option.split("."):
+            ours, its_default = ours[part], its_default[part]
+        if ours == its_default:
+            continue
+        if isinstance(ours, CfgNode):
+            key = next(k for k in ours if k not in its_default or ours[k] != its_default[k])
+            option, ours = f"{option}.{key}", ours[key]
+        raise ValueError(
+            f"{option} is {ours!r}, but it is an option of "
+            f"{'detectors' if classifier else 'classifiers'} only, and MODEL.META_ARCHITECTURE is "
+            f"'{cfg.MODEL.META_ARCHITECTURE}': remove it."
+        )
 
 
 def check_device(cfg):

@@ -13,6 +13,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
+from ..config import check_applicable
 from ..data import (
     build_resumable_train_loader,
     build_train_mapper,
@@ -51,6 +52,7 @@ class Trainer(DefaultTrainer):
     """
 
     def __init__(self, cfg):
+        check_applicable(cfg)
         prepare_datasets(cfg)
         self.check_evaluators(cfg)
         super().__init__(schedule_in_iterations(cfg))
@@ -116,6 +118,7 @@ class DistillationTrainer(Trainer):
         super(DefaultTrainer, self).__init__()
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
             setup_logger()
+        check_applicable(cfg)
         check_supported(cfg)
         prepare_datasets(cfg)
         if cfg.MOKD.ENABLED and cfg.MOKD.OUTPUTS.ENABLED and not cfg.MOKD.TEACHER.TORCHSCRIPT.FILE:

@@ -17,6 +17,7 @@ from ..modeling import (
     load_trained_model,
     stock_module,
     teacher_config,
+    teacher_images,
     without_initial_weights,
 )
 from .export import export_model
@@ -72,10 +73,7 @@ def benchmark(cfg, exported, output_dir, method, options):
         teacher_cfg.DATASETS = cfg.DATASETS
         teacher_cfg.INPUT.MIN_SIZE_TEST = cfg.INPUT.MIN_SIZE_TEST  # the same work for both
         teacher_cfg.INPUT.MAX_SIZE_TEST = cfg.INPUT.MAX_SIZE_TEST
-        teacher_cfg.INPUT.CLASSIFICATION = cfg.INPUT.CLASSIFICATION.clone()
-        if size := cfg.MOKD.TEACHER.IMAGE_SIZE:  # it takes no other
-            teacher_cfg.INPUT.CLASSIFICATION.SIZE_TEST = size
-            teacher_cfg.INPUT.CLASSIFICATION.RESIZE_TEST = size
+        teacher_cfg.INPUT.CLASSIFICATION = teacher_images(cfg)
         folder = os.path.join(output_dir, "teacher")
         teacher = export_model(
             teacher_cfg, folder, format, method, option="MOKD.TEACHER.WEIGHTS", **options

@@ -7,6 +7,7 @@ from .classification import (
     Classifier,
     is_classifier,
     stock_module,
+    teacher_images,
     without_initial_weights,
 )
 from .distillation_model import DistillationModel
@@ -49,5 +50,6 @@ __all__ = [
     "set_module_numbers",
     "stock_module",
     "teacher_config",
+    "teacher_images",
     "without_initial_weights",
 ]

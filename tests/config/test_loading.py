@@ -3,7 +3,14 @@ import pytest
 import yaml
 from detectron2.config import get_cfg as get_detectron2_cfg
 
-from mokd_det.config import get_cfg, load_config, split_overrides, stock_config
+from mokd_det.config import (
+    check_applicable,
+    get_cfg,
+    load_config,
+    merge_overrides,
+    split_overrides,
+    stock_config,
+)
 
 from ..conftest import CONFIGS
 
@@ -106,3 +113,23 @@ def test_a_classifiers_schedule_stays_in_its_unit():
     """Its config needs mokd_det in any case; without the unit, epochs would be iterations."""
     cfg = load_config("configs/Digits/student_mokd.yaml")
     assert stock_config(cfg).SOLVER.UNIT == cfg.SOLVER.UNIT == "epoch"
+
+
+@pytest.mark.parametrize(
+    "kind, opts, message",
+    [
+        ("Classifier", ["INPUT.COLOR_JITTER", 0.3], "INPUT.COLOR_JITTER is 0.3, .* of detectors"),
+        ("Classifier", ["INPUT.LSJ.SIZE", 640], "INPUT.LSJ.SIZE is 640"),
+        ("RetinaNet", ["INPUT.CLASSIFICATION.MIXUP", 0.2], "MIXUP is 0.2, .* of classifiers only"),
+        ("RetinaNet", ["DATALOADER.REPEATED_AUGMENTATION", 3], "REPEATED_AUGMENTATION is 3"),
+        ("RetinaNet", ["MODEL.CLASSIFIER.OPTIONS", {"dropout": 0.2}], "MODEL.CLASSIFIER.OPTIONS"),
+    ],
+)
+def test_an_option_of_the_other_kind_of_model_is_refused(kind, opts, message):
+    cfg = load_config("", ["MODEL.META_ARCHITECTURE", kind])
+    check_applicable(cfg)
+    merge_overrides(cfg, opts)
+    with pytest.raises(ValueError, match=message):
+        check_applicable(cfg)
+    cfg.MODEL.META_ARCHITECTURE = {"Classifier": "RetinaNet", "RetinaNet": "Classifier"}[kind]
+    check_applicable(cfg)

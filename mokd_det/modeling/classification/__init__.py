@@ -17,6 +17,7 @@ from .teacher import (
     ClassifierView,
     build_classifier_teacher,
     classifier_teacher_config,
+    teacher_images,
 )
 
 __all__ = [
@@ -34,5 +35,6 @@ __all__ = [
     "is_classifier",
     "load_trained_classifier",
     "stock_module",
+    "teacher_images",
     "without_initial_weights",
 ]

@@ -19,6 +19,7 @@ __all__ = [
     "ClassifierView",
     "build_classifier_teacher",
     "classifier_teacher_config",
+    "teacher_images",
 ]
 
 
@@ -131,6 +132,8 @@ def classifier_teacher_config(cfg):
         teacher_cfg.MODEL.CLASSIFIER.NUM_CLASSES = cfg.MODEL.CLASSIFIER.NUM_CLASSES
         mean, std = input_normalisation(options.CLASSIFIER, options.WEIGHTS)
         teacher_cfg.MODEL.PIXEL_MEAN, teacher_cfg.MODEL.PIXEL_STD = mean, std
+        # It has no config file that says how it sees images.
+        teacher_cfg.INPUT.CLASSIFICATION = teacher_images(cfg)
         merge_overrides(teacher_cfg, options.OPTS, "MOKD.TEACHER.OPTS: override")
     else:
         option = "MOKD.TEACHER.CONFIG_FILE"
@@ -161,6 +164,22 @@ def classifier_teacher_config(cfg):
         teacher_cfg.MODEL.CLASSIFIER.WEIGHTS = given
     teacher_cfg.MODEL.WEIGHTS = given if is_file else ""
     return teacher_cfg
+
+
+def teacher_images(cfg):
+    """
+    Args:
+        cfg (CfgNode): the student's config.
+
+    Returns:
+        CfgNode: its ``INPUT.CLASSIFICATION``, evaluated at ``MOKD.TEACHER.IMAGE_SIZE`` if there is
+        one.
+    """
+    images = cfg.INPUT.CLASSIFICATION.clone()
+    images.defrost()
+    if size := cfg.MOKD.TEACHER.IMAGE_SIZE:
+        images.SIZE_TEST = images.RESIZE_TEST = size
+    return images
 
 
 def build_classifier_teacher(cfg):
