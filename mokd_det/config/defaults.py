@@ -28,8 +28,9 @@ def add_mokd_config(cfg):
     # "skip" (another image takes its place in training, none in evaluation; they are counted).
     cfg.DATASETS.BROKEN_IMAGES = "error"
 
-    # Random colours in training: contrast and each channel's brightness are multiplied by factors
-    # in [1 - j, 1 + j]. 0 is off, as in Detectron2. For data of another camera, sun or season.
+    # Detectors: random colours in training. Contrast and each channel's brightness are multiplied
+    # by factors in [1 - j, 1 + j]. 0 is off, as in Detectron2. For data of another camera, sun or
+    # season.
     cfg.INPUT.COLOR_JITTER = 0.0
 
     # Large-scale jitter (Ghiasi et al. 2021; Detectron2's "LSJ" recipes): the image is resized by a
