@@ -2,9 +2,10 @@
 """
 What Detectron2 0.6 needs to run on today's NumPy, Pillow, setuptools and PyTorch. Nothing else.
 
-`import mokd_det` calls :func:`apply`, which must happen before the first import of a Detectron2
-submodule. Every mend looks first whether it is needed, so a Detectron2 built from upstream's main
-branch (which needs none of them but, with a new setuptools, the last) is left as it is.
+Importing this module applies the patches, which must happen before the first import of a Detectron2
+submodule. All rooms of mokd_det that use Detectron2 import it first; `mokd_det.balancing`, which
+needs torch only, does not. Every patch looks first whether it is needed, so a Detectron2 built from
+upstream's main branch (which needs none but, with a new setuptools, the last) is left as it is.
 """
 
 import importlib.util
@@ -18,30 +19,29 @@ BUILD_HINT = (
     "pip install --no-build-isolation 'git+https://github.com/facebookresearch/detectron2.git'"
 )
 
-__all__ = ["BUILD_HINT", "apply"]
+__all__ = ["APPLIED", "BUILD_HINT", "apply"]
 
 
-def apply():
+def apply() -> list[str]:
     """
-    Apply every mend that the installed Detectron2 needs.
+    Apply every patch that the installed Detectron2 needs.
 
     Returns:
-        list[str]: names of the mends applied now, among ``pillow``, ``numpy``, ``compiled``,
-        ``caffe2``, ``pkg_resources``. Empty without Detectron2 (``mokd_det.balancing`` and
-        ``mokd_det.subspace`` work without it) and on a second call.
+        Names of the patches applied now, among ``pillow``, ``numpy``, ``compiled``, ``caffe2``,
+        ``pkg_resources``. Empty without Detectron2 and on a second call.
     """
     spec = importlib.util.find_spec("detectron2")
     if spec is None or not spec.submodule_search_locations:
         return []
     root = Path(spec.submodule_search_locations[0])
-    mends = {
-        "pillow": _mend_pillow,
-        "numpy": _mend_numpy,
-        "compiled": _mend_compiled,
-        "caffe2": _mend_caffe2,
-        "pkg_resources": _mend_pkg_resources,
+    patches = {
+        "pillow": _patch_pillow,
+        "numpy": _patch_numpy,
+        "compiled": _patch_compiled,
+        "caffe2": _patch_caffe2,
+        "pkg_resources": _patch_pkg_resources,
     }
-    return [name for name, mend in mends.items() if mend(root)]
+    return [name for name, patch in patches.items() if patch(root)]
 
 
 def _mentions(file, text):
@@ -49,7 +49,7 @@ def _mentions(file, text):
     return file.is_file() and text in file.read_text(encoding="utf-8")
 
 
-def _mend_pillow(root):
+def _patch_pillow(root):
     """Pillow 10 removed ``Image.LINEAR``; 0.6 uses it as a default argument."""
     from PIL import Image
 
@@ -61,7 +61,7 @@ def _mend_pillow(root):
     return True
 
 
-def _mend_numpy(root):
+def _patch_numpy(root):
     """NumPy 1.24 removed its aliases of Python's own types (NumPy 2 brought ``bool`` back)."""
     import numpy as np
 
@@ -74,7 +74,7 @@ def _mend_numpy(root):
     return True
 
 
-def _mend_compiled(root):
+def _patch_compiled(root):
     """
     Without ``detectron2._C`` nothing imports. Detectors that need none of its operators run
     with this stand-in; the others fail at the operator, with the way to get it.
@@ -134,7 +134,7 @@ def _define_missing_torch_ops(missing_operator):
     sys.modules["detectron2._C"].library = library
 
 
-def _mend_caffe2(root):
+def _patch_caffe2(root):
     """
     0.6 imports ``detectron2.export.api``, which is all caffe2, on ``import detectron2.export``.
     caffe2 left PyTorch in 2.0 or so; tracing and scripting do not need it.
@@ -152,7 +152,7 @@ def _mend_caffe2(root):
     return True
 
 
-def _mend_pkg_resources(root):
+def _patch_pkg_resources(root):
     """setuptools 82 dropped pkg_resources; ``detectron2.model_zoo`` needs one function of it."""
     if "pkg_resources" in sys.modules or importlib.util.find_spec("pkg_resources") is not None:
         return False
@@ -165,3 +165,7 @@ def _mend_pkg_resources(root):
     stand_in.resource_filename = resource_filename
     sys.modules["pkg_resources"] = stand_in
     return True
+
+
+APPLIED = apply()
+"""Names of the patches that were needed."""

@@ -1,35 +1,38 @@
 # Copyright (c) The mokd_det authors.
-"""A registry whose error helps. It needs nothing but Python, as `balancing` and `subspace` do."""
+"""A registry whose error helps. It needs nothing but Python, as `balancing` needs only torch."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
 
 __all__ = ["Registry"]
 
 
 class Registry:
-    """
-    Objects by name, as Detectron2's registries.
+    """Objects by name, as Detectron2's registries."""
 
-    Args:
-        name (str): of the registry, for messages.
-        option (str): the config key that selects from it, for messages.
-    """
-
-    def __init__(self, name, option):
+    def __init__(self, name: str, option: str):
+        """
+        Args:
+            name: of the registry, for messages.
+            option: the config key that selects from it, for messages.
+        """
         self.name = name
         self.option = option
-        self._objects = {}
+        self._objects: dict[str, Any] = {}
 
-    def register(self, name):
-        """Return a decorator that registers a class or function under ``name``."""
+    def register(self, name: str) -> Callable:
+        """Return a decorator that registers a class or function, and calls it ``name``."""
 
         def decorator(obj):
             if name in self._objects:
                 raise KeyError(f"{self.name} has an object named '{name}' already.")
             self._objects[name] = obj
+            obj.name = name
             return obj
 
         return decorator
 
-    def get(self, name):
+    def get(self, name: str) -> Any:
         """Return the object called ``name``; ValueError with the known names if there is none."""
         if name not in self._objects:
             raise ValueError(
@@ -38,8 +41,12 @@ class Registry:
             )
         return self._objects[name]
 
-    def __contains__(self, name):
+    def remove(self, name: str) -> None:
+        """Take an object out again: for tests."""
+        del self._objects[name]
+
+    def __contains__(self, name: str) -> bool:
         return name in self._objects
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[str]:
         return iter(sorted(self._objects))

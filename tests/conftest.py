@@ -4,7 +4,7 @@
 import os
 from pathlib import Path
 
-import mokd_det  # noqa: F401  (first: mends Detectron2 where it needs it)
+import mokd_det.compat  # noqa: F401  (first: patches Detectron2 where it needs it)
 import pytest
 import torch
 from detectron2.modeling import build_model

@@ -41,7 +41,7 @@ import statistics
 import tempfile
 import time
 
-import mokd_det  # noqa: F401  (first: mends Detectron2 where it needs it)
+import mokd_det.compat  # noqa: F401  (first: patches Detectron2 where it needs it)
 import torch
 from detectron2.engine import SimpleTrainer
 from detectron2.modeling import build_model

@@ -31,7 +31,7 @@ import statistics
 import tempfile
 import time
 
-import mokd_det  # noqa: F401  (first: mends Detectron2 where it needs it)
+import mokd_det.compat  # noqa: F401  (first: patches Detectron2 where it needs it)
 import torch
 from benchmark import Constant, machine, time_rounds
 from detectron2.utils.env import seed_all_rng

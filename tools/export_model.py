@@ -12,7 +12,7 @@ Examples:
   # ... with float16 inside, compared on one's own images
   python tools/export_model.py ... --half --images photo.jpg other.jpg MODEL.WEIGHTS ...
 
-  # speed and size beside the teacher's, and beside the twin trained from scratch
+  # speed and size beside the teacher's, and beside the same model from scratch
   python tools/export_model.py ... --benchmark MODEL.WEIGHTS ...
 
   # what stock Detectron2 loads
@@ -33,22 +33,23 @@ import json
 import os
 import sys
 
-import mokd_det  # noqa: F401  (first: mends Detectron2 where it needs it)
+import mokd_det.compat  # noqa: F401  (first: patches Detectron2 where it needs it)
 from detectron2.utils.logger import setup_logger
 
-from mokd_det import modeling  # noqa: F401  (registers the torchvision backbones)
 from mokd_det.config import check_device, load_config, split_overrides
 from mokd_det.export import (
     DEFAULT_TOLERANCE,
     FORMATS,
     METHODS,
     PIXELS,
+    ExportOptions,
     benchmark,
     check_benchmark,
     check_options,
     export_model,
     format_benchmark,
 )
+from mokd_det.tasks import task_of
 
 
 def argument_parser():
@@ -120,16 +121,16 @@ def main():
     setup_logger(name="mokd_det", abbrev_name="mokd")
     cfg = load_config(args.config_file, args.opts)
     check_device(cfg)
+    task = task_of(cfg)
     if args.benchmark:
-        check_benchmark(cfg, args.format)
-    options = {"half": args.half, "freeze": args.freeze, "images": args.images}
-    options["tolerance"] = args.tolerance
-    result = export_model(cfg, args.output, args.format, args.method, **options)
+        check_benchmark(task, cfg, args.format)
+    options = ExportOptions(args.format, args.method, args.half, args.freeze, args.tolerance)
+    result = export_model(task, cfg, args.output, options, args.images)
     if args.format == "checkpoint":
         print(json.dumps(result))
         return
     if args.benchmark:
-        result["benchmark"] = benchmark(cfg, result, args.output, args.method, options)
+        result["benchmark"] = benchmark(task, cfg, result, args.output, options, args.images)
         with open(os.path.join(args.output, "export.json"), "w") as f:
             json.dump(result, f, indent=2)
     print(report(result))

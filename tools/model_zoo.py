@@ -11,7 +11,7 @@ Example:
 import argparse
 from pathlib import Path
 
-import mokd_det  # noqa: F401  (first: mends Detectron2 where it needs it)
+import mokd_det.compat  # noqa: F401  (first: patches Detectron2 where it needs it)
 
 from mokd_det.study import load_study, read_records, record_of, summarize
 

@@ -19,7 +19,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
-import mokd_det  # noqa: E402, F401  (first: mends Detectron2 where it needs it)
+import mokd_det.compat  # noqa: E402, F401  (first: patches Detectron2 where it needs it)
 import numpy as np  # noqa: E402
 
 from mokd_det.evaluation import read_json_lines  # noqa: E402

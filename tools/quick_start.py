@@ -171,7 +171,7 @@ def run_phases(todo):
 
 def collect(seconds, opts):
     """Return the content of results.json from the results of the runs with overrides ``opts``."""
-    import mokd_det  # noqa: F401  (first: mends Detectron2 where it needs it)
+    import mokd_det.compat  # noqa: F401  (first: patches Detectron2 where it needs it)
     from detectron2.modeling import build_model
 
     from mokd_det import modeling  # noqa: F401  (registers the torchvision backbones)
@@ -219,7 +219,7 @@ def main():
             parser.error(
                 f"{option} cannot be an override: each run has its own, in {OUTPUT}. Leave it out."
             )
-    import mokd_det  # noqa: F401  (first: mends Detectron2 where it needs it)
+    import mokd_det.compat  # noqa: F401  (first: patches Detectron2 where it needs it)
 
     from mokd_det.evaluation.results import set_aside
 

@@ -82,7 +82,7 @@ def draw(results, path, columns=10):
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    import mokd_det  # noqa: F401  (first: mends Detectron2 where it needs it)
+    import mokd_det.compat  # noqa: F401  (first: patches Detectron2 where it needs it)
 
     from mokd_det.data.classification import PackedImages
     from mokd_det.data.paths import datasets_root
@@ -125,7 +125,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.parse_args()
-    import mokd_det  # noqa: F401  (first: mends Detectron2 where it needs it)
+    import mokd_det.compat  # noqa: F401  (first: patches Detectron2 where it needs it)
 
     from mokd_det.evaluation.results import set_aside
 

@@ -48,7 +48,7 @@ import time
 import traceback
 from pathlib import Path
 
-import mokd_det  # noqa: F401  (first: mends Detectron2 where it needs it)
+import mokd_det.compat  # noqa: F401  (first: patches Detectron2 where it needs it)
 import torch
 from detectron2.utils.file_io import PathManager
 

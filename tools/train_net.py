@@ -33,7 +33,7 @@ OUTPUT_DIR/teacher/results.json, the row to OUTPUT_DIR/zoo_row.json.
 import argparse
 import json
 
-import mokd_det  # noqa: F401  (first: mends Detectron2 where it needs it)
+import mokd_det.compat  # noqa: F401  (first: patches Detectron2 where it needs it)
 import torch
 from detectron2.engine import default_argument_parser, default_setup
 from detectron2.utils import comm
@@ -41,24 +41,21 @@ from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 from fvcore.common.checkpoint import Checkpointer
 
-from mokd_det.config import check_device, load_config, stock_config
-from mokd_det.data import check_classes, check_datasets, register_datasets
-from mokd_det.engine import DistillationTrainer, Trainer, build_trainer, launch
+from mokd_det.config import check_device, load_config
+from mokd_det.engine import (
+    DistillationTrainer,
+    Trainer,
+    build_trainer,
+    launch,
+    prepare_datasets,
+    validate,
+)
 from mokd_det.evaluation import finite, format_comparison, format_zoo_row, write_results, zoo_row
-from mokd_det.modeling import is_classifier, load_trained_model, teacher_config
+from mokd_det.tasks import task_of
 
 
-def setup(args):
-    """Read the config, check it, and start logging."""
-    cfg = load_config(args.config_file, args.opts)
-    # Data sets first: without them nothing else matters.
-    register_datasets(cfg)
-    if not args.eval_only:
-        check_datasets(cfg.DATASETS.TRAIN, "DATASETS.TRAIN")
-    if args.eval_only or cfg.DATASETS.TEST:
-        check_datasets(cfg.DATASETS.TEST, "DATASETS.TEST")
-    if is_classifier(cfg):
-        check_classes(cfg, ("TEST",) if args.eval_only else ("TRAIN", "TEST"))
+def check_arguments(args, cfg):
+    """Raise ValueError or FileNotFoundError for what the command line alone decides."""
     if args.zoo_row and not cfg.DATASETS.TEST:
         raise ValueError("--zoo-row needs DATASETS.TEST, which is empty: name a data set.")
     if args.with_teacher and not args.eval_only:
@@ -69,7 +66,6 @@ def setup(args):
         raise ValueError(
             "--with-teacher needs a detector: MOKD.TEACHER.TORCHSCRIPT.FILE gives features only."
         )
-    check_device(cfg)
     if cfg.TEST.AUG.ENABLED:
         raise ValueError(
             "TEST.AUG.ENABLED True is not supported: set it to False, or evaluate the exported "
@@ -79,6 +75,18 @@ def setup(args):
     goes_on = args.resume and Checkpointer(torch.nn.Module(), cfg.OUTPUT_DIR).has_checkpoint()
     if not goes_on and weights and "://" not in weights and not PathManager.isfile(weights):
         raise FileNotFoundError(f"MODEL.WEIGHTS '{weights}' does not exist.")
+
+
+def setup(args):
+    """Read the config, check all that can be checked before data and weights, start logging."""
+    cfg = load_config(args.config_file, args.opts)
+    if args.eval_only and not args.with_teacher:
+        task = task_of(cfg)  # neither the teacher nor the training's options matter
+    else:
+        task = validate(cfg)
+    prepare_datasets(cfg, task, is_training=not args.eval_only)
+    check_arguments(args, cfg)
+    check_device(cfg)
     cfg.freeze()
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="mokd_det", abbrev_name="mokd")
@@ -94,16 +102,17 @@ def with_weights(cfg, weights):
 
 def evaluate(args, cfg):
     """Evaluate the plain model of ``cfg`` on DATASETS.TEST (with --resume: its last weights)."""
+    task = task_of(cfg)
     last = Checkpointer(torch.nn.Module(), cfg.OUTPUT_DIR)
     if args.resume and last.has_checkpoint():
         cfg = with_weights(cfg, last.get_checkpoint_file())
     if args.with_teacher:  # what may be wrong with it is found before the student is evaluated
-        teacher_cfg = teacher_config(cfg)
+        teacher_cfg = task.teacher_config(cfg)
         teacher_cfg.DATASETS = cfg.DATASETS
         teacher_cfg.OUTPUT_DIR = f"{cfg.OUTPUT_DIR}/teacher"
         PathManager.mkdirs(teacher_cfg.OUTPUT_DIR)
-        teacher = load_trained_model(teacher_cfg, "MOKD.TEACHER.WEIGHTS")
-    results = Trainer.test(cfg, load_trained_model(cfg))
+        teacher = task.load_trained(teacher_cfg, "MOKD.TEACHER.WEIGHTS")
+    results = Trainer.test(cfg, task.load_trained(cfg))
     if args.with_teacher:
         teacher_results = Trainer.test(teacher_cfg, teacher)
         if comm.is_main_process():
@@ -118,7 +127,7 @@ def train(args, cfg):
     if comm.is_main_process() and isinstance(trainer, DistillationTrainer):
         # What stock Detectron2 needs to use the student.
         with PathManager.open(f"{cfg.OUTPUT_DIR}/student.yaml", "w") as f:
-            f.write(stock_config(trainer.cfg).dump())
+            f.write(task_of(cfg).stock_config(trainer.cfg).dump())
     trainer.resume_or_load(resume=args.resume)
     trainer.train()
     results = getattr(trainer, "_last_eval_results", {})
@@ -130,7 +139,7 @@ def write_zoo_row(args, cfg, results):
     one_by_one.defrost()
     one_by_one.TEST.BATCH_SIZE = 1
     loader = Trainer.build_test_loader(one_by_one, cfg.DATASETS.TEST[0])
-    row = zoo_row(cfg, load_trained_model(cfg), results, args.config_file, loader)
+    row = zoo_row(cfg, task_of(cfg).load_trained(cfg), results, args.config_file, loader)
     with PathManager.open(f"{cfg.OUTPUT_DIR}/zoo_row.json", "w") as f:
         json.dump(finite(row), f, indent=2)
     print(format_zoo_row(row))

@@ -18,14 +18,14 @@ import cv2
 import numpy as np
 import torch
 
-import mokd_det  # noqa: F401  (first: mends Detectron2 where it needs it)
+import mokd_det.compat  # noqa: F401  (first: patches Detectron2 where it needs it)
 from detectron2.data import DatasetCatalog, DatasetMapper
 from detectron2.data.detection_utils import read_image
 from detectron2.structures import BoxMode
 
 from mokd_det.config import check_device, load_config
 from mokd_det.data import check_datasets, register_datasets
-from mokd_det.modeling import load_trained_model
+from mokd_det.tasks import task_of
 
 GROUND_TRUTH_COLOUR = (80, 220, 80)
 PREDICTION_COLOUR = (60, 140, 255)  # BGR
@@ -41,7 +41,7 @@ def predict(cfg, elements, score):
     Returns:
         list[ndarray]: for each element (N, 4) boxes x0, y0, x1, y1 in its pixels.
     """
-    model = load_trained_model(cfg)
+    model = task_of(cfg).load_trained(cfg)
     mapper = DatasetMapper(cfg, is_train=False)
     boxes = []
     with torch.no_grad():

@@ -1,46 +1,46 @@
 # Copyright (c) The mokd_det authors.
 """The mathematics of balancing. Needs torch only; knows no detector."""
 
-from . import famo, look_ahead  # noqa: F401  (register their rules)
-from .balancer import Balancer
-from .boundary import Boundary, FeatureBoundary
-from .build import build_boundary
-from .gram import (
-    cosine,
-    dominance,
-    gram_by_part,
-    gram_matrix,
-    repair_gram,
-    share,
-    signal_gram,
-    update_cosine,
-)
-from .min_norm import min_norm_simplex, min_norm_two
+from .balancer import Balancer, Decision
+from .boundary import Boundary, Branch, FeatureBoundary, Parameters
+from .build import build_balancer, build_boundary, check_measured
+from .gram import cosine, dominance, gram_by_part, gram_matrix, share, update_cosine
 from .parameters import ParameterBoundary
-from .rules import BALANCERS, RESCALES, Balance, balance, build_rule
+from .rules import (
+    RESCALES,
+    RULES,
+    TORCHJD_PREFIX,
+    Rule,
+    build_rule,
+    min_norm_simplex,
+    min_norm_two,
+)
 from .running import RunningGram, RunningLosses
 
 __all__ = [
-    "BALANCERS",
     "RESCALES",
-    "Balance",
+    "RULES",
+    "TORCHJD_PREFIX",
     "Balancer",
     "Boundary",
+    "Branch",
+    "Decision",
     "FeatureBoundary",
     "ParameterBoundary",
+    "Parameters",
+    "Rule",
     "RunningGram",
     "RunningLosses",
-    "balance",
+    "build_balancer",
     "build_boundary",
     "build_rule",
+    "check_measured",
     "cosine",
     "dominance",
     "gram_by_part",
     "gram_matrix",
     "min_norm_simplex",
     "min_norm_two",
-    "repair_gram",
     "share",
-    "signal_gram",
     "update_cosine",
 ]

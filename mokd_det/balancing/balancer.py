@@ -3,234 +3,283 @@
 
 import dataclasses
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from .gram import repair_gram
-from .rules import RESCALES, Balance, balance
-from .running import RunningGram, RunningLosses
+from .gram import vanishing
+from .rules import RESCALES, Rule
+from .running import LOSS_FLOOR, RunningGram, RunningLosses
 
-__all__ = ["Balancer"]
+__all__ = ["Balancer", "Decision"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """
+    What one step decided.
+
+    Attributes:
+        weights: (K,) float64 on the CPU, the task first.
+        gram: (K, K) float64 on the CPU, of this batch's unweighted gradients; None where nothing
+            was measured because the weights were reused.
+        losses: (K,) float64 on the CPU.
+        fallback: "" or why the rule was not asked: "non_finite", "vanished", "undefined".
+        projector_weights: (K,), factors for parameters that only one objective uses; None: those
+            are ``weights``.
+        parts: (P, K, K), ``gram`` before it was summed over levels.
+        seen: (K, K), the Gram matrix that the rule saw, where it is not ``gram``.
+    """
+
+    weights: Tensor
+    gram: Tensor | None
+    losses: Tensor
+    fallback: str = ""
+    projector_weights: Tensor | None = None
+    parts: Tensor | None = None
+    seen: Tensor | None = None
+
+    def factors(self, objective: int, is_own: bool) -> float:
+        """
+        Args:
+            objective: its index.
+            is_own: of parameters that nothing else uses (projectors), not of borrowed ones.
+
+        Returns:
+            What the objective's gradient for them is multiplied by.
+        """
+        use_own = is_own and self.projector_weights is not None
+        return float((self.projector_weights if use_own else self.weights)[objective])
 
 
 class Balancer:
     """
-    A rule with rescaling, smoothing of the Gram matrix, weights held for several steps, and a
-    schedule of the distillation's part.
+    A rule with rescaling, running means, weights held for several steps, and a schedule of the
+    distillation's part.
 
     Its state changes by plain assignment only, so that ``load_state_dict(state_dict())`` of an
     earlier moment undoes a step (one that mixed precision skips).
 
     Attributes:
-        weights (Tensor or None): (K,), of the latest step that computed them, before the schedule.
-        own (Tensor or None): (K,), of the same step, for parameters that one objective has for
-            itself; None if those are the weights.
+        weights: (K,), of the latest step that computed them, before the schedule; or None.
+        projector_weights: (K,), of the same step; None if those are the weights.
     """
 
-    def __init__(self, rule, rescale="none", smoothing=None, interval=1, schedule=None, steps=None):
+    def __init__(
+        self,
+        rule: Rule,
+        rescale: str = "none",
+        smoothing: float | None = None,
+        interval: int = 1,
+        schedule: Sequence[float] | None = None,
+        steps: int | None = None,
+    ):
         """
         Args:
-            rule: of ``BALANCERS``.
-            rescale (str): a key of ``RESCALES``.
-            smoothing (float): in [0, 1): the rule sees a :class:`RunningGram` with this share of
-                the past (and :class:`RunningLosses`, if it has the attribute ``smooths_losses``);
-                of a signal Gram matrix, which is unbiased only if it is averaged as it is, the
-                plain running mean. None: the rule's own, its attribute ``smoothing``, or 0.
-            interval (int): compute weights at every k-th step and reuse them in between.
-            schedule (sequence[float]): factors of all weights but the task's at the first and the
-                last step, in [0, inf); a straight line in between. None: the rule's own, its
-                attribute ``schedule``, or (1, 1).
-            steps (int): of the whole training; needed if the schedule is not constant.
+            rule:
+            rescale: a key of ``RESCALES``.
+            smoothing: in [0, 1): the rule sees a :class:`RunningGram` with this share of the past
+                (and :class:`RunningLosses`, if it averages losses). None: the rule's own.
+            interval: compute weights at every k-th step and reuse them in between.
+            schedule: factors of all weights but the task's at the first and the last step, in
+                [0, inf); a straight line in between. None: the rule's own.
+            steps: of the whole training; needed if the schedule is not constant.
 
         Raises:
-            ValueError: an option out of its range.
+            ValueError: an option out of its range, or one that changes nothing with this rule.
         """
         if rescale not in RESCALES:
             raise ValueError(
                 f"MOKD.BALANCING.RESCALE is '{rescale}': expected one of "
                 f"{', '.join(map(repr, RESCALES))}."
             )
-        if smoothing is None:
-            smoothing = getattr(rule, "smoothing", 0.0)
+        if smoothing and not rule.reads_gradients:
+            raise ValueError(
+                f"MOKD.BALANCING.SMOOTHING is {smoothing}, but rule '{rule.name}' does not look at "
+                "gradients, so that nothing is averaged: set it to None."
+            )
+        smoothing = rule.smoothing if smoothing is None else smoothing
         if not (isinstance(smoothing, (int, float)) and 0 <= smoothing < 1):
             raise ValueError(f"MOKD.BALANCING.SMOOTHING is {smoothing}: expected 0 <= s < 1.")
         if interval < 1:
             raise ValueError(f"MOKD.BALANCING.INTERVAL is {interval}: expected 1 or more steps.")
-        if interval > 1 and getattr(rule, "needs_gradients", False):
-            raise ValueError(
-                f"MOKD.BALANCING.INTERVAL is {interval}, but rule '{type(rule).__name__}' compares "
-                "the gradients of consecutive steps: set it to 1."
-            )
-        if schedule is None:
-            schedule = getattr(rule, "schedule", (1.0, 1.0))
-        factors = schedule if isinstance(schedule, (list, tuple)) else ()
-        if len(factors) != 2 or any(not 0 <= factor < math.inf for factor in factors):
-            raise ValueError(
-                f"MOKD.BALANCING.SCHEDULE is {schedule}: expected two finite numbers >= 0, "
-                "the factors at the first and at the last step."
-            )
-        if schedule[0] != schedule[1] and steps is None:
-            raise ValueError(
-                f"The schedule {list(schedule)} needs the number of all steps, and steps is None: "
-                "give it, or the schedule (1.0, 1.0)."
-            )
         self.rule = rule
         self.rescale = rescale
         self.smoothing = smoothing
         self.interval = interval
-        self.schedule = tuple(schedule)
+        self.schedule = _checked_schedule(rule.schedule if schedule is None else schedule, steps)
         self.steps = steps
         self.step = 0
-        self.weights = None
-        self.own = None
-        self._running = RunningGram(smoothing)
-        self._running_losses = None
-        if smoothing and getattr(rule, "smooths_losses", False):
-            self._running_losses = RunningLosses(smoothing)
-        self._mean = None  # plain running means of (batch Gram, signal Gram)
-        self._count = 0
+        self.weights: Tensor | None = None
+        self.projector_weights: Tensor | None = None
+        self._gram = RunningGram(smoothing) if smoothing else None
+        self._losses = RunningLosses(smoothing) if smoothing and rule.averages_losses else None
 
     @property
-    def rule_name(self):
-        return getattr(self.rule, "name", type(self.rule).__name__)
-
-    @property
-    def due(self):
+    def due(self) -> bool:
         """Whether this step computes weights; else it reuses them."""
         return self.weights is None or self.step % self.interval == 0
 
     @property
-    def needs_gradients(self):
-        return getattr(self.rule, "needs_gradients", False)
-
-    @property
-    def needs_second_forward(self):
+    def needs_second_forward(self) -> bool:
         """Whether the rule wants the losses of this step's batch again, after the step."""
-        return self.due and getattr(self.rule, "needs_second_forward", False)
+        return self.due and self.rule.needs_second_forward
 
-    def end_step(self):
+    def end_step(self) -> None:
         self.step += 1
 
-    def balance(self, parts, losses, signal=None, gradients=None, agree=None):
+    def weigh(
+        self, parts: Tensor, losses: Tensor, agree: Callable[[Tensor], Tensor] | None = None
+    ) -> Decision:
         """
         Args:
-            parts (Tensor): (P, K, K) Gram matrices of the gradients, see :func:`gram_by_part`.
-            losses (Tensor): (K,) values of the objectives.
-            signal (Tensor): (K, K) of :func:`signal_gram`, which the rule is to see instead.
-            gradients (list[list[Tensor]]): for rules that ask for them.
-            agree (callable): from this process's (3, K) weights, own weights and whether there
-                was no fallback to those of all.
+            parts: (P, K, K) Gram matrices of the gradients, see :func:`gram_by_part`.
+            losses: (K,) values of the objectives.
+            agree: from this process's (3, K) weights, projector weights and whether there was no
+                fallback to those of all.
 
-        Returns:
-            Balance
+        Raises:
+            ValueError: a loss below zero, and a rule that needs positive ones.
         """
         # Small and double on the CPU: rules stay readable, and 1e-6 differences of norms survive.
         # One copy, because each makes the CPU wait for a GPU.
         packed = torch.cat([parts.detach().flatten(), losses.detach().to(parts)])
         packed = packed.to("cpu", torch.float64)
         parts, losses = packed[: parts.numel()].view_as(parts), packed[parts.numel() :]
-        gram = seen = parts.sum(0)
-        seen_losses = losses
-        finite = bool(gram.isfinite().all() and losses.isfinite().all())
-        if finite:
-            if signal is not None:
-                signal = signal.detach().to("cpu", torch.float64)
-            seen = self._smoothed(gram, signal)
-            if self._running_losses:
-                seen_losses = self._running_losses.update(losses)
-            if gradients is not None:
-                self.rule.observe(gradients)
-        result = balance(self.rule, seen, seen_losses, self.rescale)
-        weights, own = result.weights, result.own
-        if own is not None and signal is not None:
-            # Those of the signal may be far shorter than the gradients that are stepped along.
-            pace = self.rule.own_weights(gram)
-            own = torch.where((own > 0) & pace.isfinite(), pace, torch.zeros_like(own))
-        usual = torch.full_like(weights, not result.fallback)
+        gram = parts.sum(0)
+        seen, seen_losses = gram, losses
+        if gram.isfinite().all() and losses.isfinite().all():
+            if self._gram is not None:
+                seen = self._gram.update(gram)
+            if self._losses is not None:
+                seen_losses = self._losses.update(losses)
+        weights, own, fallback = self._ask(seen, seen_losses)
+        usual = torch.full_like(weights, not fallback)
         if agree:
+            # Ranks must agree, so do not branch on local state.
             weights, own, usual = agree(
                 torch.stack([weights, weights if own is None else own, usual])
             )
-            # Not by this rank's result: it may be the only one with a fallback, or without.
-            own = own if hasattr(self.rule, "own_weights") else None
-        # Later steps reuse neither the weights of one that is thrown away, nor those of a batch in
-        # which a gradient happened to vanish: they would leave its objective out for good.
+            own = own if self.rule.weighs_projectors else None
+        # Fallback weights are never cached.
         if usual.all():
-            self.weights, self.own = weights, own
-        return dataclasses.replace(
-            result,
-            weights=self._scheduled(weights),
-            own=own,
-            gram=gram,
-            losses=losses,
-            parts=parts,
-            seen=None if seen is gram else seen,
+            self.weights, self.projector_weights = weights, own
+        return Decision(
+            self._scheduled(weights),
+            gram,
+            losses,
+            fallback,
+            own,
+            parts,
+            None if seen is gram else seen,
         )
 
-    def reuse(self, losses):
+    def reuse(self, losses: Tensor) -> Decision:
+        """Return the latest weights again, with these (K,) losses for the record."""
+        assert self.weights is not None, "[Balancer] there are no weights to reuse"
+        weights = self._scheduled(self.weights)
+        return Decision(weights, None, losses.detach(), projector_weights=self.projector_weights)
+
+    def _ask(self, gram: Tensor, losses: Tensor) -> tuple[Tensor, Tensor | None, str]:
         """
-        Args:
-            losses (Tensor): (K,), for the record.
+        Ask the rule, unless the step is degenerate:
+
+        * a non-finite gradient or loss: the plain sum; the trainer's check of the loss speaks;
+        * a gradient that vanishes beside the others (the student matches its teacher already): the
+          min-norm point is zero and training would stall, so the rule decides among the others; if
+          only one is left, or the task has vanished, the others get weight one each;
+        * no finite answer (an update of zero has no norm to rescale): the plain sum.
 
         Returns:
-            Balance: the latest weights; the losses stay on their device.
+            weights, projector weights or None, and the fallback.
         """
-        return Balance(self._scheduled(self.weights), None, losses.detach(), own=self.own)
+        ones = torch.ones(len(gram), dtype=torch.float64)
+        if not (gram.isfinite().all() and losses.isfinite().all()):
+            return ones, None, "non_finite"
+        self._check_signs(losses)
+        vanished = vanishing(gram)
+        fallback, kept = "", torch.arange(len(gram))
+        if vanished.any() and not self.rule.takes_vanishing_gradients:
+            kept = (~vanished).nonzero().flatten()
+            if vanished[0] or len(kept) < 2:
+                return ones if vanished.all() else (~vanished).double(), None, "vanished"
+            fallback = "vanished"
+        among = gram[kept][:, kept]
+        weights = self.rule.weights(among, losses[kept].clamp_min(LOSS_FLOOR))
+        weights = RESCALES[self.rescale](weights, among)
+        own = self.rule.projector_weights(among) if self.rule.weighs_projectors else None
+        if not (weights.isfinite().all() and (own is None or own.isfinite().all())):
+            return ones, None, "undefined"
 
-    def _scheduled(self, weights):
+        def among_all(factors: Tensor) -> Tensor:
+            return torch.zeros_like(ones).index_copy(0, kept, factors)
+
+        return among_all(weights), None if own is None else among_all(own), fallback
+
+    def _check_signs(self, losses: Tensor) -> None:
+        # Not by less than rounding: a divergence of two equal distributions may end below zero.
+        if self.rule.needs_positive_losses and (losses < -1e-4 * losses.abs().max()).any():
+            raise ValueError(
+                f"MOKD.BALANCING.RULE '{self.rule.name}' weighs losses by their values, but those "
+                f"of the objectives are {losses.tolist()}: give the negative one a form that is "
+                "zero at best (1 - cosine), or choose the rule 'cosine_gate' or 'fixed'."
+            )
+
+    def _scheduled(self, weights: Tensor) -> Tensor:
         if self.schedule == (1.0, 1.0):
             return weights
         first, last = self.schedule
-        done = 0.0 if first == last else min(self.step / max(self.steps - 1, 1), 1.0)
+        done = 0.0
+        if first != last:
+            assert self.steps is not None
+            done = min(self.step / max(self.steps - 1, 1), 1.0)
         factor = first + (last - first) * done
         return torch.cat([weights[:1], weights[1:] * factor])
 
-    def _smoothed(self, gram, signal):
-        if signal is None:
-            return self._running.update(gram) if self.smoothing else gram
-        both = torch.stack([gram, signal])
-        if self.smoothing:
-            past = torch.zeros_like(both) if self._mean is None else self._mean
-            self._mean = self.smoothing * past + (1 - self.smoothing) * both
-            self._count += 1
-            both = self._mean / (1 - self.smoothing**self._count)
-        return repair_gram(both[1], both[0])
-
-    def state_dict(self):
-        rule = self.rule.state_dict() if hasattr(self.rule, "state_dict") else {}
-        state = {
-            "rule_name": self.rule_name,
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "rule_name": self.rule.name,
             "step": self.step,
             "weights": self.weights,
-            "own": self.own,
-            "mean": self._mean,
-            "count": self._count,
-            "running": self._running.state_dict(),
-            "rule": rule,
+            "projector_weights": self.projector_weights,
+            "gram": self._gram.state_dict() if self._gram else None,
+            "losses": self._losses.state_dict() if self._losses else None,
+            "rule": self.rule.state_dict(),
         }
-        if self._running_losses:
-            state["running_losses"] = self._running_losses.state_dict()
-        return state
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """
         Raises:
             ValueError: the state is another rule's.
         """
-        if state["rule_name"] != self.rule_name:
+        if state["rule_name"] != self.rule.name:
             raise ValueError(
                 f"MOKD.BALANCING.RULE was {state['rule_name']} in the checkpoint and is "
-                f"{self.rule_name} now. Resume with the same rule, or start a new run (another "
+                f"{self.rule.name} now. Resume with the same rule, or start a new run (another "
                 "OUTPUT_DIR) with the checkpoint as MODEL.WEIGHTS."
             )
         self.step = state["step"]
         self.weights = state["weights"]
-        self.own = state.get("own")  # not in checkpoints of before there were such rules
-        self._mean = state["mean"]
-        self._count = state["count"]
-        if "running" in state:  # not in checkpoints of before there was such a mean
-            self._running.load_state_dict(state["running"])
-        if self._running_losses and "running_losses" in state:  # not of a run with SMOOTHING 0
-            self._running_losses.load_state_dict(state["running_losses"])
-        if hasattr(self.rule, "load_state_dict"):
-            self.rule.load_state_dict(state["rule"])
+        self.projector_weights = state["projector_weights"]
+        # One side has none where SMOOTHING was or is 0.
+        for mean, values in ((self._gram, state["gram"]), (self._losses, state["losses"])):
+            if mean is not None and values is not None:
+                mean.load_state_dict(values)
+        self.rule.load_state_dict(state["rule"])
+
+
+def _checked_schedule(schedule: Sequence[float], steps: int | None) -> tuple[float, float]:
+    factors = schedule if isinstance(schedule, (list, tuple)) else ()
+    if len(factors) != 2 or any(not 0 <= factor < math.inf for factor in factors):
+        raise ValueError(
+            f"MOKD.BALANCING.SCHEDULE is {schedule}: expected two finite numbers >= 0, "
+            "the factors at the first and at the last step."
+        )
+    if factors[0] != factors[1] and steps is None:
+        raise ValueError(
+            f"The schedule {list(schedule)} needs the number of all steps, and steps is None: "
+            "give it, or the schedule (1.0, 1.0)."
+        )
+    return factors[0], factors[1]

@@ -1,60 +1,96 @@
 # Copyright (c) The mokd_det authors.
 """
-Balancing at shared features, inside one ordinary ``backward()``.
+Where the gradients of task and distillation meet.
 
-The features that all objectives share pass through a boundary, which gives each objective its own
-copy. In the backward pass the boundary receives every objective's gradient at once, asks the rule
-for weights, and sends the weighted sum on. So heads get the task gradient; what lies before the
-boundary (backbone and FPN) gets the balanced one. Parameters that a distillation objective uses
-besides the task (a head, to match outputs) get that objective's gradient with its weight, through
-copies that pass the boundary, too. So do parameters that an objective has for itself (projectors),
-but a rule may have other factors for these (``own_weights``). There is one graph and one backward
-pass, hence nothing that DistributedDataParallel, GradScaler or gradient accumulation would have to
-know about.
+The features that all objectives share pass through a boundary, which gives each objective a branch
+of its own: copies of the features, and of the parameters besides the shared ones that it uses. In
+the backward pass the boundary receives every objective's gradient at once, asks the rule for
+weights, and sends the weighted sum on. So heads get the task gradient, and what lies before the
+boundary (backbone and FPN) the balanced one. There is one graph and one ordinary ``backward()``,
+hence nothing that DistributedDataParallel, GradScaler or gradient accumulation would have to know.
 """
 
+import abc
 import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import Parameter
 
+from .balancer import Balancer, Decision
 from .gram import gram_by_part
 
-__all__ = ["Boundary", "FeatureBoundary", "combine", "ranks"]
+__all__ = ["Boundary", "Branch", "FeatureBoundary", "Parameters", "combine", "ranks"]
 
 
-class Boundary:
+@dataclasses.dataclass(frozen=True)
+class Parameters:
     """
-    Where the objectives' gradients meet. A step is ``start``, then for each micro-batch ``split``
-    (inside the model's forward) and ``accumulate``, then ``finish``; :meth:`backward` is all of
-    it for a single batch.
+    What an objective uses besides the shared features. It does not count in the measurement.
 
     Attributes:
-        place (str): name of the place of measurement, for logs.
-        balancer (Balancer): decides the weights, and holds all state.
-        names (list[str]): of the features split last, in their order.
-        last (Balance or None): what the latest step decided.
+        own: nothing else uses these (projectors): their gradient is multiplied by the objective's
+            ``Decision.projector_weights``.
+        borrowed: the task uses these as well (a head): what the objective adds to their gradient is
+            multiplied by its weight.
     """
 
-    place = None
+    own: Sequence[Parameter] = ()
+    borrowed: Sequence[Parameter] = ()
+
+    def __iter__(self):
+        yield from self.own
+        yield from self.borrowed
+
+
+@dataclasses.dataclass(frozen=True)
+class Branch:
+    """
+    One objective's copies, which share their memory with the originals; changing one in place is an
+    error of autograd's. They must lead to this objective's loss only.
+
+    Attributes:
+        features: by name.
+        parameters: the copy of each parameter.
+    """
+
+    features: dict[str, Tensor]
+    parameters: dict[Parameter, Tensor]
+
+
+class Boundary(abc.ABC):
+    """
+    A step is ``start``, then for each micro-batch ``split`` (inside the model's forward) and
+    ``accumulate``, then ``finish``; :meth:`backward` is all of it for a single batch.
+
+    Attributes:
+        measured_at: where gradients are measured, for logs.
+        balancer: decides the weights, and holds all state. None: there is nothing to balance.
+        names: of the features split last, in their order.
+        last: what the latest step decided, or None.
+    """
+
+    measured_at: str | None = None
     # Whether DistributedDataParallel averages the gradients over the ranks, or the boundary.
     reduces_gradients = False
 
-    def __init__(self, balancer):
+    def __init__(self, balancer: Balancer | None):
         self.balancer = balancer
-        self.names = []
-        self.last = None
+        self.names: list[str] = []
+        self.last: Decision | None = None
         self.start()
 
-    def start(self, micro_batches=1, scale=None):
+    def start(self, micro_batches: int = 1, scale: Tensor | None = None) -> None:
         """
         Begin a step.
 
         Args:
-            micro_batches (int): M; each contributes 1 / M of the gradient.
-            scale (Tensor or None): the factor of ``torch.amp.GradScaler``, which the gradients
-                keep and the Gram matrix does not.
+            micro_batches: M; each contributes 1 / M of the gradient.
+            scale: the factor of ``torch.amp.GradScaler``, which the gradients keep and the Gram
+                matrix does not.
         """
         self.last = None
         self._micro_batches = micro_batches
@@ -63,63 +99,59 @@ class Boundary:
         if micro_batches > 1:
             self._factor = (1.0 if scale is None else scale) / micro_batches
 
-    def split(self, features, objectives, names=None, extra=None, own=()):
+    @abc.abstractmethod
+    def split(
+        self, features: Mapping[str, Tensor], parameters: Mapping[str, Parameters]
+    ) -> dict[str, Branch]:
         """
         Args:
-            features (list[Tensor]): the shared features, of any shapes. They may depend on each
-                other (several layers): each counts with the gradient that reaches it directly.
-            objectives (int): their number K, the task first.
-            names (list[str]): of the features, for logs.
-            extra (dict[int, list[Parameter]]): by objective: parameters that are not shared by
-                all, but used by this objective: projectors, a head. They do not count in the
-                measurement; what the objective adds to their gradient is multiplied by its weight.
-            own (sequence[int]): objectives whose ``extra`` parameters nothing else uses. These get
-                the objective's gradient times its ``Balance.own_weights`` instead.
+            features: the shared ones, of any shapes. They may depend on each other (several
+                layers): each counts with the gradient that reaches it directly.
+            parameters: of each objective by its name, the task first.
 
         Returns:
-            list[list[Tensor]]: K copies of ``features`` that share their memory, each followed by
-            copies of the objective's ``extra`` parameters; changing one in place is an error of
-            autograd's. Those of objective i must lead to loss i only.
+            A branch for each objective, by its name.
         """
-        raise NotImplementedError
 
-    def accumulate(self, losses):
+    @abc.abstractmethod
+    def accumulate(self, losses: Mapping[str, Tensor]) -> None:
         """
         Run the backward pass of one micro-batch.
 
         Args:
-            losses (list[Tensor]): K scalars, the task first, computed from the copies of the
+            losses: a scalar for each objective, the task first, computed from the branches of the
                 latest :meth:`split`.
 
         Raises:
             RuntimeError: the losses do not depend on the split features.
         """
-        raise NotImplementedError
 
-    def finish(self, parameters=()):
+    @abc.abstractmethod
+    def finish(self, parameters: Iterable[Parameter] = ()) -> Decision | None:
         """
         End a step: afterwards every ``.grad`` is that of the balanced step.
 
         Args:
-            parameters (iterable[Parameter]): all of the model; used where the boundary averages
-                the gradients over the ranks itself.
+            parameters: all of the model; used where the boundary averages the gradients over the
+                ranks itself.
 
         Returns:
-            Balance: also kept as ``last``.
+            Also kept as ``last``.
         """
-        raise NotImplementedError
 
-    def backward(self, losses, parameters=()):
+    def backward(
+        self, losses: Mapping[str, Tensor], parameters: Iterable[Parameter] = ()
+    ) -> Decision | None:
         """A whole step of one batch: see :meth:`accumulate` and :meth:`finish`."""
         self.start()
         self.accumulate(losses)
         return self.finish(parameters)
 
-    def _backward(self, losses):
-        total = sum(losses)
+    def _backward(self, losses: Mapping[str, Tensor]) -> None:
+        total = sum(losses.values())
         (total if self._factor is None else total * self._factor).backward()
 
-    def _unscaled(self, gram):
+    def _unscaled(self, gram: Tensor) -> Tensor:
         return gram if self._factor is None else gram / self._factor**2
 
 
@@ -133,49 +165,44 @@ class FeatureBoundary(Boundary):
     matrix that of the joined batch, equal on all ranks; the gradients are averaged as always.
     """
 
-    place = "features"
+    measured_at = "features"
+    balancer: Balancer
 
-    def __init__(self, balancer):
-        if balancer.needs_gradients:
-            raise ValueError(
-                f"MOKD.BALANCING.RULE '{type(balancer.rule).__name__}' compares gradients of "
-                "different batches, which share no features: set MOKD.BALANCING.PLACE to "
-                "'parameters'."
-            )
-        super().__init__(balancer)
-
-    def start(self, micro_batches=1, scale=None):
+    def start(self, micro_batches: int = 1, scale: Tensor | None = None) -> None:
         super().start(micro_batches, scale)
-        self._balances = []
+        self._decisions: list[Decision] = []
 
-    def split(self, features, objectives, names=None, extra=None, own=()):
-        self.names = list(names or map(str, range(len(features))))
-        extra = extra or {}
-        owners = [i for i, parameters in extra.items() for _ in parameters]
-        parameters = [p for i in extra for p in extra[i]]
-        copies = _Split.apply(self, objectives, owners, own, *features, *parameters)
-        count = len(features)
-        rest = copies[objectives * count :]
-        return [
-            list(copies[i * count : (i + 1) * count])
-            + [copy for copy, owner in zip(rest, owners) if owner == i]
-            for i in range(objectives)
-        ]
+    def split(
+        self, features: Mapping[str, Tensor], parameters: Mapping[str, Parameters]
+    ) -> dict[str, Branch]:
+        self.names = list(features)
+        uses = uses_of(parameters)
+        count = len(parameters)
+        copies = _Split.apply(self, count, uses, *features.values(), *(use.of for use in uses))
+        first = count * len(features)
+        of_parameters = dict(zip(((use.objective, use.of) for use in uses), copies[first:]))
+        return {
+            name: Branch(
+                dict(zip(features, copies[i * len(features) :])),
+                {p: copy for (owner, p), copy in of_parameters.items() if owner == i},
+            )
+            for i, name in enumerate(parameters)
+        }
 
-    def accumulate(self, losses):
-        self._losses = torch.stack([loss.detach().float() for loss in losses])
-        before = len(self._balances)
+    def accumulate(self, losses: Mapping[str, Tensor]) -> None:
+        self._losses = stacked(losses)
+        before = len(self._decisions)
         self._backward(losses)
-        if len(self._balances) == before:
+        if len(self._decisions) == before:
             raise RuntimeError(MISSED)
 
-    def finish(self, parameters=()):
-        self.last = _mean_balance(self._balances)
+    def finish(self, parameters: Iterable[Parameter] = ()) -> Decision:
+        self.last = _mean_decision(self._decisions)
         self.balancer.end_step()
         return self.last
 
-    def _weigh(self, gradients):
-        """Called in the backward pass, once for each micro-batch."""
+    def decide(self, gradients: Sequence[Sequence[Tensor | None]]) -> Decision:
+        """Called in the backward pass, once for each micro-batch, with K lists of gradients."""
         if self.balancer.due:
             parts, losses = self._unscaled(gram_by_part(gradients)), self._losses
             if ranks() > 1:
@@ -184,11 +211,11 @@ class FeatureBoundary(Boundary):
                 packed = torch.cat([parts.flatten() / ranks() ** 2, losses.to(parts) / ranks()])
                 dist.all_reduce(packed)
                 parts, losses = packed[: parts.numel()].view_as(parts), packed[parts.numel() :]
-            balance = self.balancer.balance(parts, losses)
+            decision = self.balancer.weigh(parts, losses)
         else:
-            balance = self.balancer.reuse(self._losses)
-        self._balances.append(balance)
-        return balance
+            decision = self.balancer.reuse(self._losses)
+        self._decisions.append(decision)
+        return decision
 
 
 MISSED = (
@@ -197,53 +224,63 @@ MISSED = (
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """That the objective with this index uses a parameter, and whether nothing else does."""
+
+    objective: int
+    of: Parameter
+    is_own: bool
+
+
+def uses_of(parameters: Mapping[str, Parameters]) -> list[Use]:
+    return [
+        Use(index, parameter, is_own)
+        for index, used in enumerate(parameters.values())
+        for is_own, part in ((True, used.own), (False, used.borrowed))
+        for parameter in part
+    ]
+
+
 class _Split(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, boundary, objectives, owners, own, *tensors):
+    def forward(ctx, boundary, objectives, uses, *tensors):
         ctx.boundary = boundary
         ctx.objectives = objectives
-        ctx.owners = owners  # objectives of the last tensors; the others are for all of them
-        ctx.own = own
+        ctx.uses = uses  # of the last tensors; the others are for all objectives
         ctx.set_materialize_grads(False)
-        count = len(tensors) - len(owners)
+        count = len(tensors) - len(uses)
         features, extra = tensors[:count], tensors[count:]
         return tuple(x.view_as(x) for part in (*[features] * objectives, extra) for x in part)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *gradients):
-        count = (len(gradients) - len(ctx.owners)) // ctx.objectives
+        count = (len(gradients) - len(ctx.uses)) // ctx.objectives
         by_objective = [gradients[i * count : (i + 1) * count] for i in range(ctx.objectives)]
-        balance = ctx.boundary._weigh(by_objective)
-        extra = gradients[len(gradients) - len(ctx.owners) :]
-        factors = extra_weights(balance, ctx.own)
-        weighted = [combine([factors[i]], [[g]])[0] for i, g in zip(ctx.owners, extra)]
-        combined = combine(balance.weights.tolist(), by_objective)
-        return (None, None, None, None, *combined, *weighted)
+        decision = ctx.boundary.decide(by_objective)
+        extra = gradients[len(gradients) - len(ctx.uses) :]
+        weighted = [weighted_use(decision, use, g) for use, g in zip(ctx.uses, extra)]
+        combined = combine(decision.weights.tolist(), by_objective)
+        return (None, None, None, *combined, *weighted)
 
 
-def extra_weights(balance, own):
+def weighted_use(decision: Decision, use: Use, gradient: Tensor | None) -> Tensor | None:
+    """Return what an objective adds to the gradient of a parameter that it uses."""
+    return combine([decision.factors(use.objective, use.is_own)], [[gradient]])[0]
+
+
+def combine(
+    weights: Sequence[float], gradients: Sequence[Sequence[Tensor | None]]
+) -> list[Tensor | None]:
     """
     Args:
-        balance (Balance):
-        own (sequence[int]): objectives whose extra parameters nothing else uses.
+        weights: K.
+        gradients: K lists of the same length.
 
     Returns:
-        list[float]: K factors of the gradients of the objectives' extra parameters.
-    """
-    pairs = enumerate(zip(balance.weights.tolist(), balance.own_weights.tolist()))
-    return [for_itself if i in own else weight for i, (weight, for_itself) in pairs]
-
-
-def combine(weights, gradients):
-    """
-    Args:
-        weights (list[float]): K.
-        gradients (list[list[Tensor or None]]): K lists of the same length.
-
-    Returns:
-        list[Tensor or None]: the weighted sums; None only where all are. All weights zero give
-        zeros: DistributedDataParallel waits for every parameter that it has seen in the graph.
+        The weighted sums; None only where all are. All weights zero give zeros:
+        DistributedDataParallel waits for every parameter that it has seen in the graph.
     """
     combined = []
     for part in zip(*gradients):
@@ -262,23 +299,28 @@ def combine(weights, gradients):
     return combined
 
 
-def ranks():
+def ranks() -> int:
     """Number of processes that train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def _mean_balance(balances):
-    """One record of several micro-batches."""
-    if len(balances) == 1:
-        return balances[0]
+def stacked(losses: Mapping[str, Tensor]) -> Tensor:
+    """Return (K,) float32 values of the losses."""
+    return torch.stack([loss.detach().float() for loss in losses.values()])
 
-    def mean(name):
-        values = [getattr(balance, name) for balance in balances]
+
+def _mean_decision(decisions: list[Decision]) -> Decision:
+    """One record of several micro-batches."""
+    if len(decisions) == 1:
+        return decisions[0]
+
+    def mean(name: str) -> Tensor | None:
+        values = [getattr(decision, name) for decision in decisions]
         if any(value is None for value in values):
             return None
-        # Losses of reused weights stay on the GPU, those that were balanced are on the CPU.
+        # Losses of reused weights stay on the GPU, those that were weighed are on the CPU.
         return torch.stack([value.to(values[0].device) for value in values]).mean(0)
 
-    fallback = next((b.fallback for b in balances if b.fallback), "")
-    names = [f.name for f in dataclasses.fields(balances[0]) if f.name != "fallback"]
-    return type(balances[0])(**{name: mean(name) for name in names}, fallback=fallback)
+    fallback = next((d.fallback for d in decisions if d.fallback), "")
+    names = [f.name for f in dataclasses.fields(Decision) if f.name != "fallback"]
+    return Decision(**{name: mean(name) for name in names}, fallback=fallback)

@@ -1,75 +1,82 @@
 # Copyright (c) The mokd_det authors.
 """From options to a boundary."""
 
-import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
 
 from .balancer import Balancer
-from .boundary import FeatureBoundary
+from .boundary import Boundary, FeatureBoundary
 from .parameters import ParameterBoundary
-from .rules import FixedWeights, build_rule
+from .rules import build_rule
 
-__all__ = ["PLACES", "GRAMS", "build_boundary"]
+__all__ = ["MEASURED_AT", "build_balancer", "build_boundary", "check_measured"]
 
-PLACES = ("features", "parameters")
-GRAMS = ("batch", "signal")
+MEASURED_AT = ("features", "parameters")
 
-logger = logging.getLogger(__name__)
+
+def check_measured(measure_at: str, layers: Sequence[str]) -> None:
+    """Raise ValueError unless gradients can be measured there."""
+    if measure_at not in MEASURED_AT:
+        raise ValueError(
+            f"MOKD.BALANCING.MEASURE_AT is '{measure_at}': expected one of {MEASURED_AT}."
+        )
+    if layers and measure_at != "parameters":
+        raise ValueError(
+            f"MOKD.BALANCING.LAYERS is {list(layers)}, but features have no layers: leave it "
+            "empty, or set MOKD.BALANCING.MEASURE_AT to 'parameters'."
+        )
+
+
+def build_balancer(
+    rule: str = "loss_ratio",
+    options: Mapping[str, Any] | None = None,
+    *,
+    objectives: int,
+    rescale: str = "none",
+    smoothing: float | None = None,
+    interval: int = 1,
+    schedule: Sequence[float] | None = None,
+    steps: int | None = None,
+) -> Balancer:
+    """
+    Args:
+        rule, options: see :func:`build_rule`.
+        objectives: their number, the task included, to find out now that a rule does not fit it.
+        rescale, smoothing, interval, schedule, steps: see :class:`Balancer`.
+
+    Raises:
+        ValueError: an option out of its range, or one that changes nothing.
+        ImportError: a rule's library is not installed.
+    """
+    built = build_rule(rule, **(options or {}))
+    built.check_objectives(objectives)
+    return Balancer(built, rescale, smoothing, interval, schedule, steps)
 
 
 def build_boundary(
-    rule="loss_ratio",
-    place="features",
-    shared=None,
-    rescale="none",
-    gram="batch",
-    smoothing=None,
-    interval=1,
-    schedule=None,
-    steps=None,
-    layers=(),
-    objectives=None,
-    **options,
-):
+    rule: str = "loss_ratio",
+    options: Mapping[str, Any] | None = None,
+    *,
+    measure_at: str = "features",
+    shared: nn.Module | None = None,
+    layers: Sequence[str] = (),
+    **balancer: Any,
+) -> Boundary:
     """
     Args:
-        rule (str): of ``BALANCERS``, or "torchjd.X".
-        place (str): "features" or "parameters".
-        shared (nn.Module): for "parameters": the part that makes the features.
-        rescale, smoothing, interval, schedule, steps: see :class:`Balancer`.
-        gram (str): "batch", or "signal": see :func:`signal_gram`.
+        measure_at: "features" or "parameters".
+        shared: for "parameters": the part that makes the features.
         layers: see :class:`ParameterBoundary`.
-        objectives (int): their number, to find out now that a rule's options do not fit it.
-        options: of the rule, see :func:`build_rule`.
-
-    Returns:
-        FeatureBoundary or ParameterBoundary
+        rule, options, balancer: of :func:`build_balancer`.
 
     Raises:
         ValueError: an option out of its range, or options that exclude each other.
+        ImportError: a rule's library is not installed.
     """
-    for option, value, choices in (("PLACE", place, PLACES), ("GRAM", gram, GRAMS)):
-        if value not in choices:
-            raise ValueError(f"MOKD.BALANCING.{option} is '{value}': expected one of {choices}.")
-    built = build_rule(rule, **options)
-    if objectives is not None and hasattr(built, "check_objectives"):
-        built.check_objectives(objectives)
-    weights = options.get("weights", ())
-    if any(w != 1 for w in weights) and not isinstance(built, FixedWeights):
-        logger.warning(
-            f"MOKD.BALANCING.WEIGHTS {list(weights)} are not used by MOKD.BALANCING.RULE '{rule}', "
-            "which finds its own: set the rule to 'fixed' if you want them."
-        )
-    balancer = Balancer(built, rescale, smoothing, interval, schedule, steps)
-    if place == "parameters":
-        return ParameterBoundary(balancer, shared, layers, gram == "signal")
-    if layers:
-        raise ValueError(
-            f"MOKD.BALANCING.LAYERS is {list(layers)}, but features have no layers: leave it "
-            "empty, or set MOKD.BALANCING.PLACE to 'parameters'."
-        )
-    if gram == "signal":
-        raise ValueError(
-            "MOKD.BALANCING.GRAM 'signal' multiplies gradients of different samples, which share "
-            "no features: set MOKD.BALANCING.PLACE to 'parameters'."
-        )
-    return FeatureBoundary(balancer)
+    check_measured(measure_at, layers)
+    built = build_balancer(rule, options, **balancer)
+    if measure_at == "parameters":
+        return ParameterBoundary(built, shared, layers)
+    return FeatureBoundary(built)

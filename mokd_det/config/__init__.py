@@ -1,9 +1,9 @@
 # Copyright (c) The mokd_det authors.
 """The options of mokd_det, and how configs are read."""
 
-from .defaults import add_mokd_config
+from .. import compat  # noqa: F401  (first: patches Detectron2 where it needs it)
+from .defaults import add_mokd_config, declare_options
 from .loading import (
-    check_applicable,
     check_device,
     find_config,
     get_cfg,
@@ -15,8 +15,8 @@ from .loading import (
 
 __all__ = [
     "add_mokd_config",
-    "check_applicable",
     "check_device",
+    "declare_options",
     "find_config",
     "get_cfg",
     "load_config",

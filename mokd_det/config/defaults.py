@@ -1,17 +1,37 @@
 # Copyright (c) The mokd_det authors.
 """Every option of mokd_det, added to Detectron2's config."""
 
+import inspect
+from typing import Any
+
 from detectron2.config import CfgNode as CN
 
-__all__ = ["add_mokd_config"]
+from ..balancing import RULES
+
+__all__ = ["add_mokd_config", "declare_options"]
+
+# Options of objectives that are registered, by the name of their node.
+_declared: dict[str, dict[str, Any]] = {}
 
 
-def add_mokd_config(cfg):
+def declare_options(node: str, options: dict[str, Any]) -> None:
+    """
+    Have a node of options in every config from now on: for objectives of one's own. Where
+    :func:`add_mokd_config` has an option itself, that one stands.
+
+    Args:
+        node: its full name, "MOKD.X".
+        options: their names and defaults.
+    """
+    _declared[node] = dict(options)
+
+
+def add_mokd_config(cfg: CN) -> None:
     """
     Add the options of mokd_det to a Detectron2 config, in place.
 
     Args:
-        cfg (CfgNode): as from ``detectron2.config.get_cfg()``.
+        cfg: as from ``detectron2.config.get_cfg()``.
     """
     # ---------------------------------------------------------------------------------------- #
     # Data sets in COCO format, by name, without writing Python: a list of
@@ -71,8 +91,8 @@ def add_mokd_config(cfg):
     cfg.INPUT.CLASSIFICATION.MIXUP = 0.0
     cfg.INPUT.CLASSIFICATION.CUTMIX = 0.0
     # Detectors without a teacher: the loader and the step that a distilled student has, instead of
-    # Detectron2's, so that twins see the same images and augmentations, and a resumed run is the
-    # uninterrupted one.
+    # Detectron2's, so that a baseline sees the same images and augmentations, and a resumed run is
+    # the uninterrupted one.
     cfg.DATALOADER.RESUMABLE = False
     # Each image comes this many times in a row in the stream that the processes share, and a
     # permutation covers that part of the set (Hoffer et al. 2020, as in DeiT). 1 is off.
@@ -128,8 +148,7 @@ def add_mokd_config(cfg):
     # ---------------------------------------------------------------------------------------- #
     # How a step is computed, with and without a teacher. If MOKD.ENABLED is False, a detector has
     # Detectron2's own loader and step, unless an option that those do not know is set
-    # (MICRO_BATCHES, EMA_DECAY, bfloat16, CHECKPOINTING, COMPILE), or DATALOADER.RESUMABLE, as
-    # twins want it.
+    # (MICRO_BATCHES, EMA_DECAY, bfloat16, CHECKPOINTING, COMPILE), or DATALOADER.RESUMABLE.
     # ---------------------------------------------------------------------------------------- #
     # What SOLVER.MAX_ITER, STEPS, WARMUP_ITERS and CHECKPOINT_PERIOD, and TEST.EVAL_PERIOD count:
     # "iteration", or "epoch" (as many images as the training set has).
@@ -161,9 +180,14 @@ def add_mokd_config(cfg):
     cfg.MOKD = CN()
     # False is stock Detectron2, bit for bit.
     cfg.MOKD.ENABLED = False
-    # The registered meta-architecture that holds student and teacher. Empty: "DistillationModel"
-    # for detectors, "ClassifierDistillationModel" for classifiers.
-    cfg.MOKD.META_ARCHITECTURE = ""
+    # What is distilled: names in mokd_det.objectives.OBJECTIVES. Each has its options in a node
+    # of its own below; an option of one that is not on is an error.
+    #   "features"  the feature maps of the backbone (FPN), or what is tapped of a classifier
+    #   "outputs"   classes and boxes of R-CNNs and RetinaNets (also one of each)
+    #   "logits"    the class probabilities of classifiers
+    cfg.MOKD.OBJECTIVES = ["features"]
+    # The registered meta-architecture that holds student and teacher.
+    cfg.MOKD.META_ARCHITECTURE = "DistillationModel"
 
     cfg.MOKD.TEACHER = CN()
     # The teacher's own config file (.yaml, or Detectron2's .py), or its name in Detectron2's model
@@ -176,8 +200,9 @@ def add_mokd_config(cfg):
     # Overrides of the teacher's config: [KEY, VALUE, ...] as on the command line; for a .py
     # ["model.num_classes=3", ...].
     cfg.MOKD.TEACHER.OPTS = []
-    # Instead of config and weights: a TorchScript module that maps images (N, C, H, W) to
-    # dict[str, Tensor] of feature maps. Images are normalised and padded as said here.
+    # Instead of config and weights, for detectors: a TorchScript module that maps images
+    # (N, C, H, W) to dict[str, Tensor] of feature maps. Images are normalised and padded as said
+    # here.
     cfg.MOKD.TEACHER.TORCHSCRIPT = CN()
     cfg.MOKD.TEACHER.TORCHSCRIPT.FILE = ""
     cfg.MOKD.TEACHER.TORCHSCRIPT.INPUT_FORMAT = "RGB"
@@ -190,6 +215,9 @@ def add_mokd_config(cfg):
     cfg.MOKD.TEACHER.CLASSIFIER = ""
     # Classifiers: side of the images that the teacher sees, in pixels. 0: the student's.
     cfg.MOKD.TEACHER.IMAGE_SIZE = 0
+    # Detectors: the most boxes an image that the teacher proposes, where an objective asks for its
+    # outputs. A RetinaNet student is compared at the anchors nearest to them.
+    cfg.MOKD.TEACHER.PROPOSALS = 256
     # The teacher at speed; what each may change is a test of ours (docs/distillation.md).
     # Autocast: "float16", "bfloat16", "float32", or "": as the student's (SOLVER.AMP).
     cfg.MOKD.TEACHER.PRECISION = ""
@@ -206,9 +234,11 @@ def add_mokd_config(cfg):
     # prefixes of names in the state dict, e.g. ["backbone.fpn_", "proposal_generator"].
     cfg.MOKD.INHERIT = []
 
-    # Matching the backbone's (FPN) feature maps in a learned subspace: the objective "features".
+    # The objective "features": feature maps are matched in a learned subspace.
     cfg.MOKD.FEATURES = CN()
-    cfg.MOKD.FEATURES.ENABLED = True
+    # Factor of the loss, before it is balanced. Rules that are independent of the loss's scale do
+    # not see it.
+    cfg.MOKD.FEATURES.LOSS_WEIGHT = 1.0
     # Level map: student's feature names, and the teacher's feature for each (same length).
     # Empty: every name that both have; if there is none, those of equal stride. Strides and
     # channels may differ.
@@ -216,7 +246,7 @@ def add_mokd_config(cfg):
     # classifier's head. Empty: "pre_logits" (models whose head has hidden layers: the last map).
     cfg.MOKD.FEATURES.STUDENT = []
     cfg.MOKD.FEATURES.TEACHER = []
-    # Registered in mokd_det.subspace.PROJECTORS: "SubspaceProjector", or "FrozenProjector", whose
+    # Registered in mokd_det.objectives.PROJECTORS: "SubspaceProjector", or "FrozenProjector", whose
     # maps are random and stay so on both sides.
     cfg.MOKD.FEATURES.PROJECTOR = "SubspaceProjector"
     # Dimension n of the common subspace. 0: the channels of the wider side,
@@ -225,128 +255,113 @@ def add_mokd_config(cfg):
     # Teacher's side of the projector: "learned", "frozen" (a random semi-orthogonal map), or
     # "identity" (no projection; n is then the teacher's channels).
     cfg.MOKD.FEATURES.TEACHER_SIDE = "frozen"
-    # Registered in mokd_det.subspace.FEATURE_LOSSES: "smooth_l1", "mse", "cosine".
+    # Registered in mokd_det.objectives.FEATURE_LOSSES: "smooth_l1", "mse", "cosine".
     cfg.MOKD.FEATURES.LOSS = "smooth_l1"
-    # Factor of an alignment term that is added to it: the distance between the two sides'
-    # correlations of the subspace's dimensions. 0: without.
-    cfg.MOKD.FEATURES.ALIGNMENT = 0.0
-    # Weight of each level of a pyramid: "equal", or its share of all "positions", so that the few
-    # positions of coarse levels count like any others.
+    # Detectors: weight of each level of a pyramid: "equal", or its share of all "positions", so
+    # that the few positions of coarse levels count like any others.
     cfg.MOKD.FEATURES.LEVEL_WEIGHTS = "equal"
-    # Factor of the objective's loss, before it is balanced. Rules that are independent of the
-    # loss's scale do not see it.
-    cfg.MOKD.FEATURES.LOSS_WEIGHT = 1.0
-    # Weigh positions by the objects of each image: "" (all alike), "ground_truth", or "teacher"
-    # (boxes of which the teacher is surer than FOREGROUND_SCORE). Positions that a box touches get
-    # FOREGROUND_SHARE of the loss, the others the rest.
+    # Detectors: weigh positions by the objects of each image: "" (all alike), "ground_truth", or
+    # "teacher" (boxes of which the teacher is surer than FOREGROUND_SCORE). Positions that a box
+    # touches get FOREGROUND_SHARE of the loss, the others the rest.
     cfg.MOKD.FEATURES.FOREGROUND = ""
     cfg.MOKD.FEATURES.FOREGROUND_SHARE = 0.5
     cfg.MOKD.FEATURES.FOREGROUND_SCORE = 0.5
 
-    # Matching the detectors' outputs, classes and boxes, at the teacher's proposals: the objective
-    # "outputs". Both sides R-CNNs or RetinaNets (also one of each), with the same classes.
-    # Classifiers: the logits, by their Kullback-Leibler divergence.
+    # The objective "outputs": classes and boxes at the teacher's proposals. Both sides are R-CNNs
+    # or RetinaNets, with the same classes.
     cfg.MOKD.OUTPUTS = CN()
-    cfg.MOKD.OUTPUTS.ENABLED = False
-    # The teacher's best proposals of each image; a RetinaNet student is compared at the anchors
-    # nearest to them.
-    cfg.MOKD.OUTPUTS.PROPOSALS = 256
+    cfg.MOKD.OUTPUTS.LOSS_WEIGHT = 1.0
     # Divides the logits of both sides.
     cfg.MOKD.OUTPUTS.TEMPERATURE = 1.0
-    # Factor of the objective's loss, before it is balanced, as for features.
-    cfg.MOKD.OUTPUTS.LOSS_WEIGHT = 1.0
-    # Detectors: factors of the losses inside the objective. Their sum is balanced against the
-    # others. RPN_WEIGHT is of objectness and boxes at each anchor, on the levels where both sides
-    # have an RPN with the same anchors; without such levels it has no effect, and the log says so.
+    # Factors of the losses inside the objective. Their sum is balanced against the others.
+    # RPN_WEIGHT is of objectness and boxes at each anchor, on the levels where both sides have an
+    # RPN with the same anchors; without such levels it has no effect, and the log says so.
     cfg.MOKD.OUTPUTS.CLASS_WEIGHT = 1.0
     cfg.MOKD.OUTPUTS.BOX_WEIGHT = 1.0
     cfg.MOKD.OUTPUTS.RPN_WEIGHT = 1.0
 
+    # The objective "logits": the Kullback-Leibler divergence of class probabilities.
+    cfg.MOKD.LOGITS = CN()
+    cfg.MOKD.LOGITS.LOSS_WEIGHT = 1.0
+    # Divides the logits of both sides.
+    cfg.MOKD.LOGITS.TEMPERATURE = 1.0
+
     # How the gradients of task and distillation are weighed against each other where they meet.
     cfg.MOKD.BALANCING = CN()
-    # Registered in mokd_det.balancing.BALANCERS:
-    #   "loss_ratio"          the task's loss, and LOSS_RATIO.RATIO times as much of each
-    #                         distillation loss whose gradient agrees with the task's; projectors
-    #                         learn at the task's pace
-    #   "constant_dominance"  the task's gradient, and DOMINANCE times as long those distillation
-    #                         gradients that agree with it, in equal shares; projectors as above
-    #   "aligned"             the task's gradient, turned towards what the distillation gradients
-    #                         that agree with it add beyond it; its length stays
-    #   "min_norm"            the published rule, literally; it can starve the task
-    #   "famo"                the published amortised rule: one more student forward a step
-    #   "protected_min_norm"  min-norm on log-losses with at least half of it for the task
-    #   "anchored"            the distillation gradient at CAP times the task gradient's norm
-    #   "look_ahead"          did the last distillation gradient help the task? (PLACE parameters)
-    #   "imtl_g"              equal projections of the update on every gradient
-    #   "cosine_gate"         WEIGHTS, without distillation while it conflicts with the task
-    #   "fixed"               WEIGHTS at every step
-    #   "torchjd.X"           TorchJD's XWeighting, e.g. "torchjd.UPGrad"
+    # In mokd_det.balancing.RULES. Each has its options in a node of its own below; an option of
+    # another rule is an error.
+    #   "loss_ratio"   the task's loss, and a multiple of it of each distillation loss whose
+    #                  gradient agrees with the task's; projectors learn at the task's pace
+    #   "fixed"        the same weights at every step
+    #   "cosine_gate"  the same, without distillation while it conflicts with the task
+    #   "min_norm"     the published rule; it can starve the task
+    #   "famo"         the published amortised rule: one more student forward a step
+    #   "torchjd.X"    TorchJD's XWeighting, e.g. "torchjd.UPGrad"
     cfg.MOKD.BALANCING.RULE = "loss_ratio"
     # How the rule's weights are scaled: "none" (as the rule gives them), "convex" (they sum to
     # one), "sum" (to the number of objectives), "task_norm" (the update has the task gradient's
-    # norm), "task_progress" (the update is as far along the task's gradient as that is long).
-    # "aligned" has the task's norm by itself; "loss_ratio", "constant_dominance",
-    # "protected_min_norm" and "anchored" give the task weight one. These five want "none".
+    # norm). "loss_ratio" gives the task weight one and wants "none".
     cfg.MOKD.BALANCING.RESCALE = "none"
     # Where gradients are measured: "features" (those of the student that are matched; nearly
     # free) or "parameters" (of the student's backbone, as in the papers; a backward pass of the
     # backbone for each objective).
-    cfg.MOKD.BALANCING.PLACE = "features"
-    # For PLACE "parameters": measure on these submodules of the backbone only, e.g.
+    cfg.MOKD.BALANCING.MEASURE_AT = "features"
+    # For MEASURE_AT "parameters": on these submodules of the backbone only, e.g.
     # ["fpn_output3", "bottom_up.res5"]. The nearer to its output, the cheaper. Empty: all.
     cfg.MOKD.BALANCING.LAYERS = []
-    # What the rule sees: "batch", the gradients of the batch with their noise; or "signal",
-    # unbiased products across SOLVER.MICRO_BATCHES and processes (PLACE "parameters", at least
-    # two of them), which are noisy: for rules without a running mean of their own set SMOOTHING.
-    cfg.MOKD.BALANCING.GRAM = "batch"
-    # Share of the past, in [0, 1), in the running means that the rule sees: the geometric of the
-    # norms' ratios, the arithmetic of the cosines, which starts from 0 (with GRAM "signal": of the
-    # products as they are); with "loss_ratio" the geometric of the losses' ratios, too. None: the
-    # rule's own, 0.98 for "loss_ratio" and "constant_dominance" and 0 for the others.
+    # EMA decay of what the rule sees, in [0, 1): of the ratios of norms (geometric), of the cosines
+    # (arithmetic, from 0), and with "loss_ratio" of the ratios of losses (geometric). None: the
+    # rule's own, 0.98 for "loss_ratio" and 0 for the others.
     cfg.MOKD.BALANCING.SMOOTHING = None
     # Compute weights at every k-th step only, and reuse them in between.
     cfg.MOKD.BALANCING.INTERVAL = 1
     # Factor of the distillation objectives' weights, whatever the rule, at the first and at the
     # last step of the training; a straight line in between. [0.0, 1.0] is a ramp, [1.0, 0.0]
-    # leaves the end to the task. (With "loss_ratio" and "constant_dominance" projectors do not
-    # follow it.) None: these rules' own, [0.2, 1.8], and [1.0, 1.0] for the others.
+    # leaves the end to the task. (With "loss_ratio" projectors do not follow it.) None: the rule's
+    # own, [0.2, 1.8] for "loss_ratio" and [1.0, 1.0] for the others.
     cfg.MOKD.BALANCING.SCHEDULE = None
-    # Rules "fixed" and "cosine_gate": the weights of the objectives, in the order task, features,
-    # outputs (those that are enabled).
-    cfg.MOKD.BALANCING.WEIGHTS = [1.0, 1.0]
-    # Rule "loss_ratio": each weighted distillation loss in units of the task's, times SCHEDULE:
-    # with its own, 0.8 in the beginning and 7.2 in the end; and the largest norm of the weighted
-    # distillation gradient in units of the task gradient's, as the rule sees them, before SCHEDULE.
+
+    # Rule "loss_ratio".
     cfg.MOKD.BALANCING.LOSS_RATIO = CN()
+    # Each weighted distillation loss in units of the task's, times SCHEDULE: with its own, 0.8 in
+    # the beginning and 7.2 in the end.
     cfg.MOKD.BALANCING.LOSS_RATIO.RATIO = 4.0
+    # Largest norm of the weighted distillation gradient in units of the task gradient's, before
+    # SCHEDULE.
     cfg.MOKD.BALANCING.LOSS_RATIO.CAP = 10.0
-    # Rule "constant_dominance": norm of the weighted distillation gradient in units of the task
-    # gradient's, times SCHEDULE: with its own, 0.6 in the beginning and 5.4 in the end.
-    cfg.MOKD.BALANCING.DOMINANCE = 3.0
-    # Rules "aligned", "protected_min_norm" and "anchored": largest norm ("anchored": the norm) of
-    # the weighted distillation gradient, in units of the task gradient's. With the latter two the
-    # task descends in every step if it is below 1; "aligned" turns its gradient by an angle with
-    # this tangent at most, 45 degrees. "aligned" and "anchored" take 1 at most.
-    cfg.MOKD.BALANCING.CAP = 1.0
-    # Rules "loss_ratio", "constant_dominance" and "aligned": cosine with the task gradient, from
-    # which on a distillation gradient is trusted in full. Below, its part falls to nothing at half
-    # of it, and so does DOMINANCE if none is trusted in full. ("aligned": CAP falls with the best
-    # one's cosine, in proportion.)
-    cfg.MOKD.BALANCING.AGREEMENT = 0.1
-    # Rule "min_norm": False is the literal formula, with weights outside [0, 1].
-    cfg.MOKD.BALANCING.CLIP = True
-    # Rule "min_norm": False takes the losses themselves instead of their logarithms (MGDA).
-    cfg.MOKD.BALANCING.LOG_LOSSES = True
+    # Cosine with the task gradient from which on a distillation gradient is trusted in full; from
+    # there its part falls to nothing at half of it.
+    cfg.MOKD.BALANCING.LOSS_RATIO.AGREEMENT = 0.1
+    # Rules "fixed" and "cosine_gate": the weights of the task and of each objective, in the order
+    # of MOKD.OBJECTIVES. Empty: 1 for each.
+    cfg.MOKD.BALANCING.FIXED = CN()
+    cfg.MOKD.BALANCING.FIXED.WEIGHTS = []
+    cfg.MOKD.BALANCING.COSINE_GATE = CN()
+    cfg.MOKD.BALANCING.COSINE_GATE.WEIGHTS = []
+    # Rule "min_norm".
+    cfg.MOKD.BALANCING.MIN_NORM = CN()
+    # False is the literal formula, with weights outside [0, 1].
+    cfg.MOKD.BALANCING.MIN_NORM.CLIP = True
+    # False takes the losses themselves instead of their logarithms (MGDA).
+    cfg.MOKD.BALANCING.MIN_NORM.LOG_LOSSES = True
     # Rule "famo": learning rate and weight decay of its shares (the paper's).
     cfg.MOKD.BALANCING.FAMO = CN()
     cfg.MOKD.BALANCING.FAMO.LR = 0.025
     cfg.MOKD.BALANCING.FAMO.WEIGHT_DECAY = 0.01
-    # Rule "look_ahead": step of the weight's logarithm; largest weight in its unit; subtract the
-    # task's own merit; the unit: "one", "loss" (L_task / L_distill of the first step) or "norm".
-    cfg.MOKD.BALANCING.LOOK_AHEAD = CN()
-    cfg.MOKD.BALANCING.LOOK_AHEAD.LR = 0.02
-    cfg.MOKD.BALANCING.LOOK_AHEAD.CAP = 10.0
-    cfg.MOKD.BALANCING.LOOK_AHEAD.RELATIVE = True
-    cfg.MOKD.BALANCING.LOOK_AHEAD.START = "loss"
     # Rules "torchjd.X": options of the weighting, e.g. {c: 0.5} for CAGrad.
     cfg.MOKD.BALANCING.TORCHJD = CN(new_allowed=True)
+
+    _add_nodes_of_ones_own(cfg)
+
+
+def _add_nodes_of_ones_own(cfg: CN) -> None:
+    """Options of rules and objectives that are registered elsewhere, from their code."""
+    for full, options in _declared.items():
+        name = full.removeprefix("MOKD.")
+        if name not in cfg.MOKD:
+            cfg.MOKD[name] = CN(options)
+    for rule in RULES:
+        if rule.upper() not in cfg.MOKD.BALANCING:
+            parameters = inspect.signature(RULES.get(rule)).parameters
+            options = {key.upper(): value.default for key, value in parameters.items()}
+            cfg.MOKD.BALANCING[rule.upper()] = CN(options)

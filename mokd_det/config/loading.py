@@ -3,6 +3,8 @@
 
 import difflib
 import os
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import yaml
@@ -14,7 +16,6 @@ from detectron2.utils.file_io import PathManager
 from .defaults import add_mokd_config
 
 __all__ = [
-    "check_applicable",
     "check_device",
     "find_config",
     "get_cfg",
@@ -24,41 +25,42 @@ __all__ = [
     "stock_config",
 ]
 
-# Options that the other kind of model would ignore without a word.
-FOR_DETECTORS = (
-    "INPUT.COLOR_JITTER",
-    "INPUT.LSJ",
-    "MOKD.OUTPUTS.PROPOSALS",
-    "MOKD.OUTPUTS.CLASS_WEIGHT",
-    "MOKD.OUTPUTS.BOX_WEIGHT",
-    "MOKD.OUTPUTS.RPN_WEIGHT",
-)
-FOR_CLASSIFIERS = (
-    "MODEL.CLASSIFIER",
-    "INPUT.CLASSIFICATION",
-    "DATASETS.BROKEN_IMAGES",
-    "DATALOADER.REPEATED_AUGMENTATION",
-    "TEST.PER_CLASS",
-    "MOKD.TEACHER.IMAGE_SIZE",
-)
+# Options of version 0.1 and what became of them.
+MOVED = {
+    "MOKD.FEATURES.ENABLED": "name 'features' in MOKD.OBJECTIVES, or leave it out",
+    "MOKD.OUTPUTS.ENABLED": "name 'outputs' (classifiers: 'logits') in MOKD.OBJECTIVES",
+    "MOKD.OUTPUTS.PROPOSALS": "it is MOKD.TEACHER.PROPOSALS now",
+    "MOKD.FEATURES.ALIGNMENT": "the alignment term is gone",
+    "MOKD.BALANCING.PLACE": "it is MOKD.BALANCING.MEASURE_AT now",
+    "MOKD.BALANCING.WEIGHTS": "it is MOKD.BALANCING.FIXED.WEIGHTS now (or COSINE_GATE.WEIGHTS)",
+    "MOKD.BALANCING.AGREEMENT": "it is MOKD.BALANCING.LOSS_RATIO.AGREEMENT now",
+    "MOKD.BALANCING.CLIP": "it is MOKD.BALANCING.MIN_NORM.CLIP now",
+    "MOKD.BALANCING.LOG_LOSSES": "it is MOKD.BALANCING.MIN_NORM.LOG_LOSSES now",
+    "MOKD.BALANCING.CAP": "its rules are gone; rule 'loss_ratio' has LOSS_RATIO.CAP",
+    "MOKD.BALANCING.DOMINANCE": "rule 'constant_dominance' is gone",
+    "MOKD.BALANCING.GRAM": "the signal Gram matrix is gone",
+    "MOKD.BALANCING.LOOK_AHEAD": "rule 'look_ahead' is gone",
+}
 
 
-def get_cfg():
+def get_cfg() -> CfgNode:
     """Return Detectron2's default config with the options of mokd_det added."""
     cfg = get_detectron2_cfg()
     add_mokd_config(cfg)
     return cfg
 
 
-def load_config(config_file, opts=(), option="--config-file"):
+def load_config(
+    config_file: str, opts: Sequence[Any] = (), option: str = "--config-file"
+) -> CfgNode:
     """
     Args:
-        config_file (str): a YAML file, with any prefix that Detectron2 resolves. Empty: defaults.
-        opts (sequence): overrides [KEY, VALUE, ...].
-        option (str): where the file name was given, for messages.
+        config_file: a YAML file, with any prefix that Detectron2 resolves. Empty: defaults.
+        opts: overrides [KEY, VALUE, ...].
+        option: where the file name was given, for messages.
 
     Returns:
-        CfgNode: not frozen.
+        Not frozen.
 
     Raises:
         FileNotFoundError: no such file.
@@ -89,15 +91,15 @@ def load_config(config_file, opts=(), option="--config-file"):
     return cfg
 
 
-def merge_overrides(cfg, opts, source="override"):
+def merge_overrides(cfg: CfgNode, opts: Sequence[Any], source: str = "override") -> None:
     """
     Merge [KEY, VALUE, ...] into a config, in place. The value of a key that holds arguments of
     something else (MODEL.CLASSIFIER.OPTIONS) is a dict, or one as YAML: "{image_size: 32}".
 
     Args:
-        cfg (CfgNode): of :func:`get_cfg`.
-        opts (sequence): overrides.
-        source (str): where they were given, for messages.
+        cfg: of :func:`get_cfg`.
+        opts: overrides.
+        source: where they were given, for messages.
 
     Raises:
         ValueError: a key that does not exist, or that of a group of options, overrides that are no
@@ -127,27 +129,7 @@ def merge_overrides(cfg, opts, source="override"):
     cfg.merge_from_list(opts)
 
 
-def check_applicable(cfg):
-    """Raise ValueError for an option that is set, but that the config's kind of model ignores."""
-    classifier = cfg.MODEL.META_ARCHITECTURE == "Classifier"
-    default = get_cfg()
-    for option in FOR_DETECTORS if classifier else FOR_CLASSIFIERS:
-        ours, its_default = cfg, default
-        for part in option.split("."):
-            ours, its_default = ours[part], its_default[part]
-        if ours == its_default:
-            continue
-        if isinstance(ours, CfgNode):
-            key = next(k for k in ours if k not in its_default or ours[k] != its_default[k])
-            option, ours = f"{option}.{key}", ours[key]
-        raise ValueError(
-            f"{option} is {ours!r}, but it is an option of "
-            f"{'detectors' if classifier else 'classifiers'} only, and MODEL.META_ARCHITECTURE is "
-            f"'{cfg.MODEL.META_ARCHITECTURE}': remove it."
-        )
-
-
-def check_device(cfg):
+def check_device(cfg: CfgNode) -> None:
     """Raise ValueError if MODEL.DEVICE is a GPU, and there is none."""
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(
@@ -156,15 +138,15 @@ def check_device(cfg):
         )
 
 
-def split_overrides(values):
+def split_overrides(values: Sequence[str]) -> tuple[list[str], list[str]]:
     """
     What a command's option of many values has taken, which by argparse is all that follows it.
 
     Args:
-        values (sequence[str]): such as ["a.jpg", "b.jpg", "MODEL.DEVICE", "cpu"].
+        values: such as ["a.jpg", "b.jpg", "MODEL.DEVICE", "cpu"].
 
     Returns:
-        tuple[list[str]]: the option's own, and overrides: all from the first key on.
+        The option's own, and overrides: all from the first key on.
     """
     known = get_cfg()
     for i, value in enumerate(values):
@@ -173,15 +155,15 @@ def split_overrides(values):
     return list(values), []
 
 
-def find_config(name, option):
+def find_config(name: str, option: str) -> tuple[str, str]:
     """
     Args:
-        name (str): a config file, or a name of Detectron2's model zoo, such as
+        name: a config file, or a name of Detectron2's model zoo, such as
             "COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml".
-        option (str): where it was given, for messages.
+        option: where it was given, for messages.
 
     Returns:
-        tuple[str]: the file, and for a name of the model zoo the address of its trained weights,
+        The file, and for a name of the model zoo the address of its trained weights,
         if it has any; else "".
 
     Raises:
@@ -207,44 +189,37 @@ def find_config(name, option):
         ) from error
 
 
-def stock_config(cfg):
+def stock_config(cfg: CfgNode, keep: Sequence[str] = ()) -> CfgNode:
     """
     The student's config as Detectron2 alone reads it: without the keys of mokd_det.
 
     Args:
-        cfg (CfgNode): a config of :func:`load_config`.
+        cfg: a config of :func:`load_config`.
+        keep: keys of mokd_det that describe the student (see
+            :attr:`mokd_det.tasks.Task.stock_options`): it needs mokd_det all the same.
 
     Returns:
-        CfgNode: a new one with Detectron2's keys only. A student whose backbone is a torchvision
-        model keeps ``MODEL.TORCHVISION``, one of a Python config ``MODEL.LAZY_CONFIG``, and a
-        classifier what describes it and its images: they need mokd_det all the same.
+        A new one with Detectron2's keys only. A student whose backbone is a torchvision model keeps
+        ``MODEL.TORCHVISION``, one of a Python config ``MODEL.LAZY_CONFIG``.
     """
     stock = cfg.clone()
     stock.defrost()
-    del stock["MOKD"]
-    del stock.INPUT["COLOR_JITTER"]
-    del stock.INPUT["LSJ"]
-    for key in ("COCO", "BROKEN_IMAGES"):
-        del stock.DATASETS[key]
-    for key in ("OPTIMIZER", "BETAS", "MICRO_BATCHES", "EMA_DECAY"):
-        del stock.SOLVER[key]
-    del stock.SOLVER.AMP["PRECISION"]
-    for key in ("REPEATED_AUGMENTATION", "RESUMABLE"):
-        del stock.DATALOADER[key]
-    for key in ("CHECKPOINTING", "COMPILE"):
-        del stock.MODEL.BACKBONE[key]
-    if stock.MODEL.META_ARCHITECTURE != "LazyConfigDetector":
-        del stock.MODEL["LAZY_CONFIG"]
-    if "torchvision" not in stock.MODEL.BACKBONE.NAME:
-        del stock.MODEL["TORCHVISION"]
-    if stock.MODEL.META_ARCHITECTURE != "Classifier":
-        del stock.MODEL["CLASSIFIER"]
-        del stock.INPUT["CLASSIFICATION"]
-        del stock.DATASETS["CLASSIFICATION"]
-        del stock.SOLVER["UNIT"]
-        for key in ("BATCH_SIZE", "PER_CLASS"):
-            del stock.TEST[key]
+    keep = [*keep]
+    if cfg.MODEL.META_ARCHITECTURE == "LazyConfigDetector":
+        keep.append("MODEL.LAZY_CONFIG")
+    if "torchvision" in cfg.MODEL.BACKBONE.NAME:
+        keep.append("MODEL.TORCHVISION")
+    _remove_added(stock, get_cfg(), get_detectron2_cfg(), keep)
     return stock
+
+
+def _remove_added(node, ours, theirs, keep, prefix="") -> None:
+    """Remove what is in ``ours`` and not in ``theirs``; a user's own options are in neither."""
+    for key in [key for key in node if key in ours and f"{prefix}{key}" not in keep]:
+        if key not in theirs:
+            del node[key]
+        elif isinstance(node[key], CfgNode):
+            _remove_added(node[key], ours[key], theirs[key], keep, f"{prefix}{key}.")
 
 
 def _check_keys(loaded, cfg, source, prefix=""):
@@ -266,6 +241,8 @@ def _check_key(key, cfg, source):
                 return node
             if cfg.key_is_deprecated(key) or cfg.key_is_renamed(key):
                 return node  # Detectron2 has its own message for these
+            if moved := next((MOVED[k] for k in MOVED if f"{key}.".startswith(f"{k}.")), ""):
+                raise ValueError(f"{source}: there is no option {key} any more: {moved}.")
             close = difflib.get_close_matches(key, _all_keys(cfg), n=3)
             hint = f" Did you mean {' or '.join(close)}?" if close else ""
             raise ValueError(f"{source}: there is no option {'.'.join(parts[: depth + 1])}.{hint}")
@@ -273,7 +250,7 @@ def _check_key(key, cfg, source):
     return node
 
 
-def _all_keys(node, prefix=""):
+def _all_keys(node: CfgNode, prefix: str = "") -> Iterator[str]:
     for key, value in node.items():
         yield f"{prefix}{key}"
         if isinstance(value, CfgNode):

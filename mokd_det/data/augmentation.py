@@ -2,11 +2,12 @@
 """Detectron2's training augmentation, with colour jitter where the config asks for it."""
 
 import numpy as np
+from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
 from fvcore.transforms.transform import BlendTransform
 
-__all__ = ["RandomChannelGain", "build_train_mapper"]
+__all__ = ["RandomChannelGain", "build_train_mapper", "check_augmentation"]
 
 
 class RandomChannelGain(T.Augmentation):
@@ -25,22 +26,41 @@ class RandomChannelGain(T.Augmentation):
         return BlendTransform(src_image=0, src_weight=0, dst_weight=gain)
 
 
-def build_train_mapper(cfg):
+def check_augmentation(cfg: CfgNode) -> None:
     """
-    Args:
-        cfg (CfgNode): ``INPUT.LSJ``, ``INPUT.COLOR_JITTER`` and what Detectron2's mapper reads.
-
-    Returns:
-        DatasetMapper: Detectron2's own. With large-scale jitter it resizes and crops accordingly;
-        for a positive colour jitter j the image's contrast and each channel's brightness are
-        multiplied by random factors in [1 - j, 1 + j] first.
-
     Raises:
-        ValueError: an option out of its range, or options that exclude each other.
+        ValueError: an option of ``INPUT`` out of its range, or options that exclude each other.
     """
-    jitter = cfg.INPUT.COLOR_JITTER
+    jitter, options = cfg.INPUT.COLOR_JITTER, cfg.INPUT.LSJ
     if not 0 <= jitter < 1:
         raise ValueError(f"INPUT.COLOR_JITTER is {jitter}: expected 0 (off) or more, below 1.")
+    if not options.ENABLED:
+        return
+    if options.SIZE < 1:
+        raise ValueError(f"INPUT.LSJ.SIZE is {options.SIZE}: expected a number of pixels > 0.")
+    if len(options.SCALE) != 2 or not 0 < options.SCALE[0] <= options.SCALE[1]:
+        raise ValueError(
+            f"INPUT.LSJ.SCALE is {list(options.SCALE)}: expected [low, high] with 0 < low <= high."
+        )
+    if cfg.INPUT.CROP.ENABLED:
+        raise ValueError("INPUT.LSJ.ENABLED and INPUT.CROP.ENABLED exclude each other.")
+
+
+def build_train_mapper(cfg: CfgNode) -> DatasetMapper:
+    """
+    Args:
+        cfg: ``INPUT.LSJ``, ``INPUT.COLOR_JITTER`` and what Detectron2's mapper reads.
+
+    Returns:
+        Detectron2's own mapper. With large-scale jitter it resizes and crops accordingly; for a
+        positive colour jitter j the image's contrast and each channel's brightness are multiplied
+        by random factors in [1 - j, 1 + j] first.
+
+    Raises:
+        ValueError: see :func:`check_augmentation`.
+    """
+    check_augmentation(cfg)
+    jitter = cfg.INPUT.COLOR_JITTER
     options = DatasetMapper.from_config(cfg, is_train=True)
     if cfg.INPUT.LSJ.ENABLED:
         options["augmentations"] = _large_scale_jitter(cfg)
@@ -54,17 +74,8 @@ def build_train_mapper(cfg):
     return DatasetMapper(**options)
 
 
-def _large_scale_jitter(cfg):
-    size, scale = cfg.INPUT.LSJ.SIZE, cfg.INPUT.LSJ.SCALE
-    if size < 1:
-        raise ValueError(f"INPUT.LSJ.SIZE is {size}: expected a number of pixels > 0.")
-    if len(scale) != 2 or not 0 < scale[0] <= scale[1]:
-        raise ValueError(
-            f"INPUT.LSJ.SCALE is {list(scale)}: expected [low, high] with 0 < low <= high."
-        )
-    if cfg.INPUT.CROP.ENABLED:
-        raise ValueError("INPUT.LSJ.ENABLED and INPUT.CROP.ENABLED exclude each other.")
-    low, high = scale
+def _large_scale_jitter(cfg: CfgNode) -> list[T.Augmentation]:
+    size, (low, high) = cfg.INPUT.LSJ.SIZE, cfg.INPUT.LSJ.SCALE
     augmentations = [T.ResizeScale(low, high, size, size), T.FixedSizeCrop((size, size))]
     flip = cfg.INPUT.RANDOM_FLIP
     if flip != "none":

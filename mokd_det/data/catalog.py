@@ -133,12 +133,12 @@ def check_teacher_classes(cfg, teacher_cfg):
     )
     if sorted(names) == sorted(teacher_names):
         raise ValueError(
-            f"MOKD.OUTPUTS.ENABLED True: {both}, the same in another order, and outputs are "
-            "compared by number. Bring the student's data set into the teacher's order, or distil "
-            "features only (MOKD.OUTPUTS.ENABLED False)."
+            f"MOKD.OBJECTIVES compares classes by number, but {both}, the same in another order. "
+            "Bring the student's data set into the teacher's order, or distil features only "
+            "(MOKD.OBJECTIVES ['features'])."
         )
     if len(names) == len(teacher_names):  # another number is the model's to refuse
-        logger.warning(f"Outputs are compared by the classes' numbers, but {both}.")
+        logger.warning(f"Classes are compared by their numbers, but {both}.")
 
 
 def _class_names(cfg):

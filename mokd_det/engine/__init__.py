@@ -1,8 +1,18 @@
 # Copyright (c) The mokd_det authors.
-"""The custom training step, Detectron2's default trainer around it, and launching."""
+"""The custom training step, Detectron2's default trainer around it, checks, and launching."""
 
+from .. import compat  # noqa: F401  (first: patches Detectron2 where it needs it)
 from .launch import launch
 from .step import BalancedTrainer
-from .trainer import DistillationTrainer, Trainer, build_trainer
+from .trainer import DistillationTrainer, Trainer, build_trainer, prepare_datasets
+from .validate import validate
 
-__all__ = ["BalancedTrainer", "DistillationTrainer", "Trainer", "build_trainer", "launch"]
+__all__ = [
+    "BalancedTrainer",
+    "DistillationTrainer",
+    "Trainer",
+    "build_trainer",
+    "launch",
+    "prepare_datasets",
+    "validate",
+]

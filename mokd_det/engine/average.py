@@ -5,8 +5,6 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ..modeling import stock_module
-
 __all__ = ["AverageCheckpointer", "WeightAverage"]
 
 
@@ -58,18 +56,20 @@ class AverageCheckpointer(DetectionCheckpointer):
     weights, if a checkpoint to resume from has them, follow).
     """
 
-    def __init__(self, student, average, save_dir, **checkpointables):
+    def __init__(self, student, average, save_dir, stock_module=lambda model: model, **others):
         """
         Args:
             student (nn.Module): that trains.
             average (WeightAverage or None): of it.
+            stock_module (callable): see :meth:`mokd_det.tasks.Task.stock_module`.
+            others: what else is saved.
         """
         self.student, self.average = stock_module(student), average
         model = self.student
         if average is not None:
             model = stock_module(average.model)
-            checkpointables["student"] = self.student
-        super().__init__(model, save_dir, **checkpointables)
+            others["student"] = self.student
+        super().__init__(model, save_dir, **others)
 
     def load(self, path, checkpointables=None):
         self._resumes = checkpointables is None

@@ -22,8 +22,8 @@ class BalanceDiagnostics:
     objective had no weight at all in more than half of them.
     """
 
-    def __init__(self, place):
-        self.prefix = f"balance/{place}"
+    def __init__(self, measured_at):
+        self.prefix = f"balance/{measured_at}"
         self.degenerate = 0
         self.non_finite = 0
         self.starved = collections.deque(maxlen=WINDOW)
@@ -31,41 +31,41 @@ class BalanceDiagnostics:
         self.idle = {}  # objective -> whether it had no weight, of the last steps
         self.warned_idle = set()
 
-    def scalars(self, names, balance, parts=()):
+    def scalars(self, names, decision, parts=()):
         """
         Args:
             names (list[str]): of the objectives, the task first.
-            balance (Balance): of one step.
-            parts (list[str]): names of ``balance.parts``.
+            decision (Decision): of one step.
+            parts (list[str]): names of ``decision.parts``.
 
         Returns:
             dict[str, float]: by the scalar's name.
         """
-        self.non_finite += balance.fallback == "non_finite"
-        self.degenerate += balance.fallback in ("vanished", "undefined")
+        self.non_finite += decision.fallback == "non_finite"
+        self.degenerate += decision.fallback in ("vanished", "undefined")
         values = {"fallbacks_degenerate": self.degenerate, "fallbacks_non_finite": self.non_finite}
         for i, name in enumerate(names):
-            values[f"weight_{name}"] = float(balance.weights[i])
+            values[f"weight_{name}"] = float(decision.weights[i])
             if i > 0:
                 self._count_idle(name, values[f"weight_{name}"] == 0)
-        if balance.gram is not None and balance.gram.isfinite().all():
-            values |= self._measured(names, balance, parts)
+        if decision.gram is not None and decision.gram.isfinite().all():
+            values |= self._measured(names, decision, parts)
         return {f"{self.prefix}/{name}": value for name, value in values.items()}
 
-    def _measured(self, names, balance, parts):
-        gram = balance.gram
+    def _measured(self, names, decision, parts):
+        gram = decision.gram
         values = {
-            "share_task": share(gram, balance.weights, 0),
-            "update_cosine": update_cosine(gram, balance.weights, 0),
+            "share_task": share(gram, decision.weights, 0),
+            "update_cosine": update_cosine(gram, decision.weights, 0),
         }
         for i, name in enumerate(names[1:], start=1):
             values[f"cosine_{name}"] = cosine(gram, i, 0)
             values[f"dominance_{name}"] = dominance(gram, i, 0)
-            if balance.seen is not None:
-                values[f"seen_cosine_{name}"] = cosine(balance.seen, i, 0)
-                values[f"seen_dominance_{name}"] = dominance(balance.seen, i, 0)
-            if balance.parts is not None and len(balance.parts) == len(parts) > 1 and gram[i, i]:
-                squares = balance.parts[:, i, i] / gram[i, i]
+            if decision.seen is not None:
+                values[f"seen_cosine_{name}"] = cosine(decision.seen, i, 0)
+                values[f"seen_dominance_{name}"] = dominance(decision.seen, i, 0)
+            if decision.parts is not None and len(decision.parts) == len(parts) > 1 and gram[i, i]:
+                squares = decision.parts[:, i, i] / gram[i, i]
                 values |= {
                     f"level_{name}_{part}": float(square)
                     for part, square in zip(parts, squares)
@@ -83,8 +83,8 @@ class BalanceDiagnostics:
             logger.warning(
                 f"The objective '{name}' had no weight in more than half of the last {WINDOW} "
                 "steps: the rule finds it superfluous beside the others, in conflict with the task "
-                "or unrelated to it. If it is to take part, use MOKD.BALANCING.RULE anchored or "
-                f"fixed; else MOKD.{name.upper()}.ENABLED False saves what it costs."
+                "or unrelated to it. If it is to take part, use MOKD.BALANCING.RULE fixed; else "
+                "leaving it out of MOKD.OBJECTIVES saves what it costs."
             )
             self.warned_idle.add(name)
 
@@ -96,9 +96,9 @@ class BalanceDiagnostics:
             logger.warning(
                 "The task starves: the cosine of the update with its gradient at "
                 f"{self.prefix.split('/')[1]} was below {LEAST_COSINE} in {starved:.0%} of the "
-                f"last {WINDOW} steps. Use a rule that protects it (MOKD.BALANCING.RULE aligned "
-                "or anchored), or less weight for distillation (LOSS_RATIO.RATIO, DOMINANCE or "
-                "WEIGHTS, whichever your rule has)."
+                f"last {WINDOW} steps. Use less weight for distillation (LOSS_RATIO.RATIO, "
+                "FIXED.WEIGHTS), or a rule that follows the task (MOKD.BALANCING.RULE loss_ratio "
+                "or cosine_gate)."
             )
             self.warned = True
 

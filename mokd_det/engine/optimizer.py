@@ -2,10 +2,12 @@
 """Optimizers of the config."""
 
 import torch
+from detectron2.config import CfgNode
 from detectron2.solver import build_optimizer as build_detectron2_optimizer
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
+from torch import nn
 
-__all__ = ["build_optimizer"]
+__all__ = ["build_optimizer", "check_optimizer"]
 
 OPTIMIZERS = ("SGD", "AdamW")
 # Of torchvision's and timm's transformers.
@@ -15,30 +17,36 @@ EMBEDDINGS = (
 )
 
 
-def build_optimizer(cfg, model):
-    """
-    Args:
-        cfg (CfgNode): ``SOLVER``. Weight decay of norms and biases can be their own
-            (``WEIGHT_DECAY_NORM``, ``WEIGHT_DECAY_BIAS``), as Detectron2's SGD has it; AdamW takes
-            that of biases for transformers' tokens and positions as well.
-        model (nn.Module):
-
-    Returns:
-        Optimizer: "SGD" is Detectron2's own.
-
-    Raises:
-        ValueError: another optimizer, or betas out of range.
-    """
+def check_optimizer(cfg: CfgNode) -> None:
+    """Raise ValueError for another ``SOLVER.OPTIMIZER``, or betas out of range."""
     solver = cfg.SOLVER
     if solver.OPTIMIZER not in OPTIMIZERS:
         raise ValueError(
             f"SOLVER.OPTIMIZER is '{solver.OPTIMIZER}': expected one of "
             f"{', '.join(map(repr, OPTIMIZERS))}."
         )
-    if solver.OPTIMIZER == "SGD":
-        return build_detectron2_optimizer(cfg, model)
     if len(solver.BETAS) != 2 or not all(0 <= beta < 1 for beta in solver.BETAS):
         raise ValueError(f"SOLVER.BETAS is {list(solver.BETAS)}: expected two numbers in [0, 1).")
+
+
+def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+    """
+    Args:
+        cfg: ``SOLVER``. Weight decay of norms and biases can be their own (``WEIGHT_DECAY_NORM``,
+            ``WEIGHT_DECAY_BIAS``), as Detectron2's SGD has it; AdamW takes that of biases for
+            transformers' tokens and positions as well.
+        model: what trains.
+
+    Returns:
+        "SGD" is Detectron2's own.
+
+    Raises:
+        ValueError: see :func:`check_optimizer`.
+    """
+    check_optimizer(cfg)
+    solver = cfg.SOLVER
+    if solver.OPTIMIZER == "SGD":
+        return build_detectron2_optimizer(cfg, model)
     # As biases: they are added to activations, too.
     embeddings = {}
     if solver.WEIGHT_DECAY_BIAS is not None:

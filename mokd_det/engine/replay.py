@@ -13,7 +13,7 @@ __all__ = ["Replay"]
 class Replay:
     """
     Records what the forward passes of a step depend on, and runs them again: the same images,
-    random numbers (dropout, sampled proposals) and teacher's features. Nothing of it stays: no
+    random numbers (dropout, sampled proposals) and teacher's outputs. Nothing of it stays: no
     gradient, no BatchNorm statistics, no random state, no log.
     """
 
@@ -34,8 +34,8 @@ class Replay:
 
     def after(self):
         """Call after it."""
-        self.calls[-1][-1] = self.model.teacher_view
-        self.model.teacher_view = None
+        self.calls[-1][-1] = self.model.teacher_outputs
+        self.model.teacher_outputs = None
 
     @torch.no_grad()
     def losses(self, context):
@@ -50,15 +50,15 @@ class Replay:
         # A storage of its own, at this iteration: no log of the second pass, no pictures of it.
         storage = EventStorage(get_event_storage().iter)
         with isolated_rng(), RestoredState(self.model), storage:
-            for batch, cpu, cuda, numbers, teacher_view in self.calls:
+            for batch, cpu, cuda, numbers, teacher_outputs in self.calls:
                 torch.set_rng_state(cpu)
                 if cuda is not None:
                     torch.cuda.set_rng_state(cuda, self.model.device)
                 set_module_numbers(self.model.student, numbers)
                 with context():
-                    objectives = self.model(batch, teacher_view)
+                    objectives = self.model(batch, teacher_outputs)
                 results.append(
                     torch.stack([sum(parts.values()).float() for parts in objectives.values()])
                 )
-                self.model.teacher_view = None
+                self.model.teacher_outputs = None
         return torch.stack(results).mean(0)

@@ -69,7 +69,7 @@ class BalancedTrainer(SimpleTrainer):
         if grad_scaler is None and precision == "float16":
             grad_scaler = torch.amp.GradScaler(device)
         self.grad_scaler = grad_scaler
-        self.diagnostics = BalanceDiagnostics(self.boundary.place)
+        self.diagnostics = BalanceDiagnostics(self.boundary.measured_at)
         self._built_numbers = module_numbers(self.inner.student)
 
     def run_step(self):
@@ -92,24 +92,24 @@ class BalancedTrainer(SimpleTrainer):
                     replay.before(batch)
                 with self.autocast():
                     objectives = self.model(batch)
-                    losses = [sum(parts.values()) for parts in objectives.values()]
+                    losses = {name: sum(parts.values()) for name, parts in objectives.items()}
                 if replay:
                     replay.after()
                 self.boundary.accumulate(losses)
             passes.append(objectives)
-        balance = self.boundary.finish(self.model.parameters())
+        decision = self.boundary.finish(self.model.parameters())
 
         # Raises if the plain sum of the losses is not finite, before anything is updated.
         self._write_metrics(_mean_losses(passes), data_time)
-        if balance is not None:
-            self._write_balance(list(objectives), balance)
+        if decision is not None:
+            self._write_balance(list(objectives), decision)
         if not self._optimizer_step():
             if undo is not None:
                 balancer.load_state_dict(undo)
         else:
             if replay:
                 after = _mean_over_ranks(replay.losses(self.autocast))
-                balancer.rule.update(balance.losses, after.to("cpu", torch.float64))
+                balancer.rule.update(decision.losses, after.to("cpu", torch.float64))
             if self.average is not None:
                 self.average.update(self.inner.student)
 
@@ -144,9 +144,9 @@ class BalancedTrainer(SimpleTrainer):
         self.grad_scaler.update()
         return self.grad_scaler.get_scale() >= before
 
-    def _write_balance(self, names, balance):
+    def _write_balance(self, names, decision):
         """Diagnostics go to the event storage: Detectron2 adds up all that is in the losses."""
-        scalars = self.diagnostics.scalars(names, balance, self.boundary.names)
+        scalars = self.diagnostics.scalars(names, decision, self.boundary.names)
         if comm.is_main_process():
             get_event_storage().put_scalars(**scalars)
 
@@ -156,6 +156,7 @@ class BalancedTrainer(SimpleTrainer):
             "seed": self.seed,
             "diagnostics": self.diagnostics.state_dict(),
             "numbers": self._changed_numbers(),
+            "objectives": list(self.inner.names),
         }
         if self.boundary.balancer is not None:
             state["balancer"] = self.boundary.balancer.state_dict()
@@ -176,7 +177,7 @@ class BalancedTrainer(SimpleTrainer):
     def load_state_dict(self, state):
         """
         Raises:
-            ValueError: the checkpoint is of another kind of step, or of more or fewer objectives.
+            ValueError: the checkpoint is of another kind of step, or of other objectives.
         """
         if "seed" not in state:
             raise ValueError(
@@ -190,13 +191,14 @@ class BalancedTrainer(SimpleTrainer):
                 f"The checkpoint is of a run {then} a teacher, and MOKD.ENABLED is "
                 f"{self.boundary.balancer is not None} now. {NEW_RUN}"
             )
-        if self.boundary.balancer is not None:
-            weights, now = state["balancer"]["weights"], self.inner.objectives
-            if weights is not None and len(weights) != len(now):
-                raise ValueError(
-                    f"The checkpoint has {len(weights)} objectives, and the config {len(now)} "
-                    f"({', '.join(now)}: MOKD.FEATURES.ENABLED, MOKD.OUTPUTS.ENABLED). {NEW_RUN}"
-                )
+        before, now = state.get("objectives"), list(self.inner.names)
+        if before is None:
+            raise ValueError(f"The checkpoint is of a run of mokd_det 0.1. {NEW_RUN}")
+        if before != now:
+            raise ValueError(
+                f"The checkpoint is of the objectives {', '.join(before)}, and MOKD.OBJECTIVES has "
+                f"{', '.join(now[1:])} besides the task now. {NEW_RUN}"
+            )
         super().load_state_dict(state)
         self.seed = self.data_loader.seed = state["seed"]
         self.diagnostics.load_state_dict(state["diagnostics"])

@@ -7,39 +7,31 @@ import weakref
 
 import torch
 import torch.distributed as dist
+from detectron2.config import CfgNode
 from detectron2.data import build_detection_train_loader
 from detectron2.engine import DefaultTrainer, create_ddp_model
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from ..config import check_applicable
 from ..data import (
-    build_resumable_train_loader,
     build_train_mapper,
-    check_classes,
     check_datasets,
     check_teacher_classes,
-    classification,
     register_datasets,
     schedule_in_iterations,
 )
 from ..evaluation import build_evaluator, check_evaluators
-from ..modeling import (
-    SupervisedModel,
-    accelerate_student,
-    check_acceleration,
-    copy_weights,
-    inheritable_names,
-    is_classifier,
-    teacher_config,
-)
+from ..modeling import SupervisedModel, accelerate_student, copy_weights, inheritable_names
+from ..objectives import OBJECTIVES
+from ..tasks import Task, task_of
 from .average import AverageCheckpointer, WeightAverage
 from .optimizer import build_optimizer
-from .step import NEW_RUN, PRECISIONS, BalancedTrainer
+from .step import NEW_RUN, BalancedTrainer
+from .validate import needs_own_step, validate
 from .writers import BalanceWriter
 
-__all__ = ["DistillationTrainer", "Trainer", "build_trainer"]
+__all__ = ["DistillationTrainer", "Trainer", "build_trainer", "prepare_datasets"]
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +44,7 @@ class Trainer(DefaultTrainer):
     """
 
     def __init__(self, cfg):
-        check_applicable(cfg)
-        prepare_datasets(cfg)
+        prepare_datasets(cfg, validate(cfg))
         self.check_evaluators(cfg)
         super().__init__(schedule_in_iterations(cfg))
 
@@ -63,9 +54,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_test_loader(cls, cfg, dataset_name):
-        if is_classifier(cfg):
-            return classification.build_test_loader(cfg, dataset_name)
-        return super().build_test_loader(cfg, dataset_name)
+        return task_of(cfg).build_test_loader(cfg, dataset_name)
 
     @classmethod
     def build_optimizer(cls, cfg, model):
@@ -109,8 +98,8 @@ class DistillationTrainer(Trainer):
     classifier or its config asks for a step that Detectron2 does not have.
 
     The checkpoint's ``model`` is the plain student under stock keys, its running mean if there is
-    one (the weights that training goes on with are then in ``student``); projectors have an entry
-    of their own, the teacher has none.
+    one (the weights that training goes on with are then in ``student``); what objectives train
+    besides it (projectors) has an entry of its own, the teacher has none.
     """
 
     def __init__(self, cfg):
@@ -118,11 +107,12 @@ class DistillationTrainer(Trainer):
         super(DefaultTrainer, self).__init__()
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
             setup_logger()
-        check_applicable(cfg)
-        check_supported(cfg)
-        prepare_datasets(cfg)
-        if cfg.MOKD.ENABLED and cfg.MOKD.OUTPUTS.ENABLED and not cfg.MOKD.TEACHER.TORCHSCRIPT.FILE:
-            check_teacher_classes(cfg, teacher_config(cfg))
+        task = validate(cfg)
+        prepare_datasets(cfg, task)
+        if cfg.MOKD.ENABLED and any(
+            OBJECTIVES.get(name).compares_classes for name in cfg.MOKD.OBJECTIVES
+        ):
+            check_teacher_classes(cfg, task.teacher_config(cfg))
         self.check_evaluators(cfg)
         cfg = schedule_in_iterations(cfg)
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
@@ -162,8 +152,9 @@ class DistillationTrainer(Trainer):
             model.student,
             self.average,
             cfg.OUTPUT_DIR,
+            task.stock_module,
             trainer=weakref.proxy(self),
-            projectors=model.projectors,
+            objectives=model.objectives,
         )
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
@@ -172,28 +163,23 @@ class DistillationTrainer(Trainer):
 
     @classmethod
     def build_model(cls, cfg):
+        task = task_of(cfg)
         if not cfg.MOKD.ENABLED:
-            model = SupervisedModel.from_config(cfg)
+            model = SupervisedModel(task.build_student(cfg))
             logger.info(f"Model:\n{model.student}")
             return model
-        name = cfg.MOKD.META_ARCHITECTURE or (
-            "ClassifierDistillationModel" if is_classifier(cfg) else "DistillationModel"
-        )
+        name = cfg.MOKD.META_ARCHITECTURE
         if name not in META_ARCH_REGISTRY:
             raise ValueError(f"MOKD.META_ARCHITECTURE '{name}' is not in META_ARCH_REGISTRY.")
-        model = META_ARCH_REGISTRY.get(name)(cfg)
+        model = META_ARCH_REGISTRY.get(name)(cfg, task=task)
         model.to(torch.device(cfg.MODEL.DEVICE))
         logger.info(f"Student:\n{model.student}")
-        logger.info(f"Objectives: {', '.join(model.objectives)}")
-        if model.features is not None:
-            logger.info(f"Level map (student -> teacher): {model.features.level_map}")
+        logger.info(f"Objectives: {', '.join(model.names)}")
         return model
 
     @classmethod
     def build_train_loader(cls, cfg):
-        if is_classifier(cfg):
-            return classification.build_train_loader(cfg)
-        return build_resumable_train_loader(cfg, mapper=build_train_mapper(cfg))
+        return task_of(cfg).build_train_loader(cfg)
 
     def build_writers(self):
         path = os.path.join(self.cfg.OUTPUT_DIR, "balance.json")
@@ -236,63 +222,17 @@ def build_trainer(cfg):
         Trainer: a :class:`DistillationTrainer` if ``cfg.MOKD.ENABLED`` or if the config asks for
         a step that Detectron2 does not have, else Detectron2's own.
     """
-    return (DistillationTrainer if cfg.MOKD.ENABLED or needs_own_step(cfg) else Trainer)(cfg)
+    return (DistillationTrainer if needs_own_step(cfg) else Trainer)(cfg)
 
 
-def needs_own_step(cfg):
-    """Whether options of the step are set that Detectron2's trainers do not know."""
-    amp = cfg.SOLVER.AMP
-    return bool(
-        is_classifier(cfg)
-        or cfg.DATALOADER.RESUMABLE
-        or cfg.SOLVER.MICRO_BATCHES != 1
-        or cfg.SOLVER.EMA_DECAY
-        or (amp.ENABLED and amp.PRECISION != "float16")
-        or cfg.MODEL.BACKBONE.CHECKPOINTING
-        or cfg.MODEL.BACKBONE.COMPILE
-    )
-
-
-def prepare_datasets(cfg):
-    """Register the data sets of the config and check those of training and evaluation."""
+def prepare_datasets(cfg: CfgNode, task: Task, is_training: bool = True) -> None:
+    """
+    Register the data sets of the config and check that those of training (unless it is for
+    evaluation only) and evaluation exist and suit the task.
+    """
     register_datasets(cfg)
-    check_datasets(cfg.DATASETS.TRAIN, "DATASETS.TRAIN")
-    if cfg.DATASETS.TEST:
-        check_datasets(cfg.DATASETS.TEST, "DATASETS.TEST")
-    if is_classifier(cfg):
-        check_classes(cfg)
-
-
-def check_supported(cfg):
-    """Raise ValueError for options of the step that are out of range or do not work together."""
-    solver, balancing = cfg.SOLVER, cfg.MOKD.BALANCING
-    if solver.AMP.PRECISION not in PRECISIONS:
-        raise ValueError(
-            f"SOLVER.AMP.PRECISION is '{solver.AMP.PRECISION}': expected one of "
-            f"{', '.join(map(repr, PRECISIONS))}."
-        )
-    if not 0 <= solver.EMA_DECAY < 1:
-        raise ValueError(
-            f"SOLVER.EMA_DECAY is {solver.EMA_DECAY}: expected 0 (off) or 0 < decay < 1."
-        )
-    # With a reference, the batch and the number of processes will be scaled together.
-    size = solver.IMS_PER_BATCH // (solver.REFERENCE_WORLD_SIZE or comm.get_world_size())
-    if solver.MICRO_BATCHES < 1 or size % solver.MICRO_BATCHES:
-        raise ValueError(
-            f"SOLVER.MICRO_BATCHES is {solver.MICRO_BATCHES}: expected a divisor of the {size} "
-            f"images that each process gets (SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH})."
-        )
-    if cfg.MOKD.ENABLED and balancing.GRAM == "signal":
-        groups = solver.MICRO_BATCHES * comm.get_world_size()
-        if groups < 2:
-            raise ValueError(
-                "MOKD.BALANCING.GRAM 'signal' multiplies gradients of different micro-batches or "
-                "processes, but there is one: set SOLVER.MICRO_BATCHES to 2 or more."
-            )
-    check_acceleration(cfg)
-    if cfg.TEST.PRECISE_BN.ENABLED:
-        raise ValueError(
-            "TEST.PRECISE_BN.ENABLED True is not supported by the distillation trainer: it would "
-            "run the teacher as well, and miss a running mean of the student. Set it to False, or "
-            "compute the statistics of the finished student (its checkpoint is stock)."
-        )
+    options = [*(["TRAIN"] if is_training else []), "TEST"]
+    for option in options:
+        if option == "TRAIN" or not is_training or cfg.DATASETS.TEST:
+            check_datasets(cfg.DATASETS[option], f"DATASETS.{option}")
+    task.check_data(cfg, options)

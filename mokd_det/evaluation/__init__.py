@@ -1,6 +1,7 @@
 # Copyright (c) The mokd_det authors.
 """Evaluators by data set, results that a machine can read, and rows of a model zoo."""
 
+from .. import compat  # noqa: F401  (first: patches Detectron2 where it needs it)
 from .build import build_evaluator, check_evaluators
 from .classification import ClassificationEvaluator
 from .fast_coco import fast_coco_eval

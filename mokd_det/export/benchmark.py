@@ -1,34 +1,28 @@
 # Copyright (c) The mokd_det authors.
-"""What an exported student costs beside its teacher, and a distilled one beside its twin."""
+"""What an exported student costs beside its teacher, and beside the same model from scratch."""
 
 import os
 import statistics
 import time
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from detectron2.modeling import build_model
+from detectron2.config import CfgNode
 from detectron2.utils.analysis import FlopCountAnalysis
+from torch import Tensor
 
-from ..config import stock_config
-from ..data.classification import Batch
 from ..evaluation import count_parameters
-from ..modeling import (
-    is_classifier,
-    load_trained_model,
-    stock_module,
-    teacher_config,
-    teacher_images,
-    without_initial_weights,
-)
 from .export import export_model
-from .images import read_images, to_tensor
+from .exporter import ExportOptions
+from .images import read_images
 from .onnx import load_onnx
 from .torchscript import load_torchscript
 
-__all__ = ["benchmark", "check_benchmark", "compare_with_twin", "format_benchmark", "latencies"]
+__all__ = ["benchmark", "check_benchmark", "compare_with_scratch", "format_benchmark", "latencies"]
 
 
-def check_benchmark(cfg, format):
+def check_benchmark(task, cfg: CfgNode, format: str) -> None:
     """
     Raises:
         ValueError, FileNotFoundError: a format whose files do no whole work, or the config's
@@ -44,39 +38,41 @@ def check_benchmark(cfg, format):
             "features only. Add MOKD.ENABLED False to time the student alone."
         )
     if cfg.MOKD.ENABLED:
-        teacher_config(cfg)  # whose weights must be there
+        task.teacher_config(cfg)  # whose weights must be there
 
 
-def benchmark(cfg, exported, output_dir, method, options):
+def benchmark(
+    task,
+    cfg: CfgNode,
+    exported: dict[str, Any],
+    output_dir: str,
+    options: ExportOptions,
+    images: Sequence[str] = (),
+) -> dict[str, Any]:
     """
     Time an exported student, its source and, if the config distils, its teacher exported likewise,
     on one image at batch 1.
 
     Args:
-        cfg (CfgNode): the student's.
-        exported (dict): of :func:`mokd_det.export.export.export_model`.
-        output_dir (str): the teacher goes to ``teacher/`` in it.
-        method (str): of the export.
-        options (dict): its other options.
+        task (mokd_det.tasks.Task): of the student.
+        cfg: the student's.
+        exported: of :func:`mokd_det.export.export.export_model`.
+        output_dir: the teacher goes to ``teacher/`` in it.
+        options, images: of the export.
 
     Returns:
-        dict: ``bytes`` of both files, ``latency`` (see :func:`latencies`; ratios are to the
-        exported student), ``threads``, ``device`` and ``twin`` (see :func:`compare_with_twin`).
+        ``bytes`` of both files, ``latency`` (see :func:`latencies`; ratios are to the exported
+        student), ``threads``, ``device`` and ``scratch`` (see :func:`compare_with_scratch`).
     """
-    format = exported["format"]
-    pictures, _ = read_images(cfg, options["images"], count=1)
-    image = to_tensor(cfg, pictures[0])
+    pictures, _ = read_images(cfg, images, count=1)
+    image = task.exporter(cfg).to_tensor(pictures[0])
     sizes = {"student": exported["bytes"]}
-    runs = {"student": _runner(exported["file"], format, image, cfg)}
+    runs = {"student": _runner(task.exporter(cfg), exported, image)}
     if cfg.MOKD.ENABLED:
-        teacher_cfg = teacher_config(cfg)
-        teacher_cfg.DATASETS = cfg.DATASETS
-        teacher_cfg.INPUT.MIN_SIZE_TEST = cfg.INPUT.MIN_SIZE_TEST  # the same work for both
-        teacher_cfg.INPUT.MAX_SIZE_TEST = cfg.INPUT.MAX_SIZE_TEST
-        teacher_cfg.INPUT.CLASSIFICATION = teacher_images(cfg)
+        teacher_cfg = task.teacher_config_at_students_size(cfg)
         folder = os.path.join(output_dir, "teacher")
         teacher = export_model(
-            teacher_cfg, folder, format, method, option="MOKD.TEACHER.WEIGHTS", **options
+            task, teacher_cfg, folder, options, images, option="MOKD.TEACHER.WEIGHTS"
         )
         if not teacher["parity"]["passed"]:
             raise ValueError(
@@ -84,31 +80,31 @@ def benchmark(cfg, exported, output_dir, method, options):
                 "Try the other --method, or MOKD.ENABLED False to time the student alone."
             )
         sizes["teacher"] = teacher["bytes"]
-        theirs = to_tensor(teacher_cfg, pictures[0])
-        runs["teacher"] = _runner(teacher["file"], format, theirs, teacher_cfg)
+        exporter = task.exporter(teacher_cfg)
+        runs["teacher"] = _runner(exporter, teacher, exporter.to_tensor(pictures[0]))
     return {
         "bytes": sizes,
         "latency": latencies(runs),
         "device": cfg.MODEL.DEVICE,
         "threads": torch.get_num_threads(),
         "image": list(image.shape),
-        "twin": compare_with_twin(cfg, image),
+        "scratch": compare_with_scratch(task, cfg, image),
     }
 
 
-def _runner(path, format, image, cfg):
-    if format == "onnx":
-        run = load_onnx(path)
+def _runner(exporter, exported: dict[str, Any], image: Tensor) -> Callable[[], Any]:
+    given = exporter.exported_input(image)
+    if exported["format"] == "onnx":
+        run = load_onnx(exported["file"])
     else:
-        run, _ = load_torchscript(path, cfg.MODEL.DEVICE)
-        image = image.to(cfg.MODEL.DEVICE)
-    given = image[None] if is_classifier(cfg) else image
+        device = exporter.cfg.MODEL.DEVICE
+        run, given = load_torchscript(exported["file"], device)[0], given.to(device)
     return lambda: run(given)
 
 
-def format_benchmark(result):
+def format_benchmark(result: dict[str, Any]) -> str:
     """Return the results of :func:`benchmark` as Markdown."""
-    latency, twin = result["latency"], result["twin"]
+    latency, scratch = result["latency"], result["scratch"]
     lines = [
         f"Batch 1, image {result['image']}, {result['device']}, {result['threads']} threads:",
         "| exported | ms an image | MiB |",
@@ -119,14 +115,14 @@ def format_benchmark(result):
     if "teacher" in result["bytes"]:
         ratio = result["bytes"]["teacher"] / result["bytes"]["student"]
         lines.append(f"| teacher / student | {latency['teacher_ratio']:.2f} | {ratio:.2f} |")
-    flops = [f"{value:.4g}" for value in twin["gflops"]]
+    flops = [f"{value:.4g}" for value in scratch["gflops"]]
     lines += [
         "The student (eager) beside the model of its stock config without distillation:",
-        f"  state-dict keys and shapes: {'equal' if twin['keys_equal'] else 'DIFFERENT'}",
-        f"  parameters: {twin['parameters'][0]:,} and {twin['parameters'][1]:,}",
+        f"  state-dict keys and shapes: {'equal' if scratch['keys_equal'] else 'DIFFERENT'}",
+        f"  parameters: {scratch['parameters'][0]:,} and {scratch['parameters'][1]:,}",
         f"  GFLOPs (multiply-adds): {flops[0]} and {flops[1]}",
-        f"  ms an image: {1e3 * twin['eager_student_seconds']:.1f} and "
-        f"{1e3 * twin['eager_twin_seconds']:.1f} (ratio {twin['eager_twin_ratio']:.3f})",
+        f"  ms an image: {1e3 * scratch['eager_student_seconds']:.1f} and "
+        f"{1e3 * scratch['eager_scratch_seconds']:.1f} (ratio {scratch['eager_scratch_ratio']:.3f})",
     ]
     return "\n".join(lines)
 
@@ -168,41 +164,33 @@ def _synchronise():
 
 
 @torch.no_grad()
-def compare_with_twin(cfg, image):
+def compare_with_scratch(task, cfg: CfgNode, image: Tensor) -> dict[str, Any]:
     """
     Show that distillation leaves nothing in the student: beside the model that Detectron2 builds
-    from the student's stock config, without MOKD, as training from scratch does.
-
-    The twin gets the student's weights, as the work of an R-CNN's heads depends on what it finds.
+    from the student's stock config, without MOKD, as training from scratch does. That model gets
+    the student's weights, as the work of an R-CNN's heads depends on what it finds.
 
     Args:
-        cfg (CfgNode): the student's, with its trained ``MODEL.WEIGHTS``.
-        image (Tensor): (3, H, W) uint8, as the model takes it.
+        task (mokd_det.tasks.Task): of the student.
+        cfg: the student's, with its trained ``MODEL.WEIGHTS``.
+        image: (3, H, W) uint8, as the model takes it.
 
     Returns:
-        dict: ``keys_equal`` (bool, with shapes), ``parameters`` and ``gflops`` (multiply-adds, as
-        fvcore counts them), of (student, twin), and ``eager_student_seconds``,
-        ``eager_twin_seconds``, ``eager_twin_ratio``.
+        ``keys_equal`` (bool, with shapes), ``parameters`` and ``gflops`` (multiply-adds, as fvcore
+        counts them), of both, and ``eager_student_seconds``, ``eager_scratch_seconds``,
+        ``eager_scratch_ratio``.
     """
-    student = load_trained_model(cfg)
-    twin_cfg = stock_config(cfg)
-    if is_classifier(cfg):
-        twin_cfg = without_initial_weights(twin_cfg)
-    twin_cfg.MODEL.WEIGHTS = ""
-    if "TORCHVISION" in twin_cfg.MODEL:
-        twin_cfg.MODEL.TORCHVISION.WEIGHTS = ""
-    twin = build_model(twin_cfg).eval()
+    student = task.load_trained(cfg)
+    scratch_cfg = task.stock_config(task.untrained_config(cfg))
+    scratch_cfg.MODEL.WEIGHTS = ""
+    scratch = task.build_student(scratch_cfg).eval()
+    both = (student, scratch)
     shapes = [
-        {key: tuple(value.shape) for key, value in model.state_dict().items()}
-        for model in (student, twin)
+        {key: tuple(value.shape) for key, value in model.state_dict().items()} for model in both
     ]
-    stock_module(twin).load_state_dict(stock_module(student).state_dict(), strict=True)
-    if is_classifier(cfg):
-        inputs = Batch(image[None], torch.zeros(1, dtype=torch.long))
-    else:
-        inputs = [{"image": image, "height": image.shape[1], "width": image.shape[2]}]
-    both = (student, twin)
-    timed = {"eager_student": lambda: student(inputs), "eager_twin": lambda: twin(inputs)}
+    task.stock_module(scratch).load_state_dict(task.stock_module(student).state_dict(), strict=True)
+    inputs = task.exporter(cfg).eager_input(image)
+    timed = {"eager_student": lambda: student(inputs), "eager_scratch": lambda: scratch(inputs)}
     return {
         "keys_equal": shapes[0] == shapes[1],
         "parameters": [count_parameters(model) for model in both],

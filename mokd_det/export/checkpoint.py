@@ -4,24 +4,23 @@
 import os
 
 import torch
-
-from ..config import stock_config
-from ..modeling import is_classifier, load_trained_model, without_initial_weights
+from detectron2.config import CfgNode
 
 __all__ = ["export_checkpoint"]
 
 
-def export_checkpoint(cfg, output_dir):
+def export_checkpoint(task, cfg: CfgNode, output_dir: str) -> dict[str, str]:
     """
     Write ``model.pth`` (weights only: no optimizer, no projector) and ``config.yaml`` (the keys of
     :func:`~mokd_det.config.stock_config`, ``MODEL.WEIGHTS`` pointing to the file beside it).
 
     Args:
-        cfg (CfgNode): the student's config with its trained ``MODEL.WEIGHTS``.
-        output_dir (str): folder.
+        task (mokd_det.tasks.Task): of the student.
+        cfg: the student's config with its trained ``MODEL.WEIGHTS``.
+        output_dir: folder.
 
     Returns:
-        dict[str, str]: paths of ``weights`` and ``config``.
+        Paths of ``weights`` and ``config``.
 
     Raises:
         ValueError: the weights do not fit the config, or the folder is a run's own.
@@ -31,17 +30,13 @@ def export_checkpoint(cfg, output_dir):
             f"--output is '{output_dir}', the OUTPUT_DIR of a run (it has a last_checkpoint), "
             "whose config.yaml would be overwritten: choose another folder."
         )
-    model = load_trained_model(cfg)
+    model = task.load_trained(cfg)
     os.makedirs(output_dir, exist_ok=True)
     weights = os.path.join(output_dir, "model.pth")
     config = os.path.join(output_dir, "config.yaml")
     torch.save({"model": model.state_dict(), "__author__": "mokd_det"}, weights)
-    stock = stock_config(cfg)
-    # What training started from: there is nothing to download here.
-    if is_classifier(stock):
-        stock = without_initial_weights(stock)
-    if "TORCHVISION" in stock.MODEL:
-        stock.MODEL.TORCHVISION.WEIGHTS = ""
+    # What training started from is not needed: there is nothing to download here.
+    stock = task.stock_config(task.untrained_config(cfg))
     stock.MODEL.WEIGHTS = os.path.abspath(weights)  # so that it works from any folder
     with open(config, "w") as f:
         f.write(stock.dump())

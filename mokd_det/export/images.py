@@ -7,14 +7,10 @@ import os
 import numpy as np
 import torch
 from detectron2.data import DatasetCatalog
-from detectron2.data import transforms as T
 from detectron2.data.detection_utils import read_image
 from PIL import Image
 
-from ..data.classification.transforms import build_transform
-from ..modeling import is_classifier
-
-__all__ = ["SCALES", "read_images", "sized", "to_tensor"]
+__all__ = ["SCALES", "read_images", "sized"]
 
 SCALES = (1.0, 0.75, 0.5)
 """Sizes of the comparison, as parts of the test size."""
@@ -66,27 +62,6 @@ def _random_image(seed, height=480, width=640):
     """Coloured blotches: low frequencies, as photos have, so that features differ over places."""
     noise = np.random.default_rng(seed).integers(0, 256, (12, 16, 3), dtype=np.uint8)
     return np.asarray(Image.fromarray(noise).resize((width, height), Image.BICUBIC))
-
-
-def to_tensor(cfg, image):
-    """
-    Args:
-        cfg (CfgNode): of the model.
-        image (ndarray): (H, W, 3) uint8 RGB.
-
-    Returns:
-        Tensor: (3, H', W') uint8, resized (and cropped) as for evaluation, in INPUT.FORMAT.
-    """
-    if is_classifier(cfg):
-        return build_transform(cfg, is_train=False)(Image.fromarray(image))
-    short, longest = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
-    if short:  # as Detectron2's DefaultPredictor
-        image = (
-            T.ResizeShortestEdge([short, short], longest).get_transform(image).apply_image(image)
-        )
-    if cfg.INPUT.FORMAT == "BGR":
-        image = image[:, :, ::-1]
-    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
 
 
 def sized(image, scale):

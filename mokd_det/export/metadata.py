@@ -2,51 +2,39 @@
 """What a deployed model needs to be told beside its weights."""
 
 import hashlib
+from collections.abc import Callable
+from typing import Any
 
 import detectron2
 import torch
 import torchvision
+from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from torch import nn
 
 import mokd_det
 
-from ..config import stock_config
-from ..data.classification.sources import class_names as classification_names
 from ..data.packages import sha256_of
-from ..modeling import is_classifier
-from .detector import num_classes, output_names, score_threshold
 
-__all__ = ["METADATA_FILE", "build_metadata"]
+__all__ = ["METADATA_FILE", "class_names_of", "common_metadata", "data_sets_of"]
 
 METADATA_FILE = "metadata.json"
 """Name of the extra file inside a TorchScript archive, and of the entry in an ONNX or .pt2 file."""
 
-INPUT = "one image (3, H, W), uint8 or float32 in [0, 255], channels in the order of 'format'"
-OUTPUTS = {
-    "boxes": "(R, 4) float32, x0 y0 x1 y1 in pixels of the image given",
-    "scores": "(R,) float32 in [0, 1], descending",
-    "classes": "(R,) int64, index into class_names",
-    "masks": "(R, M, M) float32 probabilities over each box; paste_masks() puts them on an image",
-    "keypoints": "(R, K, 3) float32, x y in pixels of the image given, score",
-    "sem_seg": "(C, H, W) float32 logits",
-}
 
-
-def build_metadata(cfg, model):
+def common_metadata(cfg: CfgNode, model: nn.Module, stock_cfg: CfgNode) -> dict[str, Any]:
     """
     Args:
-        cfg (CfgNode): of the model, its data sets registered.
-        model (nn.Module): detector or classifier.
+        cfg: of the model.
+        model: with ``pixel_mean`` and ``pixel_std``.
+        stock_cfg: see :func:`mokd_det.config.stock_config`.
 
     Returns:
-        dict: to be written as JSON. ``task`` ("detection" or "classification"), ``class_names``
-        (None if no data set of the config is here to name them), ``format``, ``pixel_mean``,
-        ``pixel_std``, ``resize``, ``score_threshold`` and ``keypoint_names`` (detection),
-        ``input``, ``outputs``, ``versions``, ``config_sha256``, ``weights_sha256`` (None for
-        weights that torchvision names).
+        To be written as JSON: ``format``, ``pixel_mean``, ``pixel_std``, ``versions``,
+        ``config_sha256``, ``weights_sha256`` (None for weights that torchvision names).
     """
     weights = cfg.MODEL.WEIGHTS
-    common = {
+    return {
         "format": cfg.INPUT.FORMAT,
         "pixel_mean": model.pixel_mean.flatten().tolist(),
         "pixel_std": model.pixel_std.flatten().tolist(),
@@ -56,64 +44,31 @@ def build_metadata(cfg, model):
             "torch": torch.__version__,
             "torchvision": torchvision.__version__,
         },
-        "config_sha256": hashlib.sha256(stock_config(cfg).dump().encode()).hexdigest(),
+        "config_sha256": hashlib.sha256(stock_cfg.dump().encode()).hexdigest(),
         "weights_sha256": sha256_of(weights) if weights else None,
     }
-    if is_classifier(cfg):
-        options = cfg.INPUT.CLASSIFICATION
-        return {
-            "task": "classification",
-            "class_names": _class_names(cfg, model.num_classes),
-            # torchvision's Resize, then CenterCrop.
-            "resize": {
-                "short_edge": options.RESIZE_TEST,
-                "crop": options.SIZE_TEST,
-                "interpolation": options.INTERPOLATION,
-            },
-            "input": INPUT.replace("one image (3", "images (N, 3"),
-            "outputs": {"logits": "(N, C) float32; their softmax are probabilities"},
-            **common,
-        }
-    return {
-        "task": "detection",
-        "class_names": _class_names(cfg, num_classes(model)),
-        # Detectron2's ResizeShortestEdge; short edge 0 leaves images as they are.
-        "resize": {
-            "short_edge": cfg.INPUT.MIN_SIZE_TEST,
-            "longest_edge": cfg.INPUT.MAX_SIZE_TEST,
-            "interpolation": "bilinear",
-        },
-        "score_threshold": score_threshold(model),
-        "keypoint_names": _keypoint_names(cfg),
-        "input": INPUT,
-        "outputs": {name: OUTPUTS[name] for name in output_names(model)},
-        **common,
-    }
 
 
-def _data_sets(cfg):
+def data_sets_of(cfg: CfgNode) -> list[str]:
+    """Return the names of a config's data sets that are registered, those of TEST first."""
     return [n for n in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN) if n in DatasetCatalog.list()]
 
 
-def _class_names(cfg, count):
-    for name in _data_sets(cfg):
-        metadata = MetadataCatalog.get(name)
+def class_names_of(cfg: CfgNode, count: int, names_of: Callable) -> list[str] | None:
+    """
+    Args:
+        cfg: of the model, its data sets registered.
+        count: of the model's classes.
+        names_of: from a data set's name and metadata to the names of its classes.
+
+    Returns:
+        Of the first set that has as many; None if no data set of the config is here to name them.
+    """
+    for name in data_sets_of(cfg):
         try:
-            if is_classifier(cfg):
-                names = list(classification_names(metadata.image_path))
-            else:
-                if "thing_classes" not in metadata.as_dict():
-                    DatasetCatalog.get(name)  # reading COCO's JSON sets them
-                names = list(metadata.get("thing_classes", []))
+            names = list(names_of(name, MetadataCatalog.get(name)))
         except FileNotFoundError:  # a set that is registered, but not on this machine
             continue
         if len(names) == count:
             return names
-    return None
-
-
-def _keypoint_names(cfg):
-    for name in _data_sets(cfg) if cfg.MODEL.KEYPOINT_ON else ():
-        if "keypoint_names" in MetadataCatalog.get(name).as_dict():
-            return list(MetadataCatalog.get(name).keypoint_names)
     return None

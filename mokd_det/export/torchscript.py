@@ -1,6 +1,7 @@
 # Copyright (c) The mokd_det authors.
 """Detectors and classifiers as TorchScript, by tracing or scripting."""
 
+import contextlib
 import copy
 import json
 import warnings
@@ -10,6 +11,7 @@ from unittest import mock
 import torch
 from detectron2.export.torchscript import scripting_with_instances
 from detectron2.modeling.roi_heads import cascade_rcnn
+from torch import Tensor, nn
 from torchvision.ops import boxes
 
 from .detector import (
@@ -21,31 +23,46 @@ from .detector import (
 )
 from .metadata import METADATA_FILE
 
-__all__ = ["freeze", "load_torchscript", "save_torchscript", "script", "trace"]
+__all__ = [
+    "freeze",
+    "load_torchscript",
+    "save_torchscript",
+    "script",
+    "script_network",
+    "trace",
+    "trace_network",
+]
 
 
-def trace(model, image):
+def trace(model: nn.Module, image: Tensor) -> torch.jit.ScriptModule:
     """
     Args:
-        model (nn.Module): a detector, or a deployed classifier, in eval mode.
-        image (Tensor): its input as documented; best one with detections, so that every part runs.
-
-    Returns:
-        torch.jit.ScriptModule
+        model: a detector in eval mode.
+        image: its input as documented; best one with detections, so that every part runs.
     """
-    is_classifier = not hasattr(model, "backbone")
-    traceable = model if is_classifier else TraceableDetector(model).eval()
-    with torch.no_grad(), _without_gradient_scaling(), warnings.catch_warnings(), _scripted_nms():
+    with _scripted_nms(), _without_gradient_scaling():
+        traced = _trace(TraceableDetector(model).eval(), image)
+        return _script(TracedDetector(traced).eval())
+
+
+def trace_network(model: nn.Module, images: Tensor) -> torch.jit.ScriptModule:
+    """As :func:`trace`, of a deployed classifier."""
+    # A traced function keeps the type of its example; images come as uint8 too.
+    return _script(_AnyType(_trace(model, images)).eval())
+
+
+def _trace(model, example):
+    with torch.no_grad(), warnings.catch_warnings():
         # Of tensors that become Python numbers or constants, and of TorchScript's deprecation:
         # what the trace computes is compared with the model in any case.
         warnings.simplefilter("ignore")
-        traced = torch.jit.trace(
-            traceable, (image.to(torch.float32),), strict=False, check_trace=False
-        )
-        if is_classifier:
-            # A traced function keeps the type of its example; images come as uint8 too.
-            return torch.jit.script(_AnyType(traced).eval())
-        return torch.jit.script(TracedDetector(traced).eval())
+        return torch.jit.trace(model, (example.to(torch.float32),), strict=False, check_trace=False)
+
+
+def _script(module):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # as in _trace()
+        return torch.jit.script(module)
 
 
 def _scripted_nms():
@@ -79,27 +96,32 @@ class _AnyType(torch.nn.Module):
         return self.network(images.to(torch.float32))
 
 
-def script(model):
+def script(model: nn.Module) -> torch.jit.ScriptModule:
     """
     Args:
-        model (nn.Module): a detector, or a deployed classifier, in eval mode.
-
-    Returns:
-        torch.jit.ScriptModule
+        model: a detector in eval mode.
 
     Raises:
         ValueError: TorchScript cannot compile it.
     """
-    is_detector = hasattr(model, "backbone")
-    if is_detector:
-        check_scripting(model)
+    check_scripting(model)
+    with _refusals_explained():
+        model = _with_scripted_graphs(model)
+        return scripting_with_instances(scriptable_detector(model), instances_fields(model))
+
+
+def script_network(model: nn.Module) -> torch.jit.ScriptModule:
+    """As :func:`script`, of a deployed classifier."""
+    with _refusals_explained():
+        return torch.jit.script(_with_scripted_graphs(model))
+
+
+@contextlib.contextmanager
+def _refusals_explained():
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # as in trace()
-            model = _with_scripted_graphs(model)
-            if is_detector:
-                return scripting_with_instances(scriptable_detector(model), instances_fields(model))
-            return torch.jit.script(model)
+            warnings.simplefilter("ignore")  # as in _trace()
+            yield
     except (RuntimeError, TypeError, AttributeError, ValueError, NotImplementedError) as error:
         # torch.jit's own errors derive from these, one for each kind of Python it does not know.
         raise ValueError(

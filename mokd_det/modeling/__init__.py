@@ -1,55 +1,46 @@
 # Copyright (c) The mokd_det authors.
-"""Detectron2 side: the distillation models, their teachers, torchvision's networks in them."""
+"""The distillation model, and stock models for Detectron2 to build: classifiers, backbones."""
 
+from .. import compat  # noqa: F401  (first: patches Detectron2 where it needs it)
 from .acceleration import accelerate_student, check_acceleration
-from .classification import (
-    CLASSIFIERS,
-    Classifier,
-    is_classifier,
-    stock_module,
-    teacher_images,
-    without_initial_weights,
-)
-from .distillation_model import DistillationModel
-from .feature_objective import FeatureObjective, build_level_map
+from .backbone_tap import replace_backbone_features
+from .classifier import Classifier, default_tap, load_trained_classifier
+from .classifier_taps import TapShape, as_map, common_grid, find_taps, replace_taps
+from .distillation import DistillationModel, check_balancing
 from .inherit import copy_weights, inheritable_names
-from .lazy_config import LazyConfigDetector
+from .lazy_config import LazyConfigDetector, load_lazy_config
 from .loading import StrictCheckpointer
-from .output_objective import OutputObjective
-from .outputs import Outputs, build_output_reader
+from .networks import CLASSIFIERS, build_network, implied_options, input_normalisation
 from .state import RestoredState, module_numbers, set_module_numbers
 from .supervised_model import SupervisedModel
-from .teacher import Teacher, TeacherView, build_teacher
 from .torchvision_backbone import TorchvisionBackbone
-from .trained import load_trained_model, teacher_config
 
 __all__ = [
     "CLASSIFIERS",
     "Classifier",
     "DistillationModel",
-    "FeatureObjective",
     "LazyConfigDetector",
-    "OutputObjective",
-    "Outputs",
     "RestoredState",
     "StrictCheckpointer",
     "SupervisedModel",
-    "Teacher",
-    "TeacherView",
+    "TapShape",
     "TorchvisionBackbone",
     "accelerate_student",
-    "build_level_map",
-    "build_output_reader",
-    "build_teacher",
+    "as_map",
+    "build_network",
     "check_acceleration",
+    "check_balancing",
+    "common_grid",
     "copy_weights",
+    "default_tap",
+    "find_taps",
+    "implied_options",
     "inheritable_names",
-    "is_classifier",
-    "load_trained_model",
+    "input_normalisation",
+    "load_lazy_config",
+    "load_trained_classifier",
     "module_numbers",
+    "replace_backbone_features",
+    "replace_taps",
     "set_module_numbers",
-    "stock_module",
-    "teacher_config",
-    "teacher_images",
-    "without_initial_weights",
 ]

@@ -4,25 +4,22 @@
 import contextlib
 
 import torch
-from detectron2.modeling.poolers import ROIPooler
+from detectron2.config import CfgNode
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from ..speed import check_backend, pool_in_float32
 from .state import RestoredState
 
-__all__ = ["accelerate_student", "check_acceleration", "check_backend", "pool_in_float32"]
+__all__ = ["accelerate_student", "check_acceleration"]
 
 
-def check_acceleration(cfg):
+def check_acceleration(cfg: CfgNode) -> None:
     """
     Raises:
         ValueError: options of ``MODEL.BACKBONE`` that do not work together.
     """
     options = cfg.MODEL.BACKBONE
-    if cfg.MODEL.META_ARCHITECTURE == "Classifier" and (options.CHECKPOINTING or options.COMPILE):
-        raise ValueError(
-            "MODEL.BACKBONE.CHECKPOINTING and MODEL.BACKBONE.COMPILE are for detectors: features "
-            "of a classifier are read inside its network. Set them to False and ''."
-        )
     if not options.COMPILE:
         return
     check_backend(options.COMPILE, "MODEL.BACKBONE.COMPILE")
@@ -31,31 +28,22 @@ def check_acceleration(cfg):
             "MODEL.BACKBONE.CHECKPOINTING True and MODEL.BACKBONE.COMPILE exclude each other: "
             "the compiler decides by itself what to keep for the backward pass."
         )
-    if cfg.MOKD.ENABLED and cfg.MOKD.BALANCING.PLACE == "parameters":
+    if cfg.MOKD.ENABLED and cfg.MOKD.BALANCING.MEASURE_AT == "parameters":
         raise ValueError(
-            f"MODEL.BACKBONE.COMPILE '{options.COMPILE}' and MOKD.BALANCING.PLACE 'parameters' "
-            "exclude each other: a compiled backbone frees its graph in the first backward pass, "
-            "and this place needs several. Use PLACE 'features'."
+            f"MODEL.BACKBONE.COMPILE '{options.COMPILE}' and MOKD.BALANCING.MEASURE_AT "
+            "'parameters' exclude each other: a compiled backbone frees its graph in the first "
+            "backward pass, and measuring needs several. Use MEASURE_AT 'features'."
         )
 
 
-def check_backend(backend, option):
-    """Raise ValueError unless torch.compile has this backend."""
-    if backend not in (known := torch._dynamo.list_backends(exclude_tags=())):
-        raise ValueError(
-            f"{option} is '{backend}': expected '' (off) or a backend of torch.compile: "
-            f"{', '.join(known)}."
-        )
-
-
-def accelerate_student(cfg, student):
+def accelerate_student(cfg: CfgNode, student: nn.Module) -> None:
     """
     Apply ``MODEL.BACKBONE.CHECKPOINTING``, ``MODEL.BACKBONE.COMPILE`` and what training in
     bfloat16 needs. Parameters, buffers and their names stay as they are.
 
     Args:
-        cfg (CfgNode):
-        student (nn.Module): with ``backbone``.
+        cfg: the student's config.
+        student: with ``backbone``, if one of the first two is set.
     """
     if cfg.MODEL.BACKBONE.CHECKPOINTING:
         checkpoint_stages(student.backbone)
@@ -69,7 +57,7 @@ def accelerate_student(cfg, student):
         pool_in_float32(student)
 
 
-def checkpoint_stages(backbone):
+def checkpoint_stages(backbone: nn.Module) -> None:
     """
     Keep only the outputs of a ResNet's stages in the forward pass, and compute the rest again in
     the backward pass.
@@ -99,15 +87,3 @@ def _checkpointed(stage):
         return checkpoint(forward, x, use_reentrant=False, context_fn=contexts)
 
     return run
-
-
-def pool_in_float32(model):
-    """
-    RoI features from float32 maps. Detectron2 converts boxes to the maps' type, and bfloat16
-    has steps of 1 pixel from 128 on and of 4 from 512 on; the CPU operator has no bfloat16.
-    """
-    for module in model.modules():
-        if isinstance(module, ROIPooler):
-            module.register_forward_pre_hook(
-                lambda _module, inputs: ([x.float() for x in inputs[0]], *inputs[1:])
-            )

@@ -1,41 +1,43 @@
 # Copyright (c) The mokd_det authors.
-"""A detector without a teacher, for the same training step."""
+"""A student without a teacher, for the same training step."""
 
-from detectron2.modeling import build_model as build_detector
-from torch import nn
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-from ..balancing import Boundary
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from ..balancing import Boundary, Branch, Parameters
 
 __all__ = ["SupervisedModel"]
 
 
 class SupervisedModel(nn.Module):
     """
-    The student alone, with the interface of :class:`DistillationModel`: for its from-scratch twin
-    in training options that Detectron2's own trainer does not have.
+    The student alone, with the interface of :class:`DistillationModel`: for training from scratch
+    with options that Detectron2's own trainer does not have.
     """
 
-    def __init__(self, student):
+    names = ("task",)
+
+    def __init__(self, student: nn.Module):
         super().__init__()
         self.student = student
-        self.projectors = nn.ModuleDict()
+        self.objectives = nn.ModuleDict()
         self.boundary = NoBalancing()
         self.inference = student.__call__
 
-    @classmethod
-    def from_config(cls, cfg):
-        return cls(build_detector(cfg))
-
     @property
-    def device(self):
+    def device(self) -> torch.device:
         # A detector of your own may have no name for it.
         return next(self.student.parameters()).device
 
-    def forward(self, batched_inputs):
+    def forward(self, batch: Any) -> Any:
         """Return ``{"task": losses}`` in training; what the student returns in evaluation."""
         if not self.training:
-            return self.inference(batched_inputs)
-        return {"task": self.student(batched_inputs)}
+            return self.inference(batch)
+        return {"task": self.student(batch)}
 
 
 class NoBalancing(Boundary):
@@ -44,8 +46,13 @@ class NoBalancing(Boundary):
     def __init__(self):
         super().__init__(balancer=None)
 
-    def accumulate(self, losses):
+    def split(
+        self, features: Mapping[str, Tensor], parameters: Mapping[str, Parameters]
+    ) -> dict[str, Branch]:
+        return {name: Branch(dict(features), {}) for name in parameters}
+
+    def accumulate(self, losses: Mapping[str, Tensor]) -> None:
         self._backward(losses)
 
-    def finish(self, parameters=()):
+    def finish(self, parameters: Iterable[Parameter] = ()) -> None:
         return None

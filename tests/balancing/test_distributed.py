@@ -1,5 +1,5 @@
 # Copyright (c) The mokd_det authors.
-"""Two processes take the step of one on the joined batch: both places, all rules."""
+"""Two processes take the step of one on the joined batch, wherever it is measured, by any rule."""
 
 import pytest
 import torch
@@ -7,11 +7,20 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
-from mokd_det.balancing import BALANCERS, build_boundary
-from mokd_det.subspace.projector import standardise
+from mokd_det.balancing import build_boundary
+from mokd_det.objectives import standardise
 
-from .test_boundary import Net
-from .test_parameters import Shared
+from .helpers import (
+    MEASURED_AT,
+    RULE_NAMES,
+    UNSMOOTHED,
+    Net,
+    Shared,
+    features_of,
+    gradients_of,
+    net_with_uses_and_data,
+    with_weights,
+)
 
 
 class Model(Net):
@@ -23,31 +32,34 @@ class Model(Net):
         self.boundary = None
 
     def forward(self, x, target):
-        features = self.features(x)
-        task, shared = self.boundary.split(features, 2) if self.boundary else [features] * 2
+        task, distill = features_of(self.boundary, self.features(x))
         if self.standardised:  # over the joined batch
-            shared = [standardise(f) for f in shared]
-        return [self.task(task), self.distill(shared, target)]
+            distill = {name: standardise(f) for name, f in distill.items()}
+        return {"task": self.task(task), "distill": self.distill(distill, target)}
 
 
 def cases():
     """{name: (options of the boundary, micro-batches of two ranks, of one, standardised)}"""
+    names = list(RULE_NAMES)
+    if names[-1].startswith("torchjd"):
+        names.append("torchjd.Random")  # all ranks draw the same numbers
     result = {}
-    for place in ("features", "parameters"):
-        for rule in sorted(BALANCERS):
-            if (place, rule) != ("features", "look_ahead"):
-                result[f"{place} {rule}"] = ({"place": place, "rule": rule}, 1, 1, True)
-        options = {"place": place, "rule": "protected_min_norm"}
-        result[f"{place} smoothed"] = ({**options, "smoothing": 0.5}, 1, 1, True)
-        result[f"{place} interval"] = ({**options, "interval": 2}, 1, 1, True)
+    for measure_at in MEASURED_AT:
+        for rule in names:
+            options = {"rule": rule, "options": with_weights(rule, [0.5, 2.0])}
+            result[f"{measure_at} {rule}"] = ({"measure_at": measure_at, **options}, 1, 1, True)
+        options = {"measure_at": measure_at, "rule": "min_norm"}
+        result[f"{measure_at} interval"] = ({**options, "interval": 2}, 1, 1, True)
+        # It has running means of the losses as well, and wants features that agree.
+        options["rule"] = "loss_ratio"
+        result[f"{measure_at} smoothed"] = ({**options, "smoothing": 0.5}, 1, 1, False)
+    options = {"measure_at": "parameters", "rule": "min_norm"}
+    result["parameters layers"] = ({**options, "layers": ["stem"]}, 1, 1, True)
+    options = {"measure_at": "parameters", "rule": "loss_ratio", "smoothing": 0}
     # One rank's two micro-batches are the two ranks' batches.
-    options = {"place": "parameters", "rule": "anchored"}
-    result["parameters layers"] = ({**options, "layers": ["down"]}, 1, 1, True)
-    result["parameters signal"] = ({**options, "gram": "signal"}, 1, 2, False)
-    signal = {**options, "gram": "signal", "layers": ["stem"], "smoothing": 0.5}
-    result["parameters signal of layers"] = (signal, 1, 2, False)
+    result["parameters halves"] = (options, 1, 2, False)
     # Four groups of samples on both sides: 2 ranks x 2 and 1 x 4, in the same order.
-    result["parameters accumulated"] = ({**options, "gram": "signal"}, 2, 4, False)
+    result["parameters quarters"] = (options, 2, 4, False)
     return result
 
 
@@ -55,7 +67,7 @@ def train(options, micro_batches, standardised, x, target, wrap=lambda model: mo
     """Return (weights of each step, the model's state, bytes of each of our all-reduces)."""
     torch.manual_seed(0)
     model = Model(standardised)
-    boundary = build_boundary(shared=Shared(model), steps=count, weights=[0.5, 2.0], **options)
+    boundary = build_boundary(objectives=2, shared=Shared(model), steps=count, **options)
     model.boundary = boundary
     wrapped = wrap(model)
     optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9, weight_decay=1e-4)
@@ -84,7 +96,8 @@ def train(options, micro_batches, standardised, x, target, wrap=lambda model: mo
         weights.append(decided.weights)
         if second_forward:
             with torch.no_grad():
-                after = torch.stack([torch.stack(model(*part)) for part in parts]).mean(0)
+                again = [torch.stack(list(model(*part).values())) for part in parts]
+            after = torch.stack(again).mean(0)
             if wrapped is not model:
                 all_reduce(after)
                 after /= 2
@@ -98,6 +111,29 @@ def data():
     return x, torch.randn(8, 6, 8, 8, generator=generator)
 
 
+RULES_FOR_USES = ["loss_ratio", "famo"]
+
+
+def gradients_with_uses(rule, measure_at, rank=None):
+    """Of one step of a network whose objectives use further parameters; rank None: alone."""
+    net, x = net_with_uses_and_data()
+    net.boundary = build_boundary(
+        rule, objectives=3, measure_at=measure_at, shared=net.backbone, **UNSMOOTHED
+    )
+    if rank is None:
+        losses = net(x)
+    else:
+        wrapped, part = DistributedDataParallel(net), x.chunk(2)[rank]
+        if net.boundary.reduces_gradients:
+            with wrapped.no_sync():
+                losses = wrapped(part)
+        else:
+            losses = wrapped(part)
+    found = net.boundary.backward(losses, net.parameters())
+    assert found.weights[2] > 0
+    return gradients_of(net)
+
+
 def worker(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     torch.set_num_threads(1)
@@ -106,12 +142,16 @@ def worker(rank, folder):
         name: train(options, micro, standardised, x, target, DistributedDataParallel)
         for name, (options, micro, _, standardised) in cases().items()
     }
+    for rule in RULES_FOR_USES:
+        for measure_at in MEASURED_AT:
+            results[rule, measure_at] = gradients_with_uses(rule, measure_at, rank)
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
+    """The results of all cases on each of two ranks: starting processes is what takes long."""
     folder = tmp_path_factory.mktemp("ranks")
     mp.spawn(worker, args=(str(folder),), nprocs=2)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
@@ -123,28 +163,37 @@ def test_two_ranks_equal_one(two_ranks, name):
     weights, state, _ = train(options, micro, standardised, *data())
     first, second = (results[name] for results in two_ranks)
     assert torch.equal(first[0], second[0])  # identical weights at every step
+    if options["rule"] not in name:  # a case of its own, which is to mean something
+        assert (weights > 0).all()
     assert torch.allclose(first[0], weights, rtol=1e-3, atol=1e-6)
     for key, value in state.items():
         assert torch.equal(first[1][key], second[1][key]), key
         assert torch.allclose(first[1][key], value, rtol=1e-4, atol=1e-5), key
 
 
+@pytest.mark.parametrize("measure_at", MEASURED_AT)
+@pytest.mark.parametrize("rule", RULES_FOR_USES)
+def test_two_ranks_equal_one_with_further_parameters(two_ranks, rule, measure_at):
+    first, second = (results[rule, measure_at] for results in two_ranks)
+    for name, gradient in gradients_with_uses(rule, measure_at).items():
+        assert torch.equal(first[name], second[name]), name
+        assert torch.allclose(first[name], gradient, rtol=1e-4, atol=1e-7), name
+
+
 def test_bytes_are_those_of_the_documentation(two_ranks):
-    sent = {name: result[2] for name, result in two_ranks[0].items()}
+    sent = {name: result[2] for name, result in two_ranks[0].items() if isinstance(name, str)}
     parts, count = 2, 2
     net = Model(True)
     # First the backward pass through the standardisation of the one distilled map.
     standardised = 8 * (2 * net.stem.out_channels + 1)
-    assert sent["features anchored"] == 3 * [standardised, 4 * (parts * count**2 + count)]
+    assert sent["features min_norm"] == 3 * [standardised, 4 * (parts * count**2 + count)]
     shared = [p for module in (net.stem, net.down) for p in module.parameters()]
     others = [p for n, p in net.named_parameters() if not n.startswith(("stem", "down"))]
     size, other = sum(p.numel() for p in shared), sum(p.numel() for p in others)
     tensors = len(shared) + len(others)
     both = 4 * (count * size + other + tensors + count)
-    assert sent["parameters anchored"] == 3 * [standardised, both]
+    assert sent["parameters min_norm"] == 3 * [standardised, both]
     plain = 4 * (size + other + tensors + count)
     assert sent["parameters interval"][:4] == [standardised, both, standardised, plain]
-    layer = 4 * (count * sum(p.numel() for p in net.down.parameters()) + 2 + count)
+    layer = 4 * (count * sum(p.numel() for p in net.stem.parameters()) + 2 + count)
     assert sent["parameters layers"] == 3 * [standardised, layer, plain]
-    signal = 4 * (count * size + other + tensors + count + count**2)
-    assert sent["parameters signal"] == 3 * [signal]

@@ -1,7 +1,7 @@
 # Copyright (c) The mokd_det authors.
 """Runs that stop, and runs on two processes."""
 
-import mokd_det  # noqa: F401  (first: the other processes have no conftest)
+import mokd_det.compat  # noqa: F401  (first: the other processes have no conftest)
 import pytest
 import torch
 import torch.distributed as dist

@@ -4,7 +4,7 @@
 import json
 import math
 
-import mokd_det  # noqa: F401  (first: the other processes have no conftest)
+import mokd_det.compat  # noqa: F401  (first: the other processes have no conftest)
 import pytest
 import torch
 import torchvision

@@ -1,7 +1,7 @@
 # Copyright (c) The mokd_det authors.
 """Detectors on two processes: the step of one on the joined batch, to float tolerance."""
 
-import mokd_det  # noqa: F401  (first: the other processes have no conftest)
+import mokd_det.compat  # noqa: F401  (first: the other processes have no conftest)
 import pytest
 import torch
 from detectron2.data import DatasetCatalog

@@ -4,7 +4,7 @@
 from .batch import Batch
 from .loader import build_test_loader, build_train_loader
 from .sources import ClassFolders, PackedImages, open_source, write_packed
-from .transforms import BatchMixing, build_transform
+from .transforms import BatchMixing, build_transform, check_transform
 
 __all__ = [
     "Batch",
@@ -14,6 +14,7 @@ __all__ = [
     "build_test_loader",
     "build_train_loader",
     "build_transform",
+    "check_transform",
     "open_source",
     "write_packed",
 ]

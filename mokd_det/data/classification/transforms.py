@@ -2,10 +2,11 @@
 """Augmentation for classification, by torchvision's transforms."""
 
 import torch
+from detectron2.config import CfgNode
 from torch import nn
 from torchvision.transforms import InterpolationMode, v2
 
-__all__ = ["BatchMixing", "build_transform"]
+__all__ = ["BatchMixing", "build_transform", "check_transform"]
 
 INTERPOLATIONS = {
     "bilinear": InterpolationMode.BILINEAR,
@@ -29,7 +30,7 @@ def build_transform(cfg, is_train):
         ValueError: an option out of its range.
     """
     options = cfg.INPUT.CLASSIFICATION
-    _check(cfg)
+    check_transform(cfg)
     interpolation = INTERPOLATIONS[options.INTERPOLATION]
     if not is_train:
         return v2.Compose(
@@ -121,7 +122,11 @@ class BatchMixing(nn.Module):
         return self.way(images.to(torch.float32), labels)
 
 
-def _check(cfg):
+def check_transform(cfg: CfgNode) -> None:
+    """
+    Raises:
+        ValueError: an option of ``INPUT`` out of its range.
+    """
     options = cfg.INPUT.CLASSIFICATION
 
     def refuse(option, expected, section="INPUT.CLASSIFICATION"):
@@ -154,3 +159,6 @@ def _check(cfg):
         refuse("MAGNITUDE", "an integer from 0 to 30")
     if not 0 <= options.ERASING <= 1:
         refuse("ERASING", "a probability")
+    for option in ("MIXUP", "CUTMIX"):
+        if not 0 <= options[option] < float("inf"):
+            refuse(option, "a number >= 0")

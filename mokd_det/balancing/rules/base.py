@@ -1,0 +1,123 @@
+# Copyright (c) The mokd_det authors.
+"""What a rule is: from the gradients' Gram matrix and the losses to weights."""
+
+import abc
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ...registry import Registry
+
+__all__ = ["RESCALES", "RULES", "Rule"]
+
+RULES = Registry("RULES", "MOKD.BALANCING.RULE")
+"""
+Subclasses of :class:`Rule`, built as ``cls(**options)`` with the options of the config's node
+``MOKD.BALANCING.<NAME>``, by lower-case name.
+"""
+
+
+class Rule(abc.ABC):
+    """
+    Decides how much each objective counts in a step. The update of the shared part is
+    ``sum_i weights[i] * gradient_i``; index 0 is the task.
+
+    Degenerate steps are the :class:`Balancer`'s: a rule sees finite Gram matrices without vanishing
+    gradients, and positive finite losses. The attributes below say what else it wants.
+    """
+
+    name: str = ""
+    # Share of the past in the running means that it sees instead of one batch: RunningGram, and
+    # with `averages_losses` RunningLosses. The default of MOKD.BALANCING.SMOOTHING.
+    smoothing: ClassVar[float] = 0.0
+    averages_losses: ClassVar[bool] = False
+    # Factors of all weights but the task's at the first and the last step. The default of
+    # MOKD.BALANCING.SCHEDULE.
+    schedule: ClassVar[tuple[float, float]] = (1.0, 1.0)
+    # It looks at the Gram matrix at all: else SMOOTHING would change nothing.
+    reads_gradients: bool = True
+    # It has an answer for gradients that vanish; else the others are weighed without them.
+    takes_vanishing_gradients: bool = False
+    # It weighs losses by their values, so that one below zero is an error.
+    needs_positive_losses: bool = False
+    # It has weights of its own for projectors: projector_weights().
+    weighs_projectors: ClassVar[bool] = False
+    # update() wants the losses of the batch after the step: one more forward pass.
+    needs_second_forward: ClassVar[bool] = False
+
+    @abc.abstractmethod
+    def weights(self, gram: Tensor, losses: Tensor) -> Tensor:
+        """
+        Args:
+            gram: (K, K) float64 on the CPU, inner products of the objectives' gradients.
+            losses: (K,) float64 on the CPU, values of the objectives.
+
+        Returns:
+            (K,) float64. Not finite: undefined, and the step takes the plain sum.
+        """
+
+    def projector_weights(self, gram: Tensor) -> Tensor:
+        """
+        Args:
+            gram: (K, K), as :meth:`weights` got it.
+
+        Returns:
+            (K,) factors of the objectives' gradients for parameters that nothing else uses; neither
+            rescaled nor scheduled. Only asked for with ``weighs_projectors``.
+        """
+        raise NotImplementedError
+
+    def check_objectives(self, count: int) -> None:
+        """Raise ValueError, before training, if there is no answer for ``count`` objectives."""
+
+    def update(self, before: Tensor, after: Tensor) -> None:
+        """Learn from the (K,) losses of one batch before and after the model's step."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is resumed, and undone if mixed precision skips the step."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what :meth:`state_dict` gave."""
+
+
+def log_gram(gram: Tensor, losses: Tensor) -> Tensor:
+    """Return the Gram matrix of ``grad log L_i = g_i / L_i`` from that of ``g_i``."""
+    return gram / torch.outer(losses, losses)
+
+
+def positive(option: str, value: float) -> float:
+    """Return an option's value; ValueError unless it is a finite number > 0."""
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{option} is {value}: expected a finite number > 0.")
+    return float(value)
+
+
+def _none(weights: Tensor, gram: Tensor) -> Tensor:
+    return weights
+
+
+def _convex(weights: Tensor, gram: Tensor) -> Tensor:
+    # Rules with negative weights may have a sum below zero, and dividing by it would turn the
+    # update round: NaN is "undefined".
+    total = weights.sum()
+    return weights / total if total > 0 else torch.full_like(weights, torch.nan)
+
+
+def _sum(weights: Tensor, gram: Tensor) -> Tensor:
+    return len(weights) * _convex(weights, gram)
+
+
+def _task_norm(weights: Tensor, gram: Tensor) -> Tensor:
+    return weights * torch.sqrt(gram[0, 0] / (weights @ gram @ weights))
+
+
+RESCALES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "none": _none,
+    "convex": _convex,
+    "sum": _sum,
+    "task_norm": _task_norm,
+}
+"""How a rule's weights are scaled, see MOKD.BALANCING.RESCALE: from weights and Gram matrix."""

@@ -1,0 +1,27 @@
+# Copyright (c) The mokd_det authors.
+"""A rule by its name and options."""
+
+from typing import Any
+
+from .base import RULES, Rule
+from .torchjd import TorchjdRule
+
+__all__ = ["TORCHJD_PREFIX", "build_rule"]
+
+TORCHJD_PREFIX = "torchjd."
+
+
+def build_rule(name: str, **options: Any) -> Rule:
+    """
+    Args:
+        name: in ``RULES``, or ``torchjd.X`` for TorchJD's ``XWeighting``.
+        options: of this rule: those of the config's node ``MOKD.BALANCING.<NAME>`` (``TORCHJD``),
+            by lower-case name.
+
+    Raises:
+        ValueError: unknown name, or a bad option.
+        ImportError: TorchJD is not installed.
+    """
+    if name.startswith(TORCHJD_PREFIX):
+        return TorchjdRule(name[len(TORCHJD_PREFIX) :], **options)
+    return RULES.get(name)(**options)

@@ -1,0 +1,76 @@
+# Copyright (c) The mokd_det authors.
+"""The default: each trusted distillation loss at a set multiple of the task's."""
+
+import torch
+from torch import Tensor
+
+from .base import RULES, Rule, positive
+
+__all__ = ["LossRatio"]
+
+
+@RULES.register("loss_ratio")
+class LossRatio(Rule):
+    """
+    ``weight_task = 1`` and ``weight_k = ratio * trust_k * L_task / L_k`` (ours, after uncertainty
+    weighting, Kendall et al., CVPR 2018, arXiv 1705.07115). The update is then
+    ``L_task (grad log L_task + ratio sum_k trust_k grad log L_k)``: the scale of a loss is
+    irrelevant.
+
+    ``trust_k`` rises from 0 at a cosine of ``agreement / 2`` with the task's gradient to 1 at
+    ``agreement``. All inputs are running means, so no single batch decides.
+
+    Projectors learn at the task's pace, ``|g_task| / |g_k|``, trusted or not. One that learned with
+    the weight would stay random while that is zero, and randomly projected features agree with
+    nothing, so the weight would stay zero.
+
+    The schedule rises from a fifth of ``ratio`` to nine fifths: early, a step as long as
+    ``1 + ratio`` task gradients is too long for a learning rate that was tuned without a teacher.
+    """
+
+    smoothing = 0.98
+    averages_losses = True
+    schedule = (0.2, 1.8)
+    needs_positive_losses = True
+    weighs_projectors = True
+
+    def __init__(self, ratio: float = 4.0, cap: float = 10.0, agreement: float = 0.1):
+        """
+        Args:
+            ratio: each weighted distillation loss in units of the task's loss, in the middle of
+                the schedule; > 0.
+            cap: largest norm of the weighted distillation gradients in units of the task
+                gradient's, before the schedule; > 0. It bounds the weight of a loss near zero.
+            agreement: cosine from which on a gradient is trusted in full; in (0, 1].
+
+        Raises:
+            ValueError: an option out of its range.
+        """
+        self.ratio = positive("MOKD.BALANCING.LOSS_RATIO.RATIO", ratio)
+        self.cap = positive("MOKD.BALANCING.LOSS_RATIO.CAP", cap)
+        if not 0 < agreement <= 1:
+            raise ValueError(
+                f"MOKD.BALANCING.LOSS_RATIO.AGREEMENT is {agreement}: expected 0 < agreement <= 1."
+            )
+        self.agreement = agreement
+
+    def weights(self, gram: Tensor, losses: Tensor) -> Tensor:
+        distillation = self.ratio * self._trust(gram) * losses[0] / losses[1:]
+        return self._capped(torch.cat([losses.new_ones(1), distillation]), gram)
+
+    def projector_weights(self, gram: Tensor) -> Tensor:
+        norms = gram.diagonal().sqrt()
+        return norms[0] / norms
+
+    def _trust(self, gram: Tensor) -> Tensor:
+        """(K - 1,) in [0, 1]."""
+        norms = gram.diagonal().sqrt()
+        cosines = (gram[0, 1:] / norms[1:] / norms[0]).clamp(0, 1)
+        return (2 * cosines / self.agreement - 1).clamp(0, 1)
+
+    def _capped(self, weights: Tensor, gram: Tensor) -> Tensor:
+        rest = weights[1:]
+        norm = torch.sqrt((rest @ gram[1:, 1:] @ rest).clamp_min(0) / gram[0, 0])
+        if not norm > self.cap:
+            return weights
+        return torch.cat([weights[:1], rest * (self.cap / norm)])

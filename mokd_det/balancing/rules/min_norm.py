@@ -1,0 +1,131 @@
+# Copyright (c) The mokd_det authors.
+"""The published rule: the point of minimal norm in the convex hull of the gradients."""
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from .base import RULES, Rule, log_gram
+
+__all__ = ["MinNorm", "min_norm_simplex", "min_norm_two"]
+
+# The faces of the simplex are enumerated: 2^K - 1 small linear systems.
+MAX_OBJECTIVES = 4
+
+
+@RULES.register("min_norm")
+class MinNorm(Rule):
+    """
+    Min-norm on the gradients of the log-losses, as published (DTO-KD, Theorem 3.1, Eq. 10-15).
+
+    With ``h_i = g_i / L_i``, ``pi`` minimises ``|sum_i pi_i h_i|`` over the simplex, and the
+    update is ``sum_i pi_i h_i``, so ``weights_i = pi_i / L_i``. No objective gets worse to first
+    order. The rule follows the *smaller* gradient, so a small distillation gradient can take
+    nearly all the weight and starve the task.
+    """
+
+    def __init__(self, clip: bool = True, log_losses: bool = True):
+        """
+        Args:
+            clip: False for the literal formula without the bounds of the simplex (K = 2).
+            log_losses: False for the gradients of the losses themselves, which is MGDA (Sener and
+                Koltun 2018): the scale of a loss then matters.
+        """
+        self.clip = clip
+        self.log_losses = self.needs_positive_losses = log_losses
+
+    def check_objectives(self, count: int) -> None:
+        if not self.clip and count != 2:
+            raise ValueError(
+                f"MOKD.BALANCING.MIN_NORM.CLIP False is defined for 2 objectives, not {count}."
+            )
+        if count > MAX_OBJECTIVES:
+            raise ValueError(
+                f"MOKD.BALANCING.RULE 'min_norm' is exact for 2 to {MAX_OBJECTIVES} objectives, "
+                f"not {count}: use 'torchjd.MGDA', or fewer MOKD.OBJECTIVES."
+            )
+
+    def weights(self, gram: Tensor, losses: Tensor) -> Tensor:
+        self.check_objectives(len(gram))
+        if not self.log_losses:
+            losses = torch.ones_like(losses)
+        logs = log_gram(gram, losses)
+        if self.clip:
+            return min_norm_simplex(logs) / losses
+        return min_norm_two(logs, clip=False) / losses
+
+
+def min_norm_two(gram: Tensor, clip: bool = True) -> Tensor:
+    """
+    Closed form for two gradients (DTO-KD, Theorem 3.1; the two-task case of MGDA).
+
+    Args:
+        gram: (2, 2) Gram matrix.
+        clip: False gives the literal formula, whose weights may be negative: it is the
+            minimum over the line, not over the segment, and its update vanishes for parallel
+            gradients of different norm.
+
+    Returns:
+        (2,) weights that sum to one. Equal if the two gradients are the same vector up
+        to rounding, where every weighting has the same norm.
+    """
+    first, second, both = gram[0, 0], gram[1, 1], gram[0, 1]
+    distance = first + second - 2 * both  # |g_0 - g_1|^2
+    if distance <= 1e-12 * (first + second):
+        return torch.full_like(gram[0], 0.5)
+    weight = (first - both) / distance  # of gradient 1
+    if clip:
+        weight = weight.clamp(0, 1)
+    return torch.stack([1 - weight, weight])
+
+
+def min_norm_simplex(gram: Tensor) -> Tensor:
+    """
+    Exact minimum of ``w @ gram @ w`` over the simplex, by its optimality conditions on each face.
+
+    Args:
+        gram: (K, K) Gram matrix, positive semi-definite, 2 <= K <= 4.
+
+    Returns:
+        (K,) non-negative weights that sum to one.
+
+    Raises:
+        ValueError: K is out of range.
+    """
+    size = len(gram)
+    if size == 2:
+        return min_norm_two(gram)
+    if not 2 <= size <= MAX_OBJECTIVES:
+        raise ValueError(f"min-norm is exact for 2 to {MAX_OBJECTIVES} objectives, not {size}.")
+    best, best_norm = None, None
+    for count in range(1, size + 1):
+        for face in itertools.combinations(range(size), count):
+            weights = _min_norm_on_face(gram, list(face))
+            if weights is None:
+                continue
+            norm = weights @ gram @ weights
+            # Smaller faces come first, so among equal norms the sparsest stays.
+            if best is None or norm < best_norm * (1 - 1e-12):
+                best, best_norm = weights, norm
+    return best
+
+
+def _min_norm_on_face(gram: Tensor, face: list[int]) -> Tensor | None:
+    """Stationary point inside a face of the simplex, or None if it lies outside."""
+    sub = gram[face][:, face]
+    # Lagrange: sub @ w = c, sum(w) = 1. The pseudo-inverse copes with linearly dependent gradients.
+    system = torch.zeros(len(face) + 1, len(face) + 1, dtype=gram.dtype, device=gram.device)
+    scale = sub.diagonal().max().clamp_min(torch.finfo(gram.dtype).tiny)
+    system[:-1, :-1] = sub / scale
+    system[:-1, -1] = -1
+    system[-1, :-1] = 1
+    right = torch.zeros(len(face) + 1, dtype=gram.dtype, device=gram.device)
+    right[-1] = 1
+    solution = torch.linalg.pinv(system) @ right
+    inside = solution[:-1]
+    if (inside < -1e-9).any() or not torch.isclose(inside.sum(), right[-1], atol=1e-6):
+        return None
+    weights = torch.zeros(len(gram), dtype=gram.dtype, device=gram.device)
+    weights[face] = inside.clamp_min(0)
+    return weights / weights.sum()

@@ -1,0 +1,174 @@
+# Copyright (c) The mokd_det authors.
+"""
+Every check that needs no data and no weights, in the order in which a user can mend them. Each
+check itself lives where its option is read; this is the one place that calls them.
+"""
+
+from collections.abc import Iterable, Iterator
+
+from detectron2.config import CfgNode
+from detectron2.utils import comm
+
+from ..balancing import RULES, TORCHJD_PREFIX
+from ..config import get_cfg
+from ..data import check_schedule
+from ..modeling import check_acceleration, check_balancing
+from ..objectives import OBJECTIVES
+from ..tasks import TASKS, Task, task_of
+from ..teachers import check_precision
+from .optimizer import check_optimizer
+from .step import PRECISIONS
+
+__all__ = ["needs_own_step", "validate"]
+
+
+def validate(cfg: CfgNode) -> Task:
+    """
+    Check a config before anything is read or built.
+
+    Args:
+        cfg: of :func:`mokd_det.config.load_config`.
+
+    Returns:
+        The task of its student.
+
+    Raises:
+        ValueError, FileNotFoundError, ImportError: an option that is out of its range, that nobody
+            reads, or that does not go together with others; a file that does not exist.
+    """
+    task = task_of(cfg)
+    _check_kind(cfg, task)
+    if cfg.MOKD.ENABLED:
+        _check_objectives(cfg, task)
+        _check_read(cfg)
+    check_schedule(cfg)
+    check_optimizer(cfg)
+    _check_step(cfg)
+    check_acceleration(cfg)
+    if cfg.MOKD.ENABLED:
+        check_balancing(cfg)
+        for name in cfg.MOKD.OBJECTIVES:
+            OBJECTIVES.get(name).check_config(cfg)
+        check_precision(cfg.MOKD.TEACHER.PRECISION)
+    task.check_config(cfg)
+    return task
+
+
+def _check_kind(cfg: CfgNode, task: Task) -> None:
+    """Options of the other kinds of models."""
+    default = get_cfg()
+    others = [TASKS.get(name) for name in TASKS]
+    for other in others:
+        for option in other.options if other.name != task.name else ():
+            if not cfg.MOKD.ENABLED and option.startswith("MOKD."):
+                continue
+            for key, value in _changed(option, cfg, default):
+                raise ValueError(
+                    f"{key} is {value!r}, but it is read for {other.name} only, and "
+                    f"MODEL.META_ARCHITECTURE '{cfg.MODEL.META_ARCHITECTURE}' is a model for "
+                    f"{task.name}: remove it."
+                )
+
+
+def _check_objectives(cfg: CfgNode, task: Task) -> None:
+    names = list(cfg.MOKD.OBJECTIVES)
+    if len(set(names)) < len(names):
+        raise ValueError(f"MOKD.OBJECTIVES is {names}: expected each name once.")
+    for name in names:
+        if name not in OBJECTIVES:
+            raise ValueError(
+                f"MOKD.OBJECTIVES is {names}, but there is no objective '{name}': known are "
+                f"{', '.join(map(repr, OBJECTIVES))}."
+            )
+        kinds = OBJECTIVES.get(name).tasks
+        if kinds and task.name not in kinds:
+            fitting = [
+                n for n in OBJECTIVES if task.name in (OBJECTIVES.get(n).tasks or [task.name])
+            ]
+            raise ValueError(
+                f"MOKD.OBJECTIVES has '{name}', which is for {' and '.join(kinds)}, and "
+                f"MODEL.META_ARCHITECTURE '{cfg.MODEL.META_ARCHITECTURE}' is a model for "
+                f"{task.name}: use one of {', '.join(map(repr, fitting))}."
+            )
+
+
+def _check_read(cfg: CfgNode) -> None:
+    """Options of rules and objectives that are not chosen: nobody reads them."""
+    default = get_cfg()
+    rule = cfg.MOKD.BALANCING.RULE
+    nodes = {f"MOKD.BALANCING.{n.upper()}": n for n in RULES if n != rule}
+    if not rule.startswith(TORCHJD_PREFIX):
+        nodes["MOKD.BALANCING.TORCHJD"] = "torchjd.X"
+    for node, other in nodes.items():
+        for key, value in _changed(node, cfg, default):
+            raise ValueError(
+                f"{key} is {value!r}, but it is read by rule '{other}' only, and "
+                f"MOKD.BALANCING.RULE is '{rule}': remove it, or choose that rule."
+            )
+    names = list(cfg.MOKD.OBJECTIVES)
+    for other in [n for n in OBJECTIVES if n not in names]:
+        for key, value in _changed(f"MOKD.{other.upper()}", cfg, default):
+            raise ValueError(
+                f"{key} is {value!r}, but it is read by the objective '{other}' only, and "
+                f"MOKD.OBJECTIVES is {names}: remove it, or add '{other}' there."
+            )
+
+
+def _check_step(cfg: CfgNode) -> None:
+    """Options of the training step, out of range or not together."""
+    solver = cfg.SOLVER
+    if solver.AMP.PRECISION not in PRECISIONS:
+        raise ValueError(
+            f"SOLVER.AMP.PRECISION is '{solver.AMP.PRECISION}': expected one of "
+            f"{', '.join(map(repr, PRECISIONS))}."
+        )
+    if not 0 <= solver.EMA_DECAY < 1:
+        raise ValueError(
+            f"SOLVER.EMA_DECAY is {solver.EMA_DECAY}: expected 0 (off) or 0 < decay < 1."
+        )
+    # With a reference, the batch and the number of processes will be scaled together.
+    size = solver.IMS_PER_BATCH // (solver.REFERENCE_WORLD_SIZE or comm.get_world_size())
+    if solver.MICRO_BATCHES < 1 or size % solver.MICRO_BATCHES:
+        raise ValueError(
+            f"SOLVER.MICRO_BATCHES is {solver.MICRO_BATCHES}: expected a divisor of the {size} "
+            f"images that each process gets (SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH})."
+        )
+    if cfg.TEST.PRECISE_BN.ENABLED and needs_own_step(cfg):
+        raise ValueError(
+            "TEST.PRECISE_BN.ENABLED True is not supported by the distillation trainer: it would "
+            "run the teacher as well, and miss a running mean of the student. Set it to False, or "
+            "compute the statistics of the finished student (its checkpoint is stock)."
+        )
+
+
+def needs_own_step(cfg: CfgNode) -> bool:
+    """Return whether a config needs the distillation trainer: Detectron2's does not know it."""
+    amp = cfg.SOLVER.AMP
+    return bool(
+        cfg.MOKD.ENABLED
+        or not task_of(cfg).has_stock_step
+        or cfg.DATALOADER.RESUMABLE
+        or cfg.SOLVER.MICRO_BATCHES != 1
+        or cfg.SOLVER.EMA_DECAY
+        or (amp.ENABLED and amp.PRECISION != "float16")
+        or cfg.MODEL.BACKBONE.CHECKPOINTING
+        or cfg.MODEL.BACKBONE.COMPILE
+    )
+
+
+def _changed(option: str, cfg: CfgNode, default: CfgNode) -> Iterator[tuple[str, object]]:
+    """Yield what is at or below an option and not as by default: (full key, value)."""
+    value, usual = cfg, default
+    for part in option.split("."):
+        value, usual = value[part], usual.get(part)
+    if isinstance(value, CfgNode):
+        for key in value:
+            yield from _changed(f"{option}.{key}", cfg, default)
+    elif not _equal(value, usual):
+        yield option, value
+
+
+def _equal(value, default) -> bool:
+    # YAML has lists where a default is a tuple.
+    is_row = isinstance(value, Iterable) and not isinstance(value, str)
+    return list(value) == list(default) if is_row and default is not None else value == default

@@ -1,0 +1,139 @@
+# Copyright (c) The mokd_det authors.
+"""What an objective is: something in which the student is to match its teacher."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+from detectron2.config import CfgNode
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import Parameter
+
+from ..balancing import Parameters
+from ..config import declare_options
+from ..registry import Registry
+from ..teachers import Teacher, TeacherOutputs
+
+__all__ = ["OBJECTIVES", "Objective", "StudentOutputs"]
+
+
+class _ObjectiveRegistry(Registry):
+    def register(self, name: str) -> Callable:
+        add = super().register(name)
+
+        def decorator(cls):
+            declare_options(f"MOKD.{name.upper()}", {"LOSS_WEIGHT": 1.0, **cls.options})
+            return add(cls)
+
+        return decorator
+
+
+OBJECTIVES = _ObjectiveRegistry("OBJECTIVES", "MOKD.OBJECTIVES")
+"""Subclasses of :class:`Objective`, built by their ``from_config``."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StudentOutputs:
+    """
+    What the student says about a batch, on one objective's branch of the boundary.
+
+    Attributes:
+        features: its shared features by name: of a detector's backbone (N, C, H / stride,
+            W / stride); of a classifier what is tapped.
+        batch: what the student was given, with ground truth: a list of Detectron2's dicts, or a
+            :class:`mokd_det.data.classification.Batch`.
+        parameters: this branch's copies of the parameters that the objective borrows.
+    """
+
+    features: dict[str, Tensor]
+    batch: Any
+    parameters: dict[Parameter, Tensor] = dataclasses.field(default_factory=dict)
+
+    def run(self, module: nn.Module, *args: Any) -> Any:
+        """
+        Return ``module(*args)`` of a borrowed module, on this branch. Its buffers stay as they are:
+        a second run must not count for BatchNorm's statistics.
+        """
+        tensors = {name: buffer.clone() for name, buffer in module.named_buffers()}
+        for name, parameter in module.named_parameters():
+            if parameter in self.parameters:
+                tensors[name] = self.parameters[parameter]
+        return functional_call(module, tensors, args)
+
+
+class Objective(nn.Module):
+    """
+    One distillation loss. Its gradient is measured, weighed and logged under its name.
+
+    Its parameters are its own (projectors): they train beside the student and end with training.
+    Parts of the student that it runs again, such as a head, it declares by :meth:`borrow` and runs
+    by :meth:`StudentOutputs.run`.
+    """
+
+    name: str = ""
+    # Options and their defaults, in the config's node MOKD.<NAME>; LOSS_WEIGHT is always there.
+    options: ClassVar[dict[str, Any]] = {}
+    # Kinds of models that it is for, by the names of their tasks; empty: all.
+    tasks: ClassVar[tuple[str, ...]] = ()
+    # It compares both sides class by class, by the classes' numbers.
+    compares_classes: ClassVar[bool] = False
+    # The student's features that it reads, where these are tapped (classifiers). Set by instances.
+    taps: Sequence[str] = ()
+
+    @classmethod
+    def check_config(cls, cfg: CfgNode) -> None:
+        """Raise ValueError for options out of their range. No data or weights are read for it."""
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, task, student: nn.Module, teacher: Teacher) -> "Objective":
+        """
+        Build it for a pair of models.
+
+        Args:
+            cfg: the student's config.
+            task (mokd_det.tasks.Task): knows where models of this kind are tapped.
+            student: the stock model.
+            teacher: asked here for whatever of its outputs is needed.
+
+        Raises:
+            ValueError: the student or the teacher lacks what is to be matched.
+        """
+        return cls()
+
+    def forward(self, student: StudentOutputs, teacher: TeacherOutputs) -> dict[str, Tensor]:
+        """
+        Args:
+            student, teacher: what both say about the same images.
+
+        Returns:
+            Named losses, scalars whose sum is the objective. The names are unique among all
+            objectives and the student's own losses, and begin with "loss_".
+        """
+        raise NotImplementedError
+
+    def borrow(self, module: nn.Module) -> nn.Module:
+        """Declare a part of the student that this objective runs; return it."""
+        # Not as a submodule: it stays the student's in parameters(), state_dict() and optimizers.
+        self.__dict__.setdefault("_borrowed", []).append(module)
+        return module
+
+    def used_parameters(self) -> Parameters:
+        """Return the trained parameters that it has for itself, and those that it borrows."""
+        borrowed = [p for m in self.__dict__.get("_borrowed", ()) for p in m.parameters()]
+        return Parameters(
+            own=[p for p in self.parameters() if p.requires_grad],
+            borrowed=[p for p in borrowed if p.requires_grad],
+        )
+
+    def on_branch(
+        self,
+        features: dict[str, Tensor],
+        parameters: dict[Parameter, Tensor],
+        batch: Any,
+        teacher: TeacherOutputs,
+    ) -> dict[str, Tensor]:
+        """Run it on its branch of the boundary: on the copies of features and parameters."""
+        own = {name: parameters[p] for name, p in self.named_parameters() if p in parameters}
+        outputs = StudentOutputs(features, batch, parameters)
+        return functional_call(self, own, (outputs, teacher))

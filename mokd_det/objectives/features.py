@@ -1,0 +1,153 @@
+# Copyright (c) The mokd_det authors.
+"""The objective that matches feature maps in a learned subspace."""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Sequence
+
+from detectron2.config import CfgNode
+from torch import Tensor, nn
+
+from ..teachers import TeacherOutputs
+from .base import OBJECTIVES, Objective, StudentOutputs
+from .feature_losses import FEATURE_LOSSES
+from .foreground import SOURCES, foreground_weights
+from .projector import PROJECTORS, check_projector
+
+__all__ = ["FeatureObjective", "Level"]
+
+LEVEL_WEIGHTS = ("equal", "positions")
+
+
+@dataclasses.dataclass(frozen=True)
+class Level:
+    """
+    One pair of features that are matched.
+
+    Attributes:
+        student, teacher: names of the features.
+        student_channels, teacher_channels: C_s and C_t.
+        align: from the two features to maps (N, C_s, H, W) and (N, C_t, H, W) on one grid.
+        stride: of the student's map, in pixels; None where there is none (classifiers).
+    """
+
+    student: str
+    teacher: str
+    student_channels: int
+    teacher_channels: int
+    align: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    stride: int | None = None
+
+
+@OBJECTIVES.register("features")
+class FeatureObjective(Objective):
+    """Sum over levels of the loss between both sides' maps in their common subspace."""
+
+    def __init__(
+        self,
+        levels: Sequence[Level],
+        projectors: dict[str, nn.Module],
+        loss: Callable,
+        foreground: str = "",
+        foreground_share: float = 0.5,
+        foreground_score: float = 0.5,
+        level_weights: str = "equal",
+    ):
+        """
+        Args:
+            levels: what is matched.
+            projectors: by the student's feature name, see ``PROJECTORS``.
+            loss: of two (N, n, H, W), see ``FEATURE_LOSSES``.
+            foreground, foreground_share, foreground_score, level_weights: see ``MOKD.FEATURES``.
+        """
+        super().__init__()
+        self.levels = tuple(levels)
+        self.taps = tuple(level.student for level in self.levels)
+        # Names of modules may not have dots.
+        self.projectors = nn.ModuleDict({_key(name): p for name, p in projectors.items()})
+        self.loss = loss
+        self.foreground = foreground
+        self.share = foreground_share
+        self.score = foreground_score
+        self.level_weights = level_weights
+
+    @classmethod
+    def check_config(cls, cfg: CfgNode) -> None:
+        options = cfg.MOKD.FEATURES
+        if options.FOREGROUND not in SOURCES:
+            raise ValueError(
+                f"MOKD.FEATURES.FOREGROUND is '{options.FOREGROUND}': expected one of {SOURCES}."
+            )
+        for option in ("FOREGROUND_SHARE", "FOREGROUND_SCORE"):
+            if not 0 <= options[option] <= 1:
+                raise ValueError(
+                    f"MOKD.FEATURES.{option} is {options[option]}: expected a number in [0, 1]."
+                )
+        if options.LEVEL_WEIGHTS not in LEVEL_WEIGHTS:
+            raise ValueError(
+                f"MOKD.FEATURES.LEVEL_WEIGHTS is '{options.LEVEL_WEIGHTS}': expected one of "
+                f"{LEVEL_WEIGHTS}."
+            )
+        FEATURE_LOSSES.get(options.LOSS)
+        PROJECTORS.get(options.PROJECTOR)
+        check_projector(options.DIM, options.TEACHER_SIDE)
+
+    @classmethod
+    def from_config(cls, cfg, task, student, teacher):
+        options = cfg.MOKD.FEATURES
+        if options.FOREGROUND == "teacher":
+            teacher.read_boxes()
+        projector = PROJECTORS.get(options.PROJECTOR)
+        levels = task.match_features(cfg, student, teacher)
+        logging.getLogger(__name__).info(
+            "Features (student -> teacher): %s",
+            ", ".join(f"{level.student} -> {level.teacher}" for level in levels),
+        )
+        projectors = {
+            level.student: projector(
+                level.student_channels,
+                level.teacher_channels,
+                dim=options.DIM,
+                teacher_side=options.TEACHER_SIDE,
+            )
+            for level in levels
+        }
+        return cls(
+            levels,
+            projectors,
+            FEATURE_LOSSES.get(options.LOSS),
+            options.FOREGROUND,
+            options.FOREGROUND_SHARE,
+            options.FOREGROUND_SCORE,
+            options.LEVEL_WEIGHTS,
+        )
+
+    def forward(self, student: StudentOutputs, teacher: TeacherOutputs) -> dict[str, Tensor]:
+        """Return ``loss_features``, a scalar."""
+        objects = self._objects(student, teacher)
+        losses, positions = [], []
+        for level in self.levels:
+            maps = level.align(student.features[level.student], teacher.features[level.teacher])
+            maps = self.projectors[_key(level.student)](*maps)
+            if objects is not None:
+                size = maps[0].shape[-2:]
+                maps = *maps, foreground_weights(objects, size, level.stride, self.share)
+            losses.append(self.loss(*maps))
+            positions.append(maps[0].shape[-2:].numel())
+        if self.level_weights == "positions":
+            scale = len(positions) / sum(positions)
+            losses = [loss * (count * scale) for loss, count in zip(losses, positions)]
+        return {"loss_features": sum(losses)}
+
+    def _objects(self, student, teacher) -> list[Tensor] | None:
+        """For each image (B_i, 4) boxes, XYXY in pixels; None: positions count alike."""
+        if self.foreground == "teacher":
+            return teacher.objects(self.score)
+        if self.foreground == "ground_truth":
+            device = next(iter(student.features.values())).device
+            return [x["instances"].gt_boxes.tensor.to(device) for x in student.batch]
+        return None
+
+
+def _key(name: str) -> str:
+    return name.replace(".", "_")

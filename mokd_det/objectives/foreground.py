@@ -1,0 +1,53 @@
+# Copyright (c) The mokd_det authors.
+"""Weights that let feature matching look at objects more than at background."""
+
+import torch
+from torch import Tensor
+
+__all__ = ["SOURCES", "foreground_weights"]
+
+SOURCES = ("", "ground_truth", "teacher")
+
+
+def foreground_weights(
+    boxes: list[Tensor], size: tuple[int, int], stride: int, share: float
+) -> Tensor:
+    """
+    Args:
+        boxes: for each of N images (B_i, 4), XYXY in pixels.
+        size: (H, W) of the feature map.
+        stride: of the feature map, in pixels.
+        share: of the loss that cells touched by a box get together.
+
+    Returns:
+        (N, 1, H, W), with mean one for each image: ``share`` of it inside the boxes and
+        the rest outside; one everywhere if either is empty.
+
+    Raises:
+        ValueError: boxes with an angle.
+    """
+    if any(image_boxes.shape[1] != 4 for image_boxes in boxes):
+        raise ValueError(
+            "MOKD.FEATURES.FOREGROUND takes boxes of 4 numbers, not rotated ones: set it to ''."
+        )
+    height, width = size
+    weights = torch.ones(len(boxes), 1, height, width, device=boxes[0].device)
+    rows = torch.arange(height, device=weights.device) * stride
+    columns = torch.arange(width, device=weights.device) * stride
+    for image, image_boxes in zip(weights, boxes):
+        x0, y0, x1, y1 = (image_boxes[:, i, None] for i in range(4))
+        in_rows = (rows < y1) & (rows + stride > y0)  # (B, H)
+        in_columns = (columns < x1) & (columns + stride > x0)  # (B, W)
+        inside = (in_rows[:, :, None] & in_columns[:, None, :]).any(dim=0)
+        count = inside.sum()
+        cells = height * width
+        image[0] = torch.where(
+            (count == 0) | (count == cells),
+            torch.ones_like(image[0]),
+            torch.where(
+                inside,
+                share * cells / count.clamp_min(1),
+                (1 - share) * cells / (cells - count).clamp_min(1),
+            ),
+        )
+    return weights

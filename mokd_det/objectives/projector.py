@@ -1,0 +1,201 @@
+# Copyright (c) The mokd_det authors.
+"""
+Projection of student and teacher features into one subspace, for training only.
+
+Both sides are projected by semi-orthogonal linear maps and standardised afterwards. The maps keep
+angles and lengths, so the student must move rather than the map; standardising rules out the
+solution where both sides are zero. Sources: MoKD, Eq. 16 (both sides, a common high-dimensional
+space; second hand, the paper is withdrawn), VkD (Miles et al., CVPR 2024; orthogonal projection
+and standardisation).
+"""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ..registry import Registry
+
+__all__ = [
+    "PROJECTORS",
+    "TEACHER_SIDES",
+    "FrozenProjector",
+    "SemiOrthogonal",
+    "SubspaceProjector",
+    "check_projector",
+]
+
+PROJECTORS = Registry("PROJECTORS", "MOKD.FEATURES.PROJECTOR")
+"""
+Modules built as ``cls(student_channels, teacher_channels, dim=..., teacher_side=...)`` and called
+with (N, C_s, H, W) and (N, C_t, H, W), which return two (N, n, H, W).
+"""
+
+TEACHER_SIDES = ("learned", "frozen", "identity")
+
+
+def check_projector(dim: int, teacher_side: str) -> None:
+    """Raise ValueError for options of ``MOKD.FEATURES`` that are out of range."""
+    if teacher_side not in TEACHER_SIDES:
+        raise ValueError(
+            f"MOKD.FEATURES.TEACHER_SIDE is '{teacher_side}': expected one of {TEACHER_SIDES}."
+        )
+    if dim < 0:
+        raise ValueError(f"MOKD.FEATURES.DIM is {dim}: expected 0 (automatic) or more.")
+
+
+@PROJECTORS.register("SubspaceProjector")
+class SubspaceProjector(nn.Module):
+    """A pair of semi-orthogonal 1 x 1 convolutions and per-channel standardisation."""
+
+    def __init__(
+        self,
+        student_channels: int,
+        teacher_channels: int,
+        *,
+        dim: int = 0,
+        teacher_side: str = "learned",
+    ):
+        """
+        Args:
+            student_channels, teacher_channels: C_s and C_t.
+            dim: n, dimension of the subspace. 0: the larger of C_s and C_t.
+            teacher_side: "learned", "frozen" (random semi-orthogonal) or "identity" (n is
+                then C_t).
+
+        Raises:
+            ValueError: a bad ``dim`` or ``teacher_side``.
+        """
+        super().__init__()
+        check_projector(dim, teacher_side)
+        if teacher_side == "identity":
+            if dim not in (0, teacher_channels):
+                raise ValueError(
+                    f"MOKD.FEATURES.DIM is {dim}, but with TEACHER_SIDE 'identity' the subspace "
+                    f"is the teacher's own of {teacher_channels} channels: set DIM to 0."
+                )
+            dim = teacher_channels
+        self.dim = dim or max(student_channels, teacher_channels)
+        self.student = _semi_orthogonal(student_channels, self.dim)
+        if teacher_side == "learned":
+            self.teacher = _semi_orthogonal(teacher_channels, self.dim)
+        elif teacher_side == "frozen":
+            weight = nn.init.orthogonal_(torch.empty(self.dim, teacher_channels))
+            self.register_buffer("teacher_weight", weight)
+        self.teacher_side = teacher_side
+
+    def forward(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        """
+        Args:
+            student: (N, C_s, H, W).
+            teacher: (N, C_t, H, W), without gradient.
+
+        Returns:
+            Two (N, n, H, W), each channel with mean 0 and variance 1 over N, H, W.
+        """
+        student = _project(student, self.student.weight)
+        if self.teacher_side == "learned":
+            teacher = _project(teacher, self.teacher.weight)
+        elif self.teacher_side == "frozen":
+            teacher = _project(teacher, self.teacher_weight)
+        return standardise(student), standardise(teacher)
+
+
+@PROJECTORS.register("FrozenProjector")
+class FrozenProjector(SubspaceProjector):
+    """Also the student's map stays random, so that only the student moves: for ablations."""
+
+    def __init__(self, student_channels, teacher_channels, **options):
+        super().__init__(student_channels, teacher_channels, **options)
+        self.requires_grad_(False)
+
+
+class SemiOrthogonal(nn.Module):
+    """
+    Parametrisation that orthonormalises the rows or columns of a matrix, whichever are fewer, by
+    the Cholesky factor of its Gram matrix.
+
+    Not ``torch.nn.utils.parametrizations.orthogonal``: for tall matrices that one keeps signs in
+    a diagonal which it reads as integers, so the first step with weight decay (0.9999 becomes 0)
+    silently turns the map into zero. Here the scale of the matrix is irrelevant.
+    """
+
+    def forward(self, matrix):
+        """
+        Args:
+            matrix (Tensor): (rows, columns) of full rank.
+
+        Returns:
+            Tensor: same shape, with orthonormal columns if rows >= columns, else rows.
+        """
+        if matrix.shape[0] < matrix.shape[1]:
+            return self.forward(matrix.T).T
+        with torch.autocast(matrix.device.type, enabled=False):
+            # Without its check for success, for which the CPU would wait for a GPU: a matrix that
+            # lost its rank gives NaN, and that stops the run.
+            factor = torch.linalg.cholesky_ex(matrix.T @ matrix, upper=True).L
+            return torch.linalg.solve_triangular(factor, matrix, upper=True, left=False)
+
+    def right_inverse(self, matrix):
+        return matrix
+
+
+def _semi_orthogonal(channels, dim):
+    linear = nn.Linear(channels, dim, bias=False)
+    nn.init.orthogonal_(linear.weight)
+    parametrize.register_parametrization(linear, "weight", SemiOrthogonal())
+    return linear
+
+
+def _project(features, weight):
+    return F.conv2d(features, weight[:, :, None, None])
+
+
+def standardise(features: Tensor, eps: float = 1e-5) -> Tensor:
+    """
+    Args:
+        features: (N, C, H, W).
+        eps: added to the variance.
+
+    Returns:
+        Tensor: same shape; each channel has mean 0 and variance 1 over N, H, W of the batch of
+        all processes. Zero, without gradient, where a channel has a single value (a 1 x 1 map of
+        one image).
+    """
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        return _standardise_together(features, eps)
+    if features.numel() == features.shape[1]:
+        return features * 0
+    return F.batch_norm(features, None, None, training=True, momentum=0.0, eps=eps)
+
+
+def _standardise_together(features, eps):
+    """With the joined batch's means: one all-reduce of 8 (2 C + 1) bytes, and one backward."""
+    features = features.float()
+    count = features.numel() // features.shape[1]
+    variance, mean = torch.var_mean(features, dim=(0, 2, 3), correction=0)
+    # The difference of two big numbers: in double precision.
+    mean, variance = mean.double(), variance.double()
+    sums = _SumOverRanks.apply(torch.cat([mean, variance + mean**2, mean.new_ones(1)]) * count)
+    mean, square = (sums[:-1] / sums[-1].detach()).chunk(2)
+    scale = (square - mean**2 + eps).rsqrt()
+    shift = -mean * scale
+    scale, shift = (x.float().view(1, -1, 1, 1) for x in (scale, shift))
+    return torch.addcmul(shift, features, scale)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """All-reduce; so is its gradient, since every rank's loss depends on every rank's input."""
+
+    @staticmethod
+    def forward(ctx, values):
+        values = values.clone()
+        dist.all_reduce(values)
+        return values
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.contiguous().clone()
+        dist.all_reduce(gradient)
+        return gradient

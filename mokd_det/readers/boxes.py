@@ -1,0 +1,284 @@
+# Copyright (c) The mokd_det authors.
+"""
+What a detector says about given boxes: one form for the outputs of every family.
+
+Student and teacher may belong to different families, so outputs are compared at boxes, not at
+positions of a head. A two-stage detector is asked about a box as if it were a proposal. A dense
+one answers with its anchor that overlaps the box most; about one of its own anchors that is the
+anchor itself. No detector is changed: readers call the stock modules of its heads.
+"""
+
+import abc
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from detectron2.layers import nonzero_tuple
+from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
+from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
+from detectron2.modeling.meta_arch.retinanet import RetinaNet
+from detectron2.modeling.roi_heads.rotated_fast_rcnn import RROIHeads
+from detectron2.modeling.roi_heads import CascadeROIHeads, Res5ROIHeads, StandardROIHeads
+from detectron2.structures import Boxes
+from torch import nn
+from torchvision.ops import nms
+
+__all__ = ["BoxOutputs", "BoxReader", "build_box_reader"]
+
+PROPOSAL_NMS = 0.7  # as Detectron2's MODEL.RPN.NMS_THRESH
+
+
+@dataclasses.dataclass(frozen=True)
+class BoxOutputs:
+    """
+    Predictions at R boxes of a batch, image by image.
+
+    Attributes:
+        logits (Tensor): (R, C + 1) with the background last if ``exclusive``, else (R, C).
+        exclusive (bool): the logits are a softmax's; else each class has a sigmoid of its own.
+        boxes (Tensor): (R, C, 4), or (R, 1, 4) if all classes share one; refined boxes, XYXY in
+            pixels of the image that the detector was given.
+    """
+
+    logits: torch.Tensor
+    exclusive: bool
+    boxes: torch.Tensor
+
+    def log_probabilities(self, temperature=1.0):
+        """
+        Returns:
+            tuple[Tensor]: (R, C) log p and log (1 - p) of every class but the background.
+        """
+        logits = self.logits.float() / temperature
+        if not self.exclusive:
+            return F.logsigmoid(logits), F.logsigmoid(-logits)
+        logs = F.log_softmax(logits, dim=1)
+        # 1 - p of the most probable class is summed over the others: near p = 1 the difference
+        # would be rounded to zero.
+        top = logs.argmax(dim=1, keepdim=True)
+        rest = logs.scatter(1, top, -torch.inf).logsumexp(dim=1, keepdim=True)
+        p = logs.exp().scatter(1, top, 0.0)
+        return logs[:, :-1], torch.log1p(-p).scatter(1, top, rest)[:, :-1]
+
+    def confidence(self):
+        """Return (R,) the probability of the most probable class, and (R,) which one it is."""
+        return self.log_probabilities()[0].exp().max(dim=1)
+
+    def boxes_of(self, classes):
+        """Return (R, 4) the boxes refined for the given (R,) classes."""
+        if self.boxes.shape[1] == 1:
+            return self.boxes[:, 0]
+        return self.boxes[torch.arange(len(classes), device=classes.device), classes]
+
+
+class BoxReader(nn.Module, metaclass=abc.ABCMeta):
+    """
+    Reads one detector's outputs. Its parameters are those of the detector's heads that are read.
+
+    Attributes:
+        num_classes (int): C.
+    """
+
+    def forward(self, features, boxes, image_sizes):
+        """
+        Args:
+            features (dict[str, Tensor]): the backbone's.
+            boxes (list[Tensor]): for each image (R_i, 4), XYXY in pixels.
+            image_sizes (list[tuple[int]]): (height, width) of each image before padding.
+
+        Returns:
+            BoxOutputs: at these boxes.
+        """
+        return self.at(self.run(features), boxes, image_sizes)
+
+    def run(self, features):
+        """Return what :meth:`at` and :meth:`propose` need of the feature maps."""
+        return features
+
+    @abc.abstractmethod
+    def at(self, state, boxes, image_sizes):
+        """Return the :class:`BoxOutputs` at ``boxes``, given what :meth:`run` returned."""
+
+    @abc.abstractmethod
+    def propose(self, state, images, limit):
+        """
+        Args:
+            state: what :meth:`run` returned.
+            images (ImageList): that the features were made from.
+            limit (int): most boxes per image.
+
+        Returns:
+            list[Tensor]: for each image (P_i, 4) boxes that are likely to hold an object.
+        """
+
+    def locations(self, features, boxes):
+        """Return, for each image, the boxes where this detector predicts nearest to ``boxes``."""
+        return boxes
+
+
+class TwoStageReader(BoxReader):
+    """Faster, Mask, Keypoint and Cascade R-CNN, panoptic FPN, and those with Res5ROIHeads (C4)."""
+
+    def __init__(self, detector):
+        super().__init__()
+        heads = detector.roi_heads
+        self.num_classes = heads.num_classes
+        # Its head leaves that to its caller.
+        self.mean_over_positions = isinstance(heads, Res5ROIHeads)
+        if self.mean_over_positions:
+            self.in_features, self.pooler = heads.in_features, heads.pooler
+            stages = [(heads.res5, heads.box_predictor)]
+        else:
+            self.in_features, self.pooler = heads.box_in_features, heads.box_pooler
+            stages = [(heads.box_head, heads.box_predictor)]
+            if isinstance(heads, CascadeROIHeads):
+                stages = list(zip(heads.box_head, heads.box_predictor))
+        self.box_heads = nn.ModuleList(head for head, _ in stages)
+        self.box_predictors = nn.ModuleList(predictor for _, predictor in stages)
+        # A list, so that the first stage is no part of what is read (or trained) here.
+        self._proposal_generator = [detector.proposal_generator]
+
+    def at(self, state, boxes, image_sizes):
+        maps = [state[name] for name in self.in_features]
+        counts = [len(b) for b in boxes]
+        logits, refined = [], None
+        for box_head, predictor in zip(self.box_heads, self.box_predictors):
+            if logits:  # as at inference, a cascade's next stage looks at the refined boxes
+                boxes = [Boxes(b.detach()) for b in refined[:, 0].split(counts)]
+                for b, size in zip(boxes, image_sizes):
+                    b.clip(size)
+                boxes = [b.tensor for b in boxes]
+            pooled = box_head(self.pooler(maps, [Boxes(b) for b in boxes]))
+            if self.mean_over_positions:
+                pooled = pooled.mean(dim=[2, 3])
+            scores, deltas = predictor(pooled)
+            # Boxes stay float32 whatever the deltas are: float16 has steps of a pixel from 1024 on.
+            refined = predictor.box2box_transform.apply_deltas(deltas.float(), torch.cat(boxes))
+            refined = refined.view(len(scores), refined.shape[1] // 4, 4)
+            logits.append(scores)
+        if getattr(self.box_predictors[0], "use_sigmoid_ce", False):
+            if len(logits) > 1:
+                mean = sum(x.float().sigmoid() for x in logits) / len(logits)
+                logits = [torch.logit(mean, eps=1e-7)]
+            return BoxOutputs(logits[0][:, : self.num_classes], False, refined)
+        if len(logits) > 1:  # probabilities are averaged over the stages
+            mean = sum(F.softmax(x.float(), dim=1) for x in logits) / len(logits)
+            logits = [mean.clamp_min(1e-12).log()]
+        return BoxOutputs(logits[0], True, refined)
+
+    def propose(self, state, images, limit):
+        found, _ = self._proposal_generator[0](images, state, None)
+        return [x.proposal_boxes.tensor[:limit] for x in found]
+
+
+class RetinaNetReader(BoxReader):
+    """RetinaNet: every anchor predicts."""
+
+    def __init__(self, detector):
+        super().__init__()
+        if type(detector.anchor_generator) is not DefaultAnchorGenerator:
+            raise ValueError(
+                f"The anchors of {type(detector.anchor_generator).__name__} cannot be read: "
+                "expected MODEL.ANCHOR_GENERATOR.NAME 'DefaultAnchorGenerator'."
+            )
+        self.num_classes = detector.num_classes
+        self.in_features = detector.head_in_features
+        self.head = detector.head
+        self.anchor_generator = detector.anchor_generator
+        self.box2box_transform = detector.box2box_transform
+
+    def run(self, features):
+        maps = [features[name] for name in self.in_features]
+        logits, deltas = self.head(maps)
+        logits = torch.cat([permute_to_N_HWA_K(x, self.num_classes) for x in logits], dim=1)
+        deltas = torch.cat([permute_to_N_HWA_K(x, 4) for x in deltas], dim=1)
+        return self._anchors(maps), logits, deltas
+
+    def at(self, state, boxes, image_sizes):
+        (anchors, grids), logits, deltas = state
+        indices = [self._nearest(anchors, grids, b) for b in boxes]
+        logits = torch.cat([x[i] for x, i in zip(logits, indices)])
+        deltas = torch.cat([x[i] for x, i in zip(deltas, indices)])
+        given = torch.cat([anchors[i] for i in indices])
+        refined = self.box2box_transform.apply_deltas(deltas.float(), given)
+        return BoxOutputs(logits, False, refined[:, None])
+
+    def propose(self, state, images, limit):
+        (anchors, _), logits, deltas = state
+        proposals = []
+        for scores, image_deltas, size in zip(logits, deltas, images.image_sizes):
+            scores = scores.float().max(dim=1).values
+            # Several anchors find each object, so more of them than boxes wanted.
+            scores, kept = scores.topk(min(4 * limit, len(scores)))
+            image_deltas = image_deltas[kept].float()
+            boxes = Boxes(self.box2box_transform.apply_deltas(image_deltas, anchors[kept]))
+            boxes.clip(size)
+            inside = nonzero_tuple(boxes.nonempty())[0]
+            boxes, scores = boxes.tensor[inside], scores[inside]
+            proposals.append(boxes[nms(boxes, scores, PROPOSAL_NMS)[:limit]])
+        return proposals
+
+    def locations(self, features, boxes):
+        anchors, grids = self._anchors([features[name] for name in self.in_features])
+        return [anchors[self._nearest(anchors, grids, b).unique()] for b in boxes]
+
+    def _anchors(self, maps):
+        anchors = torch.cat([boxes.tensor for boxes in self.anchor_generator(maps)])
+        return anchors, [m.shape[-2:] for m in maps]
+
+    def _nearest(self, anchors, grids, boxes):
+        """
+        Index of the anchor with the largest IoU for each box, without comparing it to all: for
+        anchors of one shape that is the one whose centre is nearest.
+        """
+        generator = self.anchor_generator
+        centres = (boxes[:, :2] + boxes[:, 2:]) / 2
+        candidates, start = [], 0
+        for (height, width), stride, count in zip(grids, generator.strides, generator.num_anchors):
+            cells = (centres / stride - generator.offset).round().long()
+            column, row = cells[:, 0].clamp(0, width - 1), cells[:, 1].clamp(0, height - 1)
+            first = start + (row * width + column) * count
+            candidates.append(first[:, None] + torch.arange(count, device=boxes.device))
+            start += height * width * count
+        candidates = torch.cat(candidates, dim=1)
+        best = _iou(boxes[:, None], anchors[candidates]).argmax(dim=1)
+        return candidates.gather(1, best[:, None])[:, 0]
+
+
+def _iou(first, second):
+    """IoU of boxes (..., 4) that broadcast."""
+    corner = torch.maximum(first[..., :2], second[..., :2])
+    common = (torch.minimum(first[..., 2:], second[..., 2:]) - corner).clamp_min(0).prod(-1)
+    areas = [(b[..., 2:] - b[..., :2]).prod(-1) for b in (first, second)]
+    return common / (areas[0] + areas[1] - common).clamp_min(1e-6)
+
+
+def build_box_reader(detector, who):
+    """
+    Args:
+        detector (nn.Module): stock.
+        who (str): "student" or "teacher", for the message.
+
+    Returns:
+        BoxReader
+
+    Raises:
+        ValueError: a detector whose outputs cannot be read.
+    """
+    heads = getattr(detector, "roi_heads", None)
+    rotated = isinstance(heads, RROIHeads)
+    if isinstance(heads, (StandardROIHeads, Res5ROIHeads)) and not rotated:
+        if getattr(detector, "proposal_generator", None) is None and who == "teacher":
+            raise ValueError(
+                "The teacher has no proposal generator "
+                "(MODEL.PROPOSAL_GENERATOR.NAME is 'PrecomputedProposals'), and its boxes are "
+                "what outputs are compared at."
+            )
+        return TwoStageReader(detector)
+    if isinstance(detector, RetinaNet):
+        return RetinaNetReader(detector)
+    raise ValueError(
+        f"The outputs of the {who}, a {type(detector).__name__}, cannot be read. It is asked for "
+        "them by 'outputs' in MOKD.OBJECTIVES, or by MOKD.FEATURES.FOREGROUND 'teacher'; expected "
+        "an R-CNN with Detectron2's ROI heads, or RetinaNet. Its features can be distilled without."
+    )

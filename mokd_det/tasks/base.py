@@ -1,0 +1,179 @@
+# Copyright (c) The mokd_det authors.
+"""What a task is: all that differs between kinds of models."""
+
+import abc
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import ClassVar
+
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from torch import Tensor, nn
+
+from ..config import stock_config
+from ..export import Exporter
+from ..objectives import Level, Objective
+from ..registry import Registry
+from ..teachers import Teacher
+
+__all__ = ["TASKS", "Task", "task_of"]
+
+TASKS = Registry("TASKS", "MODEL.META_ARCHITECTURE")
+"""Subclasses of :class:`Task`. "detection" serves every meta-architecture that no other names."""
+
+Features = dict[str, Tensor]
+
+
+class Task(abc.ABC):
+    """
+    How models of one kind are built, tapped, fed, checked and exported. It has no state: the config
+    has it all.
+    """
+
+    name: str = ""
+    # The MODEL.META_ARCHITECTURE of its students.
+    meta_architectures: ClassVar[tuple[str, ...]] = ()
+    # Options that only models of this kind read, with all that is below them.
+    options: ClassVar[tuple[str, ...]] = ()
+    # Of mokd_det's own options those that a student's stock config needs.
+    stock_options: ClassVar[tuple[str, ...]] = ()
+    # Whether a student without a teacher may have Detectron2's own loader and step.
+    has_stock_step: ClassVar[bool] = True
+
+    # ---- models --------------------------------------------------------------------------------
+
+    def build_student(self, cfg: CfgNode) -> nn.Module:
+        """Return the stock model of a config with its initial weights, on its device."""
+        return build_model(cfg)
+
+    @abc.abstractmethod
+    def load_trained(self, cfg: CfgNode, option: str = "MODEL.WEIGHTS") -> nn.Module:
+        """
+        Build the plain model of a config (the student, if it distils) with its trained weights.
+
+        Args:
+            cfg: with ``MODEL.WEIGHTS``.
+            option: the config key they were given with, for messages.
+
+        Returns:
+            In eval mode, on the config's device.
+
+        Raises:
+            ValueError: no weights given, or they do not fit.
+        """
+
+    def stock_module(self, model: nn.Module) -> nn.Module:
+        """Return the module whose state a checkpoint of a student holds under stock keys."""
+        return model
+
+    def untrained_config(self, cfg: CfgNode) -> CfgNode:
+        """Return a copy of a config that builds the same model with random weights."""
+        cfg = cfg.clone()
+        cfg.defrost()
+        if "TORCHVISION" in cfg.MODEL:
+            cfg.MODEL.TORCHVISION.WEIGHTS = ""
+        return cfg
+
+    def stock_config(self, cfg: CfgNode) -> CfgNode:
+        """Return a student's config as :func:`mokd_det.config.stock_config` does."""
+        return stock_config(cfg, self.stock_options)
+
+    @abc.abstractmethod
+    def teacher_config(self, cfg: CfgNode) -> CfgNode:
+        """
+        Args:
+            cfg: the student's config, with ``MOKD.TEACHER``.
+
+        Returns:
+            The teacher's own config, on the student's device.
+
+        Raises:
+            ValueError, FileNotFoundError: config or weights are not given, missing, or of another
+                kind of model.
+        """
+
+    def teacher_config_at_students_size(self, cfg: CfgNode) -> CfgNode:
+        """Return the teacher's config with the student's data and test images: the same work."""
+        teacher_cfg = self.teacher_config(cfg)
+        teacher_cfg.DATASETS = cfg.DATASETS
+        teacher_cfg.INPUT.MIN_SIZE_TEST = cfg.INPUT.MIN_SIZE_TEST
+        teacher_cfg.INPUT.MAX_SIZE_TEST = cfg.INPUT.MAX_SIZE_TEST
+        return teacher_cfg
+
+    @abc.abstractmethod
+    def build_teacher(self, cfg: CfgNode) -> Teacher:
+        """
+        Build the teacher of ``cfg.MOKD.TEACHER`` and load its weights strictly.
+
+        Raises:
+            ValueError, FileNotFoundError: see :meth:`teacher_config`; or a teacher that the
+                student's images or options do not suit.
+        """
+
+    # ---- features ------------------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def shared_part(self, student: nn.Module) -> nn.Module:
+        """Return the module whose parameters task and distillation share: it makes the features."""
+
+    @abc.abstractmethod
+    def match_features(self, cfg: CfgNode, student: nn.Module, teacher: Teacher) -> list[Level]:
+        """
+        Return which features of both sides are matched, by ``MOKD.FEATURES.STUDENT`` and
+        ``TEACHER``; tell the teacher to give them.
+
+        Raises:
+            ValueError: a feature that a side does not have, or nothing in common.
+        """
+
+    @abc.abstractmethod
+    def replace_features(
+        self, student: nn.Module, names: Sequence[str], function: Callable[[Features], Features]
+    ) -> contextlib.AbstractContextManager:
+        """
+        Return a context in which the student's shared features go through ``function`` on their
+        way to the heads.
+
+        Args:
+            names: the features that objectives read, where the student has to be told.
+        """
+
+    def check_student(self, cfg: CfgNode, student: nn.Module) -> None:
+        """Raise ValueError if a student cannot be distilled."""
+
+    def check_pair(
+        self, cfg: CfgNode, student: nn.Module, teacher: Teacher, objectives: Sequence[Objective]
+    ) -> None:
+        """Raise ValueError if student, teacher and objectives do not suit each other."""
+
+    # ---- data ----------------------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def build_train_loader(self, cfg: CfgNode):
+        """Return a :class:`mokd_det.data.ResumableLoader` of a config."""
+
+    @abc.abstractmethod
+    def build_test_loader(self, cfg: CfgNode, name: str):
+        """Return the loader of a registered data set, for evaluation."""
+
+    # ---- checks --------------------------------------------------------------------------------
+
+    def check_config(self, cfg: CfgNode) -> None:
+        """Raise ValueError for options out of their range. No data or weights are read for it."""
+
+    def check_data(self, cfg: CfgNode, options: Sequence[str] = ("TRAIN", "TEST")) -> None:
+        """Raise ValueError if data sets, which exist, do not suit the model."""
+
+    # ---- export --------------------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def exporter(self, cfg: CfgNode) -> Exporter:
+        """Return what writes trained models of this kind for deployment."""
+
+
+def task_of(cfg: CfgNode) -> Task:
+    """Return the task of a config's student, by ``MODEL.META_ARCHITECTURE``."""
+    for name in TASKS:
+        if cfg.MODEL.META_ARCHITECTURE in TASKS.get(name).meta_architectures:
+            return TASKS.get(name)()
+    return TASKS.get("detection")()

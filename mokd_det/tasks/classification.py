@@ -1,0 +1,273 @@
+# Copyright (c) The mokd_det authors.
+"""Classifiers of torchvision, timm and one's own."""
+
+import functools
+import os
+from collections.abc import Sequence
+
+from detectron2.config import CfgNode
+from detectron2.utils.file_io import PathManager
+from torch import Tensor, nn
+
+from ..config import find_config, load_config, merge_overrides
+from ..data import check_classes, classification
+from ..export import ClassifierExporter
+from ..modeling import (
+    Classifier,
+    TapShape,
+    as_map,
+    common_grid,
+    default_tap,
+    find_taps,
+    implied_options,
+    input_normalisation,
+    load_trained_classifier,
+    replace_taps,
+)
+from ..objectives import Level
+from ..teachers import PRE_LOGITS, ClassifierTeacher, speed_options
+from .base import TASKS, Task
+
+__all__ = ["ClassificationTask"]
+
+
+@TASKS.register("classification")
+class ClassificationTask(Task):
+    """
+    The shared features are the tapped ones. All that comes before the last of them is shared; each
+    objective's gradient is measured where it reaches them directly.
+    """
+
+    meta_architectures = ("Classifier",)
+    options = (
+        "DATALOADER.REPEATED_AUGMENTATION",
+        "DATASETS.BROKEN_IMAGES",
+        "INPUT.CLASSIFICATION",
+        "MODEL.CLASSIFIER",
+        "MOKD.TEACHER.CLASSIFIER",
+        "MOKD.TEACHER.IMAGE_SIZE",
+        "TEST.PER_CLASS",
+    )
+    stock_options = (
+        "DATASETS.CLASSIFICATION",
+        "INPUT.CLASSIFICATION",
+        "MODEL.CLASSIFIER",
+        "SOLVER.UNIT",
+        "TEST.BATCH_SIZE",
+        "TEST.PER_CLASS",
+    )
+    has_stock_step = False
+
+    def load_trained(self, cfg: CfgNode, option: str = "MODEL.WEIGHTS") -> Classifier:
+        if cfg.MODEL.WEIGHTS:
+            cfg = self.untrained_config(cfg)
+        elif not cfg.MODEL.CLASSIFIER.WEIGHTS:
+            raise ValueError(
+                "MODEL.WEIGHTS and MODEL.CLASSIFIER.WEIGHTS are empty: add MODEL.WEIGHTS "
+                "/path/to/model.pth, or MODEL.CLASSIFIER.WEIGHTS DEFAULT for ImageNet's."
+            )
+        return load_trained_classifier(cfg, option)
+
+    def stock_module(self, model: nn.Module) -> nn.Module:
+        return model.network
+
+    def untrained_config(self, cfg: CfgNode) -> CfgNode:
+        """What follows from MODEL.CLASSIFIER.WEIGHTS besides the weights is in OPTIONS then."""
+        cfg = super().untrained_config(cfg)
+        options = cfg.MODEL.CLASSIFIER
+        given = {key.lower() for key in options.OPTIONS}
+        for key, value in implied_options(options.NAME, options.WEIGHTS).items():
+            if key not in given:
+                options.OPTIONS[key] = value
+        options.WEIGHTS = ""
+        return cfg
+
+    def teacher_config(self, cfg: CfgNode) -> CfgNode:
+        options = cfg.MOKD.TEACHER
+        if bool(options.CLASSIFIER) == bool(options.CONFIG_FILE):
+            raise ValueError(
+                f"MOKD.TEACHER.CLASSIFIER is '{options.CLASSIFIER}' and CONFIG_FILE "
+                f"'{options.CONFIG_FILE}': for a classifier give one of the two, a network's name "
+                "or the teacher's config file."
+            )
+        if options.CLASSIFIER:
+            teacher_cfg = _config_by_name(cfg)
+        else:
+            option = "MOKD.TEACHER.CONFIG_FILE"
+            config_file, _ = find_config(options.CONFIG_FILE, option)
+            teacher_cfg = load_config(config_file, options.OPTS, option=option)
+        if teacher_cfg.MODEL.META_ARCHITECTURE != cfg.MODEL.META_ARCHITECTURE:
+            raise ValueError(
+                f"MOKD.TEACHER.CONFIG_FILE '{options.CONFIG_FILE}' has MODEL.META_ARCHITECTURE "
+                f"'{teacher_cfg.MODEL.META_ARCHITECTURE}', but the student is a classifier: name a "
+                "classifier's config."
+            )
+        teacher_cfg.MODEL.DEVICE = cfg.MODEL.DEVICE
+        given = options.WEIGHTS or teacher_cfg.MODEL.WEIGHTS or teacher_cfg.MODEL.CLASSIFIER.WEIGHTS
+        if not given:
+            raise ValueError(
+                "MOKD.TEACHER.WEIGHTS is empty, and so are the weights of the teacher's config: "
+                "give 'DEFAULT', the name of a weight enum, or a file."
+            )
+        is_file = "://" in given or PathManager.isfile(given)
+        if not is_file and ("/" in given or os.path.splitext(given)[1]):
+            raise FileNotFoundError(
+                f"MOKD.TEACHER.WEIGHTS '{given}' does not exist (looked in {os.getcwd()}). Train "
+                "the teacher first, or give 'DEFAULT' for its ImageNet weights."
+            )
+        if is_file:
+            teacher_cfg = self.untrained_config(teacher_cfg)
+        else:
+            teacher_cfg.MODEL.CLASSIFIER.WEIGHTS = given
+        teacher_cfg.MODEL.WEIGHTS = given if is_file else ""
+        return teacher_cfg
+
+    def teacher_config_at_students_size(self, cfg: CfgNode) -> CfgNode:
+        teacher_cfg = super().teacher_config_at_students_size(cfg)
+        teacher_cfg.INPUT.CLASSIFICATION = teacher_images(cfg)
+        return teacher_cfg
+
+    def build_teacher(self, cfg: CfgNode) -> ClassifierTeacher:
+        student_size = cfg.INPUT.CLASSIFICATION.SIZE_TRAIN
+        model = self.load_trained(self.teacher_config(cfg), "MOKD.TEACHER.WEIGHTS")
+        size = cfg.MOKD.TEACHER.IMAGE_SIZE or student_size
+        return ClassifierTeacher(model, size, size != student_size, **speed_options(cfg))
+
+    def shared_part(self, student: nn.Module) -> nn.Module:
+        return SharedPart(student)
+
+    def match_features(self, cfg, student, teacher) -> list[Level]:
+        options = cfg.MOKD.FEATURES
+        ours = list(options.STUDENT) or [default_tap(student)]
+        theirs = list(options.TEACHER)
+        if not theirs:
+            theirs = [default_tap(teacher.model)] if not options.STUDENT else ours
+        if len(ours) != len(theirs) or len(set(ours)) < len(ours):
+            raise ValueError(
+                f"MOKD.FEATURES.STUDENT {ours} and MOKD.FEATURES.TEACHER {theirs} must be lists of "
+                "the same length, and no tap of the student may come twice."
+            )
+        size = cfg.INPUT.CLASSIFICATION.SIZE_TRAIN
+        shapes = find_taps(student, ours, size, "MOKD.FEATURES.STUDENT")
+        teacher_shapes = find_taps(
+            teacher.model, theirs, teacher.image_size, "MOKD.FEATURES.TEACHER"
+        )
+        teacher.tap(tuple(teacher_shapes))
+        level_map = dict(zip(ours, theirs))
+        return [
+            Level(
+                tap,
+                other := level_map[tap],
+                shape.channels,
+                teacher_shapes[other].channels,
+                functools.partial(_align, shape=shape, teacher_shape=teacher_shapes[other]),
+            )
+            for tap, shape in shapes.items()
+        ]
+
+    def replace_features(self, student, names, function):
+        # The head's input comes last: nothing inside the head is tapped.
+        names = [*(name for name in names if name != PRE_LOGITS), *{PRE_LOGITS} & set(names)]
+        return replace_taps(student, names, function)
+
+    def check_pair(self, cfg, student, teacher, objectives) -> None:
+        """
+        At features, a rule sees conflict only where both gradients arrive. At parameters, the
+        backward pass of the losses ends at the features, so no loss may reach what comes before
+        around them.
+        """
+        options = cfg.MOKD.BALANCING
+        if options.MEASURE_AT == "parameters" and getattr(student.network, "aux_logits", False):
+            raise ValueError(
+                "MOKD.BALANCING.MEASURE_AT 'parameters' cannot have the heads for training only of "
+                f"{type(student.network).__name__}, which leave it before the tapped features: set "
+                "MODEL.CLASSIFIER.OPTIONS to {aux_logits: False}, or MEASURE_AT to 'features'."
+            )
+        if options.MEASURE_AT != "features" or options.RULE == "fixed":
+            return
+        taps = [set(objective.taps) for objective in objectives]
+        if PRE_LOGITS not in set.union(*taps):
+            return
+        for objective in objectives:
+            if PRE_LOGITS not in objective.taps:
+                raise ValueError(
+                    f"Objective '{objective.name}' reads {list(objective.taps)}, and others "
+                    f"'{PRE_LOGITS}': with MOKD.BALANCING.MEASURE_AT 'features' the task's "
+                    f"gradient is measured at '{PRE_LOGITS}' then, and that of "
+                    f"'{objective.name}' elsewhere, so that rule '{options.RULE}' could not see "
+                    f"their conflict. Add '{PRE_LOGITS}' to MOKD.FEATURES.STUDENT and TEACHER, or "
+                    "set MOKD.BALANCING.MEASURE_AT to 'parameters'."
+                )
+
+    def build_train_loader(self, cfg: CfgNode):
+        return classification.build_train_loader(cfg)
+
+    def build_test_loader(self, cfg: CfgNode, name: str):
+        return classification.build_test_loader(cfg, name)
+
+    def check_config(self, cfg: CfgNode) -> None:
+        classification.check_transform(cfg)
+        if cfg.MOKD.TEACHER.IMAGE_SIZE < 0:
+            raise ValueError(
+                f"MOKD.TEACHER.IMAGE_SIZE is {cfg.MOKD.TEACHER.IMAGE_SIZE}: expected 0 (the "
+                "student's) or a number of pixels."
+            )
+        if cfg.MOKD.ENABLED:
+            self.teacher_config(cfg)
+
+    def check_data(self, cfg: CfgNode, options: Sequence[str] = ("TRAIN", "TEST")) -> None:
+        check_classes(cfg, options)
+
+    def exporter(self, cfg: CfgNode) -> ClassifierExporter:
+        return ClassifierExporter(cfg, self.stock_options)
+
+
+class SharedPart(nn.Module):
+    """What task and distillation share of a classifier: all but its head, under stock names."""
+
+    def __init__(self, classifier: Classifier):
+        super().__init__()
+        self._classifier = [classifier]  # no part of this module
+
+    def named_parameters(self, *args, **kwargs):
+        classifier = self._classifier[0]
+        head = {id(p) for p in classifier.head.parameters()}
+        named = classifier.network.named_parameters(*args, **kwargs)
+        return ((name, p) for name, p in named if id(p) not in head)
+
+    def named_modules(self, *args, **kwargs):
+        return self._classifier[0].network.named_modules(*args, **kwargs)
+
+
+def _align(
+    student: Tensor, teacher: Tensor, shape: TapShape, teacher_shape: TapShape
+) -> tuple[Tensor, Tensor]:
+    return common_grid(as_map(student, shape), as_map(teacher, teacher_shape))
+
+
+def _config_by_name(cfg: CfgNode) -> CfgNode:
+    """The config of the network ``MOKD.TEACHER.CLASSIFIER``."""
+    options = cfg.MOKD.TEACHER
+    teacher_cfg = load_config("", ["MODEL.META_ARCHITECTURE", "Classifier"])
+    teacher_cfg.INPUT.FORMAT = "RGB"
+    teacher_cfg.MODEL.CLASSIFIER.NAME = options.CLASSIFIER
+    teacher_cfg.MODEL.CLASSIFIER.WEIGHTS = options.WEIGHTS  # torchvision's, also as a file
+    teacher_cfg.MODEL.CLASSIFIER.NUM_CLASSES = cfg.MODEL.CLASSIFIER.NUM_CLASSES
+    mean, std = input_normalisation(options.CLASSIFIER, options.WEIGHTS)
+    teacher_cfg.MODEL.PIXEL_MEAN, teacher_cfg.MODEL.PIXEL_STD = mean, std
+    # It has no config file that says how it sees images.
+    teacher_cfg.INPUT.CLASSIFICATION = teacher_images(cfg)
+    merge_overrides(teacher_cfg, options.OPTS, "MOKD.TEACHER.OPTS: override")
+    return teacher_cfg
+
+
+def teacher_images(cfg: CfgNode) -> CfgNode:
+    """
+    Return a student's ``INPUT.CLASSIFICATION``, evaluated at ``MOKD.TEACHER.IMAGE_SIZE`` if there
+    is one.
+    """
+    images = cfg.INPUT.CLASSIFICATION.clone()
+    images.defrost()
+    if size := cfg.MOKD.TEACHER.IMAGE_SIZE:
+        images.SIZE_TEST = images.RESIZE_TEST = size
+    return images

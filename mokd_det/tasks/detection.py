@@ -1,0 +1,268 @@
+# Copyright (c) The mokd_det authors.
+"""Detectron2's detectors, and every other meta-architecture that looks like one."""
+
+import functools
+import os
+from collections.abc import Mapping, Sequence
+
+from detectron2.config import CfgNode
+from detectron2.data import build_detection_test_loader
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import build_model
+from detectron2.utils.file_io import PathManager
+from torch import nn
+
+from ..config import find_config, load_config
+from ..data import build_resumable_train_loader, build_train_mapper, check_augmentation
+from ..export import DetectorExporter
+from ..modeling import StrictCheckpointer, load_lazy_config, replace_backbone_features
+from ..objectives import Level, align_resolution
+from ..teachers import DetectorTeacher, ScriptedDetector, speed_options
+from .base import TASKS, Task
+
+__all__ = ["DetectionTask", "build_level_map"]
+
+
+@TASKS.register("detection")
+class DetectionTask(Task):
+    """
+    Any model can be the student that has ``backbone``, a module which its forward pass calls once
+    and which returns dict[str, Tensor], with ``output_shape()`` as Detectron2's backbones; and
+    whose forward pass in training returns dict[str, Tensor] of losses. A teacher needs such a
+    backbone and ``preprocess_image(batched_inputs)``, which returns an ImageList.
+    """
+
+    options = (
+        "INPUT.COLOR_JITTER",
+        "INPUT.LSJ",
+        "MODEL.BACKBONE.CHECKPOINTING",
+        "MODEL.BACKBONE.COMPILE",
+        "MOKD.TEACHER.TORCHSCRIPT",
+        "MOKD.TEACHER.PROPOSALS",
+        "MOKD.FEATURES.FOREGROUND",
+        "MOKD.FEATURES.FOREGROUND_SHARE",
+        "MOKD.FEATURES.FOREGROUND_SCORE",
+        "MOKD.FEATURES.LEVEL_WEIGHTS",
+    )
+
+    def load_trained(self, cfg: CfgNode, option: str = "MODEL.WEIGHTS") -> nn.Module:
+        if not cfg.MODEL.WEIGHTS:
+            raise ValueError("MODEL.WEIGHTS is empty: add MODEL.WEIGHTS /path/to/model.pth")
+        model = build_model(self.untrained_config(cfg))  # MODEL.WEIGHTS has the backbone as well
+        StrictCheckpointer(model, option=option).load(cfg.MODEL.WEIGHTS, checkpointables=[])
+        return model.eval()
+
+    def teacher_config(self, cfg: CfgNode) -> CfgNode:
+        options = cfg.MOKD.TEACHER
+        if options.CLASSIFIER:
+            raise ValueError(
+                f"MOKD.TEACHER.CLASSIFIER is '{options.CLASSIFIER}', but the student is no "
+                "classifier (MODEL.META_ARCHITECTURE): name a detector in MOKD.TEACHER.CONFIG_FILE."
+            )
+        if not options.CONFIG_FILE:
+            raise ValueError(
+                "MOKD.TEACHER.CONFIG_FILE is empty: name the config file that the teacher was "
+                "trained with, and its weights in MOKD.TEACHER.WEIGHTS."
+            )
+        teacher_cfg, zoo_weights = _read_teacher_config(options)
+        teacher_cfg.MODEL.DEVICE = cfg.MODEL.DEVICE
+        # All weights come from the file below, so none are downloaded for the backbone alone.
+        teacher_cfg.MODEL.TORCHVISION.WEIGHTS = ""
+        if not options.WEIGHTS and zoo_weights and "MODEL.WEIGHTS" not in options.OPTS:
+            teacher_cfg.MODEL.WEIGHTS = zoo_weights
+        teacher_cfg.MODEL.WEIGHTS = options.WEIGHTS or teacher_cfg.MODEL.WEIGHTS
+        if not teacher_cfg.MODEL.WEIGHTS:
+            raise ValueError(
+                "MOKD.TEACHER.WEIGHTS is empty, and so is MODEL.WEIGHTS of "
+                f"'{options.CONFIG_FILE}': name the teacher's trained weights."
+            )
+        is_local = "://" not in teacher_cfg.MODEL.WEIGHTS
+        if is_local and not PathManager.isfile(teacher_cfg.MODEL.WEIGHTS):
+            raise FileNotFoundError(
+                f"MOKD.TEACHER.WEIGHTS '{teacher_cfg.MODEL.WEIGHTS}' does not exist (looked in "
+                f"{os.getcwd()}). Train the teacher first: tools/train_net.py --config-file "
+                f"{options.CONFIG_FILE}"
+            )
+        return teacher_cfg
+
+    def build_teacher(self, cfg: CfgNode) -> DetectorTeacher:
+        options = cfg.MOKD.TEACHER
+        if options.TORCHSCRIPT.FILE:
+            model = ScriptedDetector.from_config(cfg)
+            input_format = options.TORCHSCRIPT.INPUT_FORMAT
+        else:
+            teacher_cfg = self.teacher_config(cfg)
+            model = build_model(teacher_cfg)
+            input_format = teacher_cfg.INPUT.FORMAT
+            for name in ("backbone", "preprocess_image"):
+                if not hasattr(model, name):
+                    raise ValueError(
+                        f"The teacher's MODEL.META_ARCHITECTURE "
+                        f"'{teacher_cfg.MODEL.META_ARCHITECTURE}' has no '{name}', which "
+                        "distilling its features needs."
+                    )
+            StrictCheckpointer(model, option="MOKD.TEACHER.WEIGHTS").load(
+                teacher_cfg.MODEL.WEIGHTS, checkpointables=[]
+            )
+        formats = {cfg.INPUT.FORMAT, input_format}
+        if len(formats) > 1 and formats != {"RGB", "BGR"}:
+            raise ValueError(
+                f"INPUT.FORMAT is '{cfg.INPUT.FORMAT}' for the student and '{input_format}' for "
+                "the teacher: only RGB and BGR can be converted into each other. Train both with "
+                "the same format."
+            )
+        return DetectorTeacher(
+            model, input_format, proposals=options.PROPOSALS, **speed_options(cfg)
+        )
+
+    def shared_part(self, student: nn.Module) -> nn.Module:
+        return student.backbone
+
+    def match_features(self, cfg, student, teacher) -> list[Level]:
+        options = cfg.MOKD.FEATURES
+        shapes, teacher_shapes = student.backbone.output_shape(), teacher.feature_shapes()
+        level_map = build_level_map(shapes, teacher_shapes, options.STUDENT, options.TEACHER)
+        return [
+            Level(
+                name,
+                other,
+                shapes[name].channels,
+                teacher_shapes[other].channels,
+                functools.partial(
+                    align_resolution,
+                    student_stride=shapes[name].stride,
+                    teacher_stride=teacher_shapes[other].stride,
+                ),
+                shapes[name].stride,
+            )
+            for name, other in level_map.items()
+        ]
+
+    def replace_features(self, student, names, function):
+        return replace_backbone_features(student.backbone, function)
+
+    def check_student(self, cfg: CfgNode, student: nn.Module) -> None:
+        backbone = getattr(student, "backbone", None)
+        if not isinstance(backbone, nn.Module) or not hasattr(backbone, "output_shape"):
+            raise ValueError(
+                f"MODEL.META_ARCHITECTURE '{cfg.MODEL.META_ARCHITECTURE}' has no 'backbone' with "
+                "'output_shape()', which distilling its features needs: see docs/distillation.md, "
+                "Your own meta-architecture."
+            )
+
+    def check_pair(self, cfg, student, teacher, objectives) -> None:
+        """What both sides are given has one number of channels."""
+        sides = [getattr(model, "pixel_mean", None) for model in (student, teacher.model)]
+        if all(mean is not None for mean in sides):
+            ours, theirs = (mean.numel() for mean in sides)
+            if ours != theirs:
+                raise ValueError(
+                    f"MODEL.PIXEL_MEAN has {ours} entries for the student and {theirs} for the "
+                    "teacher, but both see the same images: use models for the same number of "
+                    "channels."
+                )
+
+    def build_train_loader(self, cfg: CfgNode):
+        return build_resumable_train_loader(cfg, mapper=build_train_mapper(cfg))
+
+    def build_test_loader(self, cfg: CfgNode, name: str):
+        return build_detection_test_loader(cfg, name)
+
+    def check_config(self, cfg: CfgNode) -> None:
+        check_augmentation(cfg)
+        if cfg.MOKD.ENABLED and cfg.MOKD.TEACHER.PROPOSALS < 1:
+            raise ValueError(
+                f"MOKD.TEACHER.PROPOSALS is {cfg.MOKD.TEACHER.PROPOSALS}: expected 1 or more."
+            )
+        if cfg.MOKD.ENABLED and cfg.MOKD.TEACHER.TORCHSCRIPT.FILE:
+            ScriptedDetector.check_config(cfg)
+        elif cfg.MOKD.ENABLED:
+            self.teacher_config(cfg)
+
+    def exporter(self, cfg: CfgNode) -> DetectorExporter:
+        return DetectorExporter(cfg)
+
+
+def _read_teacher_config(options: CfgNode) -> tuple[CfgNode, str]:
+    """Return the teacher's config, and for a name of the model zoo the address of its weights."""
+    option = "MOKD.TEACHER.CONFIG_FILE"
+    config_file, zoo_weights = find_config(options.CONFIG_FILE, option)
+    if not config_file.endswith(".py"):
+        return load_config(config_file, options.OPTS, option=option), zoo_weights
+    teacher_cfg = load_config("", ["MODEL.META_ARCHITECTURE", "LazyConfigDetector"])
+    teacher_cfg.MODEL.LAZY_CONFIG.FILE = config_file
+    teacher_cfg.MODEL.LAZY_CONFIG.OVERRIDES = list(options.OPTS)
+    lazy = load_lazy_config(config_file, options.OPTS, option)
+    teacher_cfg.INPUT.FORMAT = lazy.model.get("input_format", teacher_cfg.INPUT.FORMAT)
+    return teacher_cfg, zoo_weights
+
+
+def build_level_map(
+    student_shapes: Mapping[str, ShapeSpec],
+    teacher_shapes: Mapping[str, ShapeSpec],
+    student_names: Sequence[str] = (),
+    teacher_names: Sequence[str] = (),
+) -> dict[str, str]:
+    """
+    Args:
+        student_shapes, teacher_shapes: of both backbones.
+        student_names, teacher_names: MOKD.FEATURES.STUDENT and .TEACHER. The
+            second may be empty if the names are the same on both sides; both empty: all names
+            that both sides have, or if there is none, the levels of equal stride.
+
+    Returns:
+        Student's name -> teacher's.
+
+    Raises:
+        ValueError: a name that its side does not have, a name twice, lists of different length,
+            or nothing in common; the message lists what both sides have.
+    """
+    have = (
+        f"The student has {_described(student_shapes)}; the teacher has "
+        f"{_described(teacher_shapes)}."
+    )
+    if teacher_names and not student_names:
+        raise ValueError(
+            f"MOKD.FEATURES.TEACHER is {list(teacher_names)} but MOKD.FEATURES.STUDENT is empty: "
+            f"name the student's level for each. {have}"
+        )
+    if not student_names:
+        common = {name: name for name in student_shapes if name in teacher_shapes}
+        common = common or _levels_of_equal_stride(student_shapes, teacher_shapes)
+        if not common:
+            raise ValueError(
+                "Student and teacher share neither a feature name nor a stride, so "
+                "MOKD.FEATURES.STUDENT and MOKD.FEATURES.TEACHER must say which level matches "
+                f"which. {have}"
+            )
+        return common
+    teacher_names = teacher_names or student_names
+    if len(student_names) != len(teacher_names):
+        raise ValueError(
+            f"MOKD.FEATURES.STUDENT {list(student_names)} and MOKD.FEATURES.TEACHER "
+            f"{list(teacher_names)} must have the same length: one level for each. {have}"
+        )
+    for option, names, shapes in (
+        ("MOKD.FEATURES.STUDENT", student_names, student_shapes),
+        ("MOKD.FEATURES.TEACHER", teacher_names, teacher_shapes),
+    ):
+        if unknown := [name for name in names if name not in shapes]:
+            raise ValueError(f"{option} has {unknown}, which its side does not. {have}")
+    if len(set(student_names)) < len(student_names):
+        raise ValueError(f"MOKD.FEATURES.STUDENT {list(student_names)} names a level twice.")
+    return dict(zip(student_names, teacher_names))
+
+
+def _levels_of_equal_stride(student_shapes, teacher_shapes):
+    """Only where it is clear which: one level of that stride on each side."""
+
+    def by_stride(shapes):
+        strides = [shape.stride for shape in shapes.values()]
+        return {s.stride: name for name, s in shapes.items() if strides.count(s.stride) == 1}
+
+    students, teachers = by_stride(student_shapes), by_stride(teacher_shapes)
+    return {name: teachers[stride] for stride, name in students.items() if stride in teachers}
+
+
+def _described(shapes):
+    return ", ".join(f"{n} (stride {s.stride}, {s.channels} ch.)" for n, s in shapes.items())

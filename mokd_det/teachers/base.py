@@ -1,0 +1,183 @@
+# Copyright (c) The mokd_det authors.
+"""What every teacher has in common: it is only ever run, and as fast as the options say."""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from torch import Tensor, nn
+
+from ..speed import check_backend
+
+__all__ = ["Teacher", "TeacherOutputs", "check_precision", "speed_options"]
+
+PRECISIONS = {
+    "": None,
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+
+
+def check_precision(precision: str) -> None:
+    """Raise ValueError for another ``MOKD.TEACHER.PRECISION``."""
+    if precision not in PRECISIONS:
+        raise ValueError(
+            f"MOKD.TEACHER.PRECISION is '{precision}': expected one of "
+            f"{', '.join(map(repr, PRECISIONS))}."
+        )
+
+
+@dataclasses.dataclass
+class TeacherOutputs:
+    """
+    What a teacher says about a batch, without gradients.
+
+    Attributes:
+        features: by name: of a detector's backbone (N, C, H / stride, W / stride); of a classifier
+            what is tapped.
+        answers: of questions that objectives asked, see :meth:`remember`.
+    """
+
+    features: dict[str, Tensor]
+    answers: dict[Any, Any] = dataclasses.field(default_factory=dict, kw_only=True)
+
+    def remember(self, question: Any, ask: Callable[[], Any]) -> Any:
+        """Return ``ask()``; for the same question again what it returned the first time."""
+        if question not in self.answers:
+            self.answers[question] = ask()
+        return self.answers[question]
+
+
+class Teacher:
+    """
+    A model that is only ever run, in eval mode and without gradients.
+
+    Deliberately no ``nn.Module``: whatever holds a teacher shows none of it in ``parameters()``,
+    ``state_dict()``, the optimizer or DistributedDataParallel.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        body: nn.Module,
+        *,
+        precision: str = "",
+        channels_last: bool = False,
+        compile: str = "",
+        inference_mode: bool = False,
+        stream: bool = False,
+    ):
+        """
+        Args:
+            model: the whole teacher.
+            body: the part of it that is compiled and whose memory format changes.
+            precision, channels_last, compile, inference_mode, stream: see ``MOKD.TEACHER``.
+
+        Raises:
+            ValueError: an option that this model or machine does not have.
+        """
+        self.model = model.eval().requires_grad_(False)
+        check_precision(precision)
+        self.precision = PRECISIONS[precision]
+        # A frozen TorchScript module has neither parameters nor buffers, but its detector has.
+        device = next(itertools.chain(model.parameters(), model.buffers())).device
+        self._autocast = contextlib.nullcontext
+        if self.precision is not None:
+            enabled = self.precision != torch.float32
+            dtype = self.precision if enabled else None
+            self._autocast = functools.partial(torch.autocast, device.type, dtype, enabled=enabled)
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        if channels_last:
+            body.to(memory_format=torch.channels_last)
+        if compile:
+            check_backend(compile, "MOKD.TEACHER.COMPILE")
+            body.forward = torch.compile(body.forward, backend=compile)
+        self._inference_mode = inference_mode
+        self._stream = None
+        if stream:
+            if device.type != "cuda":
+                raise ValueError(
+                    f"MOKD.TEACHER.STREAM True needs a GPU, but MODEL.DEVICE is '{device}': set "
+                    "it to False."
+                )
+            self._stream = torch.cuda.Stream(device)
+
+    def run(self, batch: Any, input_format: str) -> TeacherOutputs:
+        """
+        Args:
+            batch: as the student takes it, before its preprocessing.
+            input_format: channel order of its images, "RGB" or "BGR".
+
+        Returns:
+            Under the teacher's own preprocessing. On a stream of its own, tensors are ready after
+            :meth:`wait`.
+        """
+        raise NotImplementedError
+
+    def wait(self, outputs: TeacherOutputs) -> None:
+        """Make the current CUDA stream wait for what :meth:`run` returned."""
+        if self._stream is not None:
+            current = self._students_stream()
+            current.wait_stream(self._stream)
+            for tensor in _tensors(outputs):
+                tensor.record_stream(current)
+
+    def _students_stream(self):
+        # Of the teacher's GPU, which need not be the current one.
+        return torch.cuda.current_stream(self._stream.device)
+
+    def _run_beside(self, function, *args):
+        """As :meth:`_run`, on the teacher's own stream if it has one."""
+        if self._stream is None:
+            return self._run(function, *args)
+        self._stream.wait_stream(self._students_stream())
+        with torch.cuda.stream(self._stream):
+            return self._run(function, *args)
+
+    def _run(self, function, *args):
+        # Again at every step: nothing that walks over modules may have left it in train mode.
+        self.model.eval()
+        mode = torch.inference_mode if self._inference_mode else torch.no_grad
+        with mode(), self._autocast():
+            result = function(*args)
+        # Tensors made in inference mode can never take part in a backward pass, not even as
+        # constants.
+        return _changed(result, torch.clone) if self._inference_mode else result
+
+
+def speed_options(cfg: CfgNode) -> dict[str, Any]:
+    """Return those keyword arguments of :class:`Teacher` that ``cfg.MOKD.TEACHER`` has."""
+    options = cfg.MOKD.TEACHER
+    return {
+        "precision": options.PRECISION,
+        "channels_last": options.CHANNELS_LAST,
+        "compile": options.COMPILE,
+        "inference_mode": options.INFERENCE_MODE,
+        "stream": options.STREAM,
+    }
+
+
+def _changed(value, function):
+    """``value`` with ``function`` applied to every tensor inside."""
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if isinstance(value, dict):
+        return {key: _changed(v, function) for key, v in value.items()}
+    if isinstance(value, (list, tuple)) and not isinstance(value, torch.Size):
+        return type(value)(_changed(v, function) for v in value)
+    if dataclasses.is_dataclass(value):
+        values = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        return dataclasses.replace(value, **_changed(values, function))
+    return value
+
+
+def _tensors(value):
+    found = []
+    _changed(value, found.append)
+    return found

@@ -1,0 +1,86 @@
+# Copyright (c) The mokd_det authors.
+"""The frozen classifier: the student's images, under its own normalisation and resolution."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .base import Teacher, TeacherOutputs
+
+__all__ = ["PRE_LOGITS", "ClassifierTeacher", "ClassifierTeacherOutputs"]
+
+# Name of the head's input among the names of submodules.
+PRE_LOGITS = "pre_logits"
+
+
+@dataclasses.dataclass
+class ClassifierTeacherOutputs(TeacherOutputs):
+    """
+    What a classifier says about a batch; its features are the tapped ones.
+
+    Attributes:
+        logits: (N, C).
+    """
+
+    logits: Tensor
+
+
+class ClassifierTeacher(Teacher):
+    """A frozen classifier."""
+
+    def __init__(self, model: nn.Module, image_size: int, is_resized: bool = False, **options):
+        """
+        Args:
+            model (mokd_det.modeling.Classifier):
+            image_size: side of the images that it sees, in pixels.
+            is_resized: the student's images have another size.
+            options: of :class:`Teacher`.
+
+        Raises:
+            ValueError: an option that this model or machine does not have.
+        """
+        super().__init__(model, model.network, **options)
+        self.image_size = image_size
+        self.is_resized = is_resized
+        self._found: dict[str, Tensor] = {}
+        self._tapped: set[str] = set()
+
+    def tap(self, names: Sequence[str]) -> None:
+        """From now on outputs have these features: of submodules, or ``PRE_LOGITS``."""
+        # Hooks for good, unlike the student's: the teacher is ours, and may be compiled.
+        for name in names:
+            if name in self._tapped:
+                continue
+            self._tapped.add(name)
+            if name == PRE_LOGITS:
+                hook = lambda _module, args: (self._keep(PRE_LOGITS, args[0]),)  # noqa: E731
+                self.model.head.register_forward_pre_hook(hook)
+            else:
+                hook = lambda _m, _args, output, name=name: self._keep(name, output)  # noqa: E731
+                self.model.network.get_submodule(name).register_forward_hook(hook)
+
+    def _keep(self, name: str, feature: Tensor) -> Tensor:
+        self._found[name] = feature
+        return feature.clone()  # goes on: what follows may work in place, as on the student's side
+
+    def run(self, batch, input_format: str = "RGB") -> ClassifierTeacherOutputs:
+        """See :meth:`Teacher.run`; images are always RGB."""
+        return self._run_beside(self._run_network, batch.images)
+
+    def _run_network(self, images: Tensor) -> ClassifierTeacherOutputs:
+        images = images.to(self.model.device, torch.float32, non_blocking=True)
+        if self.is_resized:
+            size = (self.image_size, self.image_size)
+            images = F.interpolate(images, size, mode="bilinear", antialias=True)
+        images = self.model.preprocess(images).contiguous(memory_format=self.memory_format)
+        self._found.clear()
+        logits = self.model.network(images)
+        outputs = ClassifierTeacherOutputs(dict(self._found), logits)
+        if self.precision is not None:
+            # The student's side may have another precision, and no autocast to bridge it.
+            outputs.features = {name: x.float() for name, x in outputs.features.items()}
+            outputs.logits = logits.float()
+        return outputs

@@ -1,0 +1,116 @@
+# Copyright (c) The mokd_det authors.
+"""The frozen detector: its own weights, its own preprocessing."""
+
+import dataclasses
+from typing import Any
+
+import torch
+from detectron2.layers import ShapeSpec
+from detectron2.structures import ImageList
+from torch import Tensor, nn
+
+from ..readers import AnchorOutputs, BoxOutputs, RPNReader, build_box_reader
+from ..speed import pool_in_float32
+from .base import Teacher, TeacherOutputs
+from .scripted import ScriptedDetector
+
+__all__ = ["DetectorTeacher", "DetectorTeacherOutputs"]
+
+
+@dataclasses.dataclass
+class DetectorTeacherOutputs(TeacherOutputs):
+    """
+    What a detector says about a batch. More is computed when it is asked for.
+
+    Attributes:
+        image_sizes: (height, width) of each image before padding.
+        teacher: that said it.
+        proposals: for each image (P_i, 4) boxes, XYXY in pixels; None unless asked for before.
+        state: what the teacher's reader needs to say more.
+    """
+
+    image_sizes: list[tuple[int, int]]
+    teacher: "DetectorTeacher"
+    proposals: list[Tensor] | None = None
+    state: Any = None
+
+    def at(self, boxes: list[Tensor]) -> BoxOutputs:
+        """Return what it says at boxes, for each image (R_i, 4) XYXY in pixels."""
+        return self.teacher.ask(self.teacher.reader.at, self.state, boxes, self.image_sizes)
+
+    def anchors(self, reader: RPNReader) -> AnchorOutputs:
+        """Return what its RPN says at every anchor, by a reader of this teacher's."""
+        return self.teacher.ask(reader, self.state)
+
+    def objects(self, threshold: float) -> list[Tensor]:
+        """Return, for each image, the (B_i, 4) boxes that it is sure of beyond ``threshold``."""
+        assert self.proposals is not None, "[DetectorTeacher] objects need read_boxes()"
+        outputs = self.at(self.proposals)
+        confidence, classes = outputs.confidence()
+        counts = [len(boxes) for boxes in self.proposals]
+        boxes = outputs.boxes_of(classes).split(counts)
+        return [b[c > threshold] for b, c in zip(boxes, confidence.split(counts))]
+
+
+class DetectorTeacher(Teacher):
+    """A frozen detector."""
+
+    def __init__(self, model: nn.Module, input_format: str, *, proposals: int = 256, **options):
+        """
+        Args:
+            model: a Detectron2 detector, with ``backbone`` and ``preprocess_image``.
+            input_format: the channel order it was trained with, "RGB" or "BGR".
+            proposals: most boxes an image at which its outputs are read.
+            options: of :class:`Teacher`.
+
+        Raises:
+            ValueError: an option that this model or machine does not have.
+        """
+        if options.get("compile") and isinstance(model, ScriptedDetector):
+            raise ValueError(
+                f"MOKD.TEACHER.COMPILE is '{options['compile']}', but a TorchScript file is "
+                "compiled already: set it to ''."
+            )
+        super().__init__(model, model.backbone, **options)
+        self.input_format = input_format
+        self.proposals = proposals
+        self.reader = None
+        if self.precision != torch.float32:  # else it may run under the student's autocast
+            pool_in_float32(self.model)
+
+    def feature_shapes(self) -> dict[str, ShapeSpec]:
+        """Return channels and stride of the backbone's feature maps."""
+        return self.model.backbone.output_shape()
+
+    def read_boxes(self) -> None:
+        """
+        From now on :meth:`run` also proposes boxes, and its outputs can be asked about boxes.
+
+        Raises:
+            ValueError: outputs of this detector cannot be read.
+        """
+        if self.reader is None:
+            self.reader = build_box_reader(self.model, "teacher")
+
+    def run(self, batch: list[dict], input_format: str) -> DetectorTeacherOutputs:
+        """See :meth:`Teacher.run`; each dict has ``image``, a (C, H, W) tensor."""
+        return self._run_beside(self._run_detector, batch, input_format)
+
+    def _run_detector(self, batch: list[dict], input_format: str) -> DetectorTeacherOutputs:
+        if input_format != self.input_format:
+            batch = [{"image": x["image"].flip(0)} for x in batch]
+        images: ImageList = self.model.preprocess_image(batch)
+        tensor = images.tensor.contiguous(memory_format=self.memory_format)
+        features = self.model.backbone(tensor)
+        outputs = DetectorTeacherOutputs(features, images.image_sizes, self)
+        if self.reader is not None:
+            outputs.state = self.reader.run(features)
+            outputs.proposals = self.reader.propose(outputs.state, images, self.proposals)
+        if self.precision is not None:
+            # The student's side may have another precision, and no autocast to bridge it.
+            outputs.features = {name: x.float() for name, x in features.items()}
+        return outputs
+
+    def ask(self, function, *args):
+        """Return ``function(*args)`` of a part of the teacher, run as the teacher is."""
+        return self._run(function, *args)

@@ -1,0 +1,138 @@
+# Copyright (c) The mokd_det authors.
+"""A TorchScript file as the teacher: any network, from any library, that returns feature maps."""
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import Backbone
+from detectron2.structures import ImageList
+from detectron2.utils.file_io import PathManager
+from torch import nn
+
+__all__ = ["ScriptedDetector"]
+
+PROBE = 256  # pixels
+
+
+class ScriptedDetector(nn.Module):
+    """What a teacher needs of a detector, around a TorchScript module that maps images (N, 3, H, W)
+    to dict[str, Tensor]."""
+
+    def __init__(self, module, pixel_mean, pixel_std, size_divisibility, device):
+        """
+        Args:
+            module (torch.jit.ScriptModule):
+            pixel_mean, pixel_std (sequence[float]): as Detectron2's, in the module's channel order.
+            size_divisibility (int): images are padded to multiples of this.
+            device (str):
+
+        Raises:
+            ValueError: the module does not return maps with whole strides.
+        """
+        super().__init__()
+        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
+        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
+        self.to(device)
+        self.backbone = _ScriptedBackbone(
+            module.to(device).eval(), len(pixel_mean), size_divisibility, device
+        )
+
+    @classmethod
+    def check_config(cls, cfg: CfgNode) -> None:
+        """
+        Raises:
+            FileNotFoundError, ValueError: no such file, or a second teacher named.
+        """
+        teacher = cfg.MOKD.TEACHER
+        if teacher.CONFIG_FILE or teacher.WEIGHTS or teacher.OPTS:
+            raise ValueError(
+                "MOKD.TEACHER.TORCHSCRIPT.FILE and MOKD.TEACHER.CONFIG_FILE, WEIGHTS or OPTS name "
+                "two teachers: leave one of them empty."
+            )
+        if not PathManager.isfile(teacher.TORCHSCRIPT.FILE):
+            raise FileNotFoundError(
+                f"MOKD.TEACHER.TORCHSCRIPT.FILE '{teacher.TORCHSCRIPT.FILE}' does not exist."
+            )
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> "ScriptedDetector":
+        """
+        Args:
+            cfg: the student's config, with ``MOKD.TEACHER.TORCHSCRIPT``.
+
+        Raises:
+            FileNotFoundError, ValueError: see :meth:`check_config`; or the file is no TorchScript.
+        """
+        cls.check_config(cfg)
+        options = cfg.MOKD.TEACHER.TORCHSCRIPT
+        try:
+            path = PathManager.get_local_path(options.FILE)
+            module = torch.jit.load(path, map_location="cpu")
+            if not module.state_dict():
+                # Frozen: its weights are constants, which no later ``to`` moves.
+                module = torch.jit.load(path, map_location=cfg.MODEL.DEVICE)
+        except RuntimeError as error:
+            raise ValueError(
+                f"MOKD.TEACHER.TORCHSCRIPT.FILE '{options.FILE}' is no TorchScript file: {error}"
+            ) from error
+        return cls(
+            module,
+            options.PIXEL_MEAN,
+            options.PIXEL_STD,
+            options.SIZE_DIVISIBILITY,
+            cfg.MODEL.DEVICE,
+        )
+
+    @property
+    def device(self):
+        return self.pixel_mean.device
+
+    def preprocess_image(self, batched_inputs):
+        """As Detectron2's detectors."""
+        images = [
+            (x["image"].to(self.device) - self.pixel_mean) / self.pixel_std for x in batched_inputs
+        ]
+        return ImageList.from_tensors(images, self.backbone.size_divisibility)
+
+
+class _ScriptedBackbone(Backbone):
+    def __init__(self, module, channels, size_divisibility, device):
+        super().__init__()
+        self.module = module
+        self._size_divisibility = size_divisibility
+        problem = None
+        with torch.no_grad():
+            try:
+                features = module(torch.zeros(1, channels, PROBE, PROBE, device=device))
+            except RuntimeError as error:
+                problem = f"an image of {channels} x {PROBE} x {PROBE} is an error: {error}"
+        if problem is None and not isinstance(features, dict):
+            problem = f"it returns a {type(features).__name__}"
+        if problem is None:
+            self._shapes = {name: _shape(x) for name, x in features.items()}
+            wrong = [name for name, shape in self._shapes.items() if shape is None]
+            problem = f"{wrong} are no maps whose stride divides {PROBE}" if wrong else None
+        if problem:
+            raise ValueError(
+                "MOKD.TEACHER.TORCHSCRIPT.FILE must map images (N, C, H, W) of any size to "
+                f"dict[str, Tensor] of maps (N, C', H / stride, W / stride), but {problem}."
+            )
+
+    def forward(self, x):
+        return self.module(x)
+
+    def output_shape(self):
+        return self._shapes
+
+    @property
+    def size_divisibility(self):
+        return self._size_divisibility
+
+
+def _shape(feature):
+    if not isinstance(feature, torch.Tensor) or feature.dim() != 4:
+        return None
+    _, channels, height, width = feature.shape
+    if height != width or PROBE % height:
+        return None
+    return ShapeSpec(channels=channels, stride=PROBE // height)
