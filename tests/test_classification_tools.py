@@ -1,11 +1,8 @@
 # Copyright (c) The mokd_det authors.
-"""The command line for classifiers, and the study runner."""
+"""The command line for classifiers."""
 
-import hashlib
 import json
-import math
 import statistics
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -163,220 +160,6 @@ def test_benchmark_needs_a_distilled_classifier(benchmark, monkeypatch):
         benchmark.main()
 
 
-STUDY = """
-teacher: configs/Digits/teacher.yaml
-seeds: [1, 2, 3]
-baseline: plain
-metrics: ["a/b/top1"]
-opts: [TEST.BATCH_SIZE, 4]
-methods:
-  plain: {config: configs/Digits/student_scratch.yaml}
-  with teacher: {config: configs/Digits/student_mokd.yaml, opts: [MOKD.OUTPUTS.TEMPERATURE, 2.0]}
-  once: {config: configs/Digits/student_mokd.yaml, seeds: [2]}
-"""
-VALUES = {"plain": [50.0, 52.0, 60.0], "with teacher": [53.0, 56.0, 62.0], "once": [0, 55.0]}
-
-
-@pytest.fixture
-def study(tmp_path, monkeypatch):
-    """The tool, the loaded study, and the calls of train_net.py that it made."""
-    tool = load_script("tools/study.py")
-    path = tmp_path / "my_study.yaml"
-    path.write_text(STUDY)
-    loaded = tool.load_study(path)
-    calls = []
-
-    def train(config, opts, output):
-        calls.append((config, list(opts), output.name))
-        output.mkdir(parents=True, exist_ok=True)
-        if "SEED" not in opts:
-            value = 90.0
-        else:
-            value = VALUES[output.name.rsplit("-", 1)[0].replace("_", " ")][opts[-1] - 1]
-        (output / "results.json").write_text(json.dumps({"a": {"b": {"top1": value}}}))
-        (output / "model_final.pth").touch()
-        return 1.0
-
-    monkeypatch.setattr(tool, "train", train)
-    monkeypatch.setattr(tool, "ROOT", tmp_path)
-    monkeypatch.setattr(
-        tool,
-        "load_config",
-        lambda path, opts=(): load_config(str(ROOT / path.removeprefix(f"{tmp_path}/")), opts),
-    )
-    return tool, loaded, calls
-
-
-def test_a_study_runs_what_is_missing_and_makes_its_table(study):
-    tool, loaded, calls = study
-    tool.run(loaded, 2, [])
-    assert len(calls) == 1 + 3 + 3 + 1
-    teacher = next(i for i, call in enumerate(calls) if "SEED" not in call[1])
-    first = min(i for i, call in enumerate(calls) if "mokd" in call[0])
-    assert teacher < first
-    assert ["TEST.BATCH_SIZE", 4, "MOKD.OUTPUTS.TEMPERATURE", 2.0, "SEED", 3] in [
-        call[1] for call in calls
-    ]
-    rows = {row["method"]: row for row in tool.summarize(loaded)}
-    assert rows["plain"]["mean"] == 54
-    assert rows["plain"]["differences"]["plain"] == {"difference": None, "interval": None}
-    assert rows["plain"]["std"] == pytest.approx(statistics.stdev(VALUES["plain"]))
-    paired = rows["with teacher"]["differences"]["plain"]
-    assert paired["difference"] == 3  # of 3, 4 and 2; t with 2 degrees of freedom: 4.303
-    assert paired["interval"] == pytest.approx(4.3027 / math.sqrt(3), rel=1e-4)
-    assert rows["once"]["differences"]["plain"] == {"difference": 3, "interval": None}
-    table = tool.format_table(loaded, tool.summarize(loaded))
-    teacher = json.loads((loaded["folder"] / "teacher.json").read_text())["weights_sha256"][:8]
-    assert teacher == hashlib.sha256(b"").hexdigest()[:8]
-    assert f"| with teacher | {teacher} | 3 | 57.00 (std 4.58) | +3.00 ± 2.48 |" in table
-    assert f"| once | {teacher} | 1 | 55.00 | +3.00 |" in table
-    assert "| plain |  | 3 | 54.00 " in table
-
-    calls.clear()
-    (loaded["folder"] / "plain-2.json").unlink()
-    tool.run(loaded, 1, ["plain"])
-    assert [call[1][-1] for call in calls] == [2]
-    assert tool.runs_of(loaded, ["plain", "once"], first=1) == [("plain", 1), ("once", 2)]
-
-
-@pytest.mark.parametrize("kind", [RuntimeError, KeyError])
-def test_a_run_that_fails_leaves_the_others_and_fails_the_study(study, capsys, monkeypatch, kind):
-    tool, loaded, _ = study
-    good = tool.train
-
-    def train(config, opts, output):
-        if opts and opts[-1] == 2:
-            raise kind("no memory left")
-        return good(config, opts, output)
-
-    monkeypatch.setattr(tool, "train", train)
-    with pytest.raises(SystemExit, match="3 runs failed"):
-        tool.run(loaded, 1, [])
-    error = capsys.readouterr().err
-    assert "plain seed 2 failed:" in error and f"{kind.__name__}: " in error
-    assert "no memory left" in error
-    assert {p.name for p in loaded["folder"].iterdir()} == {
-        *("plain-1.json", "plain-3.json", "with_teacher-1.json", "with_teacher-3.json"),
-        "teacher.json",
-    }
-
-
-def test_a_study_whose_teachers_weights_have_a_name(study):
-    tool, loaded, _ = study
-    loaded["methods"]["with teacher"]["opts"] += ["MOKD.TEACHER.WEIGHTS", "IMAGENET1K_V1"]
-    tool.run(loaded, 1, ["with teacher"])
-    record = json.loads((loaded["folder"] / "with_teacher-1.json").read_text())
-    assert record["teacher_sha256"] == "IMAGENET1K_V1"
-    table = tool.format_table(loaded, tool.summarize(loaded))
-    assert "| with teacher | IMAGENET1K_V1 | 3 | 57.00" in table
-
-
-def test_a_study_of_a_model_that_finds_nothing(study, monkeypatch, capsys):
-    tool, loaded, _ = study
-    monkeypatch.setitem(VALUES, "plain", [None, None, 60.0])
-    tool.run(loaded, 1, ["plain"])
-    assert "plain seed 1: a/b/top1: 0.00 (" in capsys.readouterr().out
-    assert "| plain |  | 3 | 20.00 " in tool.format_table(loaded, tool.summarize(loaded))
-
-
-@pytest.mark.parametrize("visible, lent", [(None, "010"), ("", "010"), ("2,3", "232")])
-def test_a_study_lends_the_gpus_that_it_was_given(study, monkeypatch, visible, lent):
-    tool, loaded, _ = study
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if visible is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    tool.run(loaded, 3, ["plain"])
-    assert "".join(str(tool.gpus.get()) for _ in range(tool.gpus.qsize())) == lent
-
-
-def test_a_study_keeps_nothing_of_an_unfinished_attempt(study):
-    tool, loaded, _ = study
-    runs = tool.ROOT / "output" / "studies" / "my_study"
-    others = [runs / "plain-2", runs / "plain-10", runs.parent / "plain-1"]
-    for folder in (runs / "plain-1", *others):
-        folder.mkdir(parents=True)
-        (folder / "metrics.json").write_text('{"iteration": 5, "a/b/top1": 1.0}\n')
-    tool.run(loaded, 1, ["plain"], first=1)
-    assert json.loads((loaded["folder"] / "plain-1.json").read_text())["curves"] == {}
-    assert all((folder / "metrics.json").is_file() for folder in others)
-
-
-def test_a_study_removes_nothing_elsewhere(study, capsys):
-    tool, loaded, calls = study
-    elsewhere = tool.ROOT / "elsewhere" / "plain-1"
-    elsewhere.mkdir(parents=True)
-    runs = tool.ROOT / "output" / "studies" / "my_study"
-    runs.parent.mkdir(parents=True)
-    runs.symlink_to(elsewhere.parent)
-    with pytest.raises(SystemExit, match="1 runs failed"):
-        tool.run(loaded, 1, ["plain"], first=1)
-    assert elsewhere.is_dir() and not calls
-    assert f"leads to {elsewhere}: expected a folder of output/studies" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (("baseline: plain", "baseline: x"), "the baseline 'x' is none of its methods"),
-        (("metrics:", "metric:"), r"unknown \['metric'\]"),
-        (("seeds: [2]", "seed: [2]"), r"method 'once' has unknown \['seed'\]"),
-        (("{config: configs/Digits/student_scratch.yaml}", "{}"), "'plain' has no config"),
-    ],
-)
-def test_study_files_that_cannot_be(tmp_path, change, message):
-    tool = load_script("tools/study.py")
-    path = tmp_path / "s.yaml"
-    path.write_text(STUDY.replace(*change))
-    with pytest.raises(ValueError, match=message):
-        tool.load_study(path)
-    with pytest.raises(ValueError, match=r"--only \['y'\]: the methods are"):
-        path.write_text(STUDY)
-        tool.runs_of(tool.load_study(path), ["y"])
-
-
-def test_a_study_without_records_says_how_to_make_them(study, monkeypatch, capsys):
-    tool, loaded, _ = study
-    monkeypatch.setattr(tool, "load_study", lambda path: loaded)
-    monkeypatch.setattr(sys, "argv", ["study.py", "s.yaml", "--summarize"])
-    with pytest.raises(SystemExit):
-        tool.main()
-    assert "has no records of s.yaml: make them with --run" in capsys.readouterr().err
-
-
-def test_records_do_not_make_the_code_dirty(tmp_path, monkeypatch):
-    tool = load_script("tools/study.py")
-    monkeypatch.setattr(tool, "ROOT", tmp_path)
-    assert tool.commit() is None  # no repository: an installed package
-    files = ["studies/s.yaml", "studies/s/table.md", "code.py"]
-    for name in files:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    git = ["git", "-c", "user.name=a", "-c", "user.email=a"]
-    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
-        subprocess.run([*git, *command], cwd=tmp_path, check=True)
-    (tmp_path / files[1]).write_text("a row")
-    assert len(tool.commit()) == 12
-    for name in (files[0], files[2]):
-        (tmp_path / name).write_text("x")
-        assert tool.commit().endswith("-dirty")
-        (tmp_path / name).write_text("")
-
-
-def test_studies_of_the_repository_name_configs_that_exist():
-    tool = load_script("tools/study.py")
-    for path in (ROOT / "studies").glob("*.yaml"):
-        loaded = tool.load_study(path)
-        for name in loaded["methods"]:
-            tool.teacher_of(loaded, name)  # reads the config with its overrides
-
-
-def test_model_zoo_is_what_the_records_say():
-    tool = load_script("tools/model_zoo.py")
-    assert (ROOT / "MODEL_ZOO.md").read_text() == tool.model_zoo(), "run tools/model_zoo.py"
-    assert "| scratch | " in tool.model_zoo() and "--num-gpus 8" in tool.model_zoo()
-
-
 def test_quick_start_table_and_picture(tmp_path, monkeypatch):
     tool = load_script("tools/quick_start_classification.py")
     results = {"teacher": {"val": 97.0, "test": 96.0}}
@@ -393,7 +176,7 @@ def test_quick_start_table_and_picture(tmp_path, monkeypatch):
     (tmp_path / "mnist" / "test.npz").write_bytes(digits.read_bytes())
     labels = np.load(digits)["labels"].tolist()
     for name, shift in (("scratch", 1), ("mokd", 0)):
-        folder = tmp_path / "output/studies/digits" / f"{name}-1" / "inference" / "mnist_test"
+        folder = tmp_path / "output/studies/mnist_demo" / f"{name}-1" / "inference" / "mnist_test"
         folder.mkdir(parents=True)
         predictions = [
             {"name": f"test.npz#{i}", "label": label, "classes": [(label + shift) % 10]}
@@ -405,6 +188,24 @@ def test_quick_start_table_and_picture(tmp_path, monkeypatch):
     assert picture.shape[1] > 1000 and (picture != 255).any(-1).mean() > 0.02
 
 
+def test_quick_start_reads_the_records_of_its_study(tmp_path, monkeypatch):
+    tool = load_script("tools/quick_start_classification.py")
+    monkeypatch.setattr(tool, "OUTPUT", tmp_path)
+
+    def record(value, **keys):
+        top1 = {"classification": {"top1": value}}
+        return {**keys, "results": {"mnist_val": top1, "mnist_test": top1}}
+
+    runs = [record(low + seed, method=m, seed=seed) for m, low in (("scratch", 80), ("mokd", 90))
+            for seed in (2, 1)]  # fmt: skip
+    (tmp_path / "study").mkdir()
+    content = json.dumps({"teachers": [record(97.0)], "runs": runs})
+    (tmp_path / "study" / "mnist_demo.json").write_text(content)
+    results = tool.collect(3.0)
+    assert results["teacher"] == {"val": 97.0, "test": 97.0} and results["seconds"] == 3.0
+    assert results["mokd"]["test"] == {"mean": 91.5, "seeds": [91, 92]}
+
+
 def test_quick_start_keeps_earlier_runs(tmp_path, monkeypatch, capsys):
     tool = load_script("tools/quick_start_classification.py")
     monkeypatch.setattr(tool, "ROOT", tmp_path)
@@ -413,7 +214,7 @@ def test_quick_start_keeps_earlier_runs(tmp_path, monkeypatch, capsys):
     seeds = {s: {"mean": 1.0, "seeds": [1.0]} for s in tool.SPLITS}
     results = {"teacher": {"val": 1.0, "test": 1.0}, "scratch": seeds, "mokd": seeds}
     monkeypatch.setattr(tool, "collect", lambda seconds: results)
-    kept = ["output/quick_start_classification", "output/studies/digits"]
+    kept = ["output/quick_start_classification", "output/studies/mnist_demo"]
 
     def step(label, *command):
         assert not (tmp_path / kept[1]).exists()  # the study would go on with it

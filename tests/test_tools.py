@@ -315,8 +315,7 @@ def test_tiny_coco_trains_evaluates_and_prints_its_zoo_row(tmp_path):
 @pytest.mark.parametrize(
     "script",
     ["train_net", "export_model", "visualize_predictions", "plot_balance", "quick_start"]
-    + ["benchmark", "benchmark_classification", "quick_start_classification", "study"]
-    + ["model_zoo"],
+    + ["benchmark", "benchmark_classification", "quick_start_classification"],
 )
 def test_every_tool_has_help_with_an_example(script, monkeypatch, capsys):
     assert f"python tools/{script}.py" in help_of(script, monkeypatch, capsys)

@@ -8,16 +8,17 @@ same small student from scratch and with MoKD with three seeds each, print a tab
 Example:
   python tools/quick_start_classification.py
 
-Everything lands in output/quick_start_classification/: results.json, the study's table and
-records, the teacher, and digits.png with digits that the distilled student learnt to read; the
-students' runs in output/studies/digits/. What an earlier start left in the two folders is kept, as
-output/quick_start_classification.1 and output/studies/digits.1 (or .2, ...).
+Everything lands in output/quick_start_classification/: results.json, the study's records, the
+teacher, and digits.png with digits that the distilled student learnt to read; the students' runs in
+output/studies/mnist_demo/. What an earlier start left in the two folders is kept, as
+output/quick_start_classification.1 and output/studies/mnist_demo.1 (or .2, ...).
 Accuracies are top-1 in percent.
 """
 
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -25,7 +26,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = Path("output/quick_start_classification")
-STUDY = "studies/digits.yaml"
+STUDY = "studies/mnist_demo.yaml"
 SPLITS = {"val": "mnist_val", "test": "mnist_test"}
 STUDENTS = ("scratch", "mokd")
 
@@ -39,17 +40,18 @@ def step(label, *command):
 
 def collect(seconds):
     """Return the content of results.json: top-1 of the teacher, and of each student by seed."""
-    teacher = json.loads((OUTPUT / "study" / "teacher.json").read_text())["results"]
-    rows = json.loads((OUTPUT / "study" / "table.json").read_text())
-    results = {
-        "teacher": {s: teacher[name]["classification"]["top1"] for s, name in SPLITS.items()}
-    }
-    for row in rows:
-        split = {name: s for s, name in SPLITS.items()}[row["metric"].split("/")[0]]
-        results.setdefault(row["method"], {})[split] = {
-            "mean": row["mean"],
-            "seeds": list(row["values"].values()),
-        }
+    study = json.loads((OUTPUT / "study" / "mnist_demo.json").read_text())
+
+    def top1(run, split):
+        return run["results"][SPLITS[split]]["classification"]["top1"]
+
+    results = {"teacher": {split: top1(study["teachers"][0], split) for split in SPLITS}}
+    runs = sorted(study["runs"], key=lambda run: run["seed"])
+    for name in STUDENTS:
+        results[name] = {}
+        for split in SPLITS:
+            seeds = [top1(run, split) for run in runs if run["method"] == name]
+            results[name][split] = {"mean": statistics.mean(seeds), "seeds": seeds}
     return {**results, "seconds": round(seconds, 1)}
 
 
@@ -90,7 +92,7 @@ def draw(results, path, columns=10):
     digits = PackedImages(str(datasets_root() / "mnist" / "test.npz"))
     predictions = {}
     for name in STUDENTS:
-        run = Path("output/studies/digits") / f"{name}-1" / "inference" / SPLITS["test"]
+        run = Path("output/studies/mnist_demo") / f"{name}-1" / "inference" / SPLITS["test"]
         predictions[name] = json.loads((run / "predictions.json").read_text())
     figure = plt.figure(figsize=(13, 4.2))
     bars, right = figure.subfigures(1, 2, width_ratios=(1, 3))
@@ -132,21 +134,21 @@ def main():
     os.chdir(ROOT)
     start = time.time()
     # The study would go on with what an earlier start left.
-    for folder in (OUTPUT, Path("output/studies/digits")):
+    for folder in (OUTPUT, Path("output/studies/mnist_demo")):
         if moved := set_aside(folder):
             print(f"What was in {folder} is now in {moved}", flush=True)
     study = str(OUTPUT / "study")
     step("get the digits", "datasets/prepare_mnist.py")
     step(
         "train the teacher, and the students three times each",
-        *("tools/study.py", STUDY, "--run", "--jobs", "2", "--output", study),
+        *("studies/run.py", STUDY, "--run", "--jobs", "2", "--output", study),
     )
     results = collect(time.time() - start)
     draw(results, OUTPUT / "digits.png")
     results["seconds"] = round(time.time() - start, 1)
     (OUTPUT / "results.json").write_text(json.dumps(results, indent=2))
     print(f"\n{table(results)}\n")
-    print(f"In {OUTPUT}/: results.json, digits.png, study/ (records and table), teacher/")
+    print(f"In {OUTPUT}/: results.json, digits.png, study/ (records), teacher/")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def top1_of(config, output, *opts):
 
 def test_the_default_beats_its_twin_from_scratch(tmp_path):
     """
-    Seeds are paired. With ten of them (studies/digits_confirm.yaml) the gain is 4.1 points on the
+    Seeds are paired. With ten of them (studies/mnist.yaml) the gain is 4.1 points on the
     same images, with a standard deviation of 1.8: on a machine that rounds otherwise a mean of
     three below zero is 3.9 standard errors off. More seeds would take longer than the rest of the
     suite allows.

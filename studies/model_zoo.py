@@ -1,0 +1,185 @@
+#!/usr/bin/env python
+# Copyright (c) The mokd_det authors.
+"""
+Write MODEL_ZOO.md from the records in studies/ and the configs.
+
+Example:
+  python studies/model_zoo.py
+"""
+
+import argparse
+from pathlib import Path
+
+import records
+
+ROOT = Path(__file__).resolve().parent.parent
+HEAD = """# Model zoo
+
+Written by `python studies/model_zoo.py`; a test holds it to the records. Every model is trained by `python tools/train_net.py --config-file CONFIG [--num-gpus 8]`, at the COCO and ImageNet schedules on 8 GPUs.
+
+Numbers are val / test, means over seeds. Differences are paired seed by seed, ± half of the 95 % interval (Student's t; none for one seed). *Loss ratio* is the default rule. A collapsed run is one that ended far below the others of its row; it is in the mean.
+The studies train shorter or at another learning rate than some configs: `studies/NAME.yaml` has the overrides. `studies/NAME.json` has every run: results, commit, checksums of weights, and the overrides as they were run, with the option names of that time.
+`python studies/run.py studies/NAME.yaml --run --only "METHOD" --output FOLDER` runs a row again. The same seed trains another teacher on another kind of processor, so only runs with the same teacher are compared.
+"""  # noqa: E501
+PICTURES = (
+    "Pictures of conflict, dominance and weights (*balance*), and of the last table (*axis*):"
+)
+# Task -> (study, data and measure, method) of today's default; the study's first two baselines are
+# the student from scratch and tuned fixed weights.
+MAIN = {
+    "Detection": (
+        ("bccd", "BCCD, box AP", "loss ratio"),
+        ("neon_trees", "NEON trees, box AP50", "loss ratio, learning rate 0.02"),
+    ),
+    "Classification": (
+        ("mnist", "MNIST, 3,500 images, top-1", "loss ratio"),
+        ("fashion_mnist", "Fashion-MNIST, 10,000 images, top-1", "loss ratio"),
+    ),
+}
+RECIPES = {
+    "Detection": (("COCO-Detection", "COCO"), ("COCO-InstanceSegmentation", "COCO")),
+    "Classification": (("ImageNet-Classification", "ImageNet"),),
+}
+ENDS = ("_3x_LSJ", "_3x", "_1x")  # schedules of one recipe
+FIXED = [f"fixed 1:{features}:{logits}" for features in (0.1, 1, 10) for logits in (0.1, 0.3, 1, 3)]
+TORCHJD = [f"torchjd.{name} sum" for name in ("PCGrad", "UPGrad", "IMTLG", "AlignedMTL")]
+RESCALE = ("task_norm", "sum", "sum, parameters", "convex", "none")
+MIN_NORM = [f"min_norm {kind}" for kind in RESCALE]
+LONG = ["scratch, twice as long", "loss ratio, twice as long"]
+NEON = ["scratch", "loss ratio", "fixed 1:0.1:5", "loss ratio 2"]
+# Title, rows as (prefix, study, methods), and a column more: its baseline.
+TABLES = (
+    (
+        "Length, learning rate and ramp",
+        (
+            ("MNIST: ", "mnist", ["loss ratio", *LONG]),
+            ("BCCD: ", "bccd", ["loss ratio", *LONG, "loss ratio, constant", "ramp to 1:0.1:15"]),
+            ("NEON trees: ", "neon_trees", [*NEON, "loss ratio, constant, learning rate 0.02"]),
+        ),
+        "scratch, twice as long",
+    ),
+    (
+        "Other rules on BCCD",
+        (("", "bccd", ["fixed 1:0.1:15", "fixed 1:1:1", *TORCHJD, "famo sum", *MIN_NORM]),),
+        "loss ratio",
+    ),
+    ("Fixed weights on MNIST", (("", "mnist", FIXED),), None),
+    ("Ablation of the features on MNIST", (("", "mnist_ablation", None),), None),
+    (
+        "AdamW and bad teachers on MNIST",
+        (("AdamW: ", "mnist_adamw", None), ("Teachers: ", "mnist_teachers", None)),
+        None,
+    ),
+    ("Units of the distillation losses on MNIST", (("", "mnist_scale", None),), None),
+)
+
+
+def load(name):
+    """Return a study and its summary."""
+    study = records.load_study(ROOT / "studies" / f"{name}.yaml")
+    return study, records.summarize(study)
+
+
+def link(path, text=None):
+    return f"[{text or Path(path).stem}]({path})"
+
+
+class Notes:
+    """Footnotes of one table, numbered in the order of its rows."""
+
+    def __init__(self):
+        self.texts = []
+
+    def mark(self, method):
+        """Return the mark of a method's note, if it has one."""
+        if "note" not in method:
+            return ""
+        if method["note"] not in self.texts:
+            self.texts.append(method["note"])
+        return f" ({self.texts.index(method['note']) + 1})"
+
+    def text(self):
+        notes = " ".join(f"({number}) {text}" for number, text in enumerate(self.texts, 1))
+        return f"\n\n{notes}" if notes else ""
+
+
+def rows_of_study(name, data, default, notes):
+    """Rows of a main table: teacher, from scratch, tuned fixed weights and today's default."""
+    study, summary = load(name)
+    scratch, fixed = study["baseline"][:2]
+    file = link(f"studies/{name}.json")
+    teacher = records.read_file(study["records"])["teachers"][0]
+    values = (records.metric_of(teacher["results"], metric) for metric in study["metrics"])
+    result = " / ".join(f"{value:.1f}" for value in values)
+    rows = [[link(teacher["config"]), f"{data}: teacher", "1", result, "", "", file]]
+    labels = {scratch: "from scratch", fixed: fixed.split(",")[0], default: "**default**"}
+    for method, label in labels.items():
+        row, config = summary[method], study["methods"][method]["config"]
+        mark = notes.mark(study["methods"][method])
+        cells = [link(config), f"{data}: {label}{mark}", str(records.seeds_of(row))]
+        cells.append(records.means_cell(row))
+        cells += [records.difference_cell(row, baseline) for baseline in (scratch, fixed)]
+        rows.append([*cells, file])
+    return rows
+
+
+def recipes(folder, data):
+    """Rows of the configs of a folder, one for each pair of teacher and student."""
+    found = {}
+    for path in sorted((ROOT / "configs" / folder).glob("mokd_*.yaml")):
+        end = next((end for end in ENDS if path.stem.endswith(end)), "")
+        found.setdefault(path.stem.removesuffix(end), {})[end] = path.relative_to(ROOT)
+    for name, files in found.items():
+        more = [link(path, end[1:].replace("_", " ")) for end, path in files.items() if end]
+        cell = f"{name}: {', '.join(more)}" if more else link(files[""])
+        yield [cell, data, "", "not run here", "", "", ""]
+
+
+def main_table(task):
+    notes = Notes()
+    head = ["config", "data, measure", "seeds", "val / test", "- from scratch"]
+    head += ["- tuned fixed weights", "records"]
+    rows = [row for study in MAIN[task] for row in rows_of_study(*study, notes)]
+    rows += [row for group in RECIPES[task] for row in recipes(*group)]
+    return f"## {task}\n\n{records.markdown(head, rows)}{notes.text()}\n"
+
+
+def small_table(title, groups, extra):
+    """Rows of one or several studies; rows with the same numbers are joined."""
+    notes = Notes()
+    loaded = [(prefix, *load(name), methods) for prefix, name, methods in groups]
+    head = ["method", "seeds", "val / test", "- from scratch"]
+    head += ["- tuned fixed weights"] if any(len(s["baseline"]) > 1 for _, s, *_ in loaded) else []
+    head += [f"- {extra}"] if extra else []
+    joined = {}
+    for prefix, study, summary, methods in loaded:
+        scratch, fixed = [*study["baseline"], None][:2]
+        for method in methods or summary:
+            row = summary[method]
+            cells = [str(records.seeds_of(row)), records.means_cell(row)]
+            for baseline in (scratch, fixed, extra)[: len(head) - 3]:
+                cells.append(records.difference_cell(row, baseline))
+            label = f"{prefix}{method}{notes.mark(study['methods'][method])}"
+            joined.setdefault(tuple(cells), []).append(label)
+    rows = [["; ".join(labels), *cells] for cells, labels in joined.items()]
+    return f"## {title}\n\n{records.markdown(head, rows)}{notes.text()}\n"
+
+
+def model_zoo():
+    """The whole text."""
+    tables = [main_table(task) for task in MAIN] + [small_table(*table) for table in TABLES]
+    files = sorted((ROOT / "studies").glob("*.png"))
+    links = ", ".join(link(file.relative_to(ROOT), file.stem) for file in files)
+    return "\n".join([HEAD, *tables, f"{PICTURES} {links}.\n"])
+
+
+def main():
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
+    (ROOT / "MODEL_ZOO.md").write_text(model_zoo())
+    print("MODEL_ZOO.md")
+
+
+if __name__ == "__main__":
+    main()
