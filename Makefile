@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 UV := $(BIN)/uv
 UV_VERSION := 0.13.9
 
-.PHONY: help env demo demo-classification test lint pins clean
+.PHONY: help env demo demo-classification test test-all lint pins clean
 
 help:
 	@echo "make demo   from nothing to a distilled tree detector (20 to 50 minutes on 2 CPU cores)"
 	@echo "make demo-classification   the same for digits, three seeds (minutes)"
-	@echo "make test   the test suite"
+	@echo "make test   the tests to run before every commit (5 minutes on 2 cores)"
+	@echo "make test-all   the rest of the suite (25 minutes)"
 	@echo "make env    only the set-up, in $(VENV)"
 	@echo "make lint   ruff over the code"
 	@echo "make pins   resolve the newest versions into requirements.txt"
@@ -33,8 +34,12 @@ demo: env
 demo-classification: env
 	$(BIN)/python tools/quick_start_classification.py
 
+# One thread each: several processes with several threads get in each other's way.
 test: env
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 -m "not slow"
+
+test-all: env
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 -m slow
 
 lint: env
 	$(BIN)/ruff check mokd_det tools datasets tests

@@ -10,7 +10,7 @@ import torch
 from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
 
-from mokd_det import modeling  # noqa: F401  (registers meta-architecture and backbones)
+from mokd_det import tasks  # noqa: F401  (registers meta-architectures and backbones)
 from mokd_det.config import load_config, merge_overrides
 
 ROOT = Path(__file__).parent.parent
@@ -57,8 +57,16 @@ TREE_OPTS = [
     7,
     "DATALOADER.RESUMABLE",  # without a teacher: Detectron2's own loader and step
     False,
-    "MOKD.OUTPUTS.ENABLED",  # tests of outputs ask for them
-    False,
+    "MOKD.OBJECTIVES",  # tests of outputs ask for them
+    ["features"],
+]
+
+# For tests: overrides that choose objectives. An option that nobody reads is an error, so without
+# features theirs are as by default.
+OUTPUTS = ["MOKD.OBJECTIVES", ["features", "outputs"]]
+OUTPUTS_ONLY = [
+    *("MOKD.OBJECTIVES", ["outputs"]),
+    *("MOKD.FEATURES.STUDENT", [], "MOKD.FEATURES.DIM", 0),
 ]
 
 CONFIGS = {
@@ -132,7 +140,7 @@ def digits_teacher_weights(tmp_path_factory):
 def make_digits_cfg(tmp_path, digits_teacher_weights):
     """
     From (overrides, folder name) to the config of the digits' student and its teacher, on the
-    packed digits of tests/data, at the default place (its config says otherwise).
+    packed digits of tests/data.
     """
 
     def make(opts=(), folder="run"):
