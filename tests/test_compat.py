@@ -1,6 +1,8 @@
 # Copyright (c) The mokd_det authors.
-"""Each mend of Detectron2 0.6: where it is needed, and that it leaves everything else alone."""
+"""Each patch of Detectron2 0.6: where it is needed, and that it leaves everything else alone."""
 
+import json
+import subprocess
 import sys
 import types
 
@@ -13,6 +15,8 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from mokd_det import compat
+
+from .conftest import ROOT
 
 
 @pytest.fixture
@@ -46,29 +50,29 @@ def new_source(tmp_path):
 
 def test_pillow(monkeypatch, old_source, new_source):
     monkeypatch.delattr(Image, "LINEAR", raising=False)
-    assert not compat._mend_pillow(new_source) and not hasattr(Image, "LINEAR")
-    assert compat._mend_pillow(old_source) and Image.LINEAR == Image.BILINEAR
-    assert not compat._mend_pillow(old_source)  # done already
+    assert not compat._patch_pillow(new_source) and not hasattr(Image, "LINEAR")
+    assert compat._patch_pillow(old_source) and Image.LINEAR == Image.BILINEAR
+    assert not compat._patch_pillow(old_source)  # done already
 
 
 def test_numpy(monkeypatch, old_source, new_source):
     for name in ("float", "int", "object", "str"):
         if name in vars(np):
             monkeypatch.delattr(np, name)
-    assert not compat._mend_numpy(new_source) and "float" not in vars(np)
+    assert not compat._patch_numpy(new_source) and "float" not in vars(np)
     had_bool = np.bool if "bool" in vars(np) else None
-    assert compat._mend_numpy(old_source)
+    assert compat._patch_numpy(old_source)
     assert (np.float, np.int, np.object, np.str) == (float, int, object, str)
     assert had_bool is None or np.bool is had_bool  # NumPy 2's own stays
-    assert not compat._mend_numpy(old_source)
+    assert not compat._patch_numpy(old_source)
 
 
 def test_compiled_operators(monkeypatch, old_source, new_source):
     monkeypatch.setattr(compat, "_define_missing_torch_ops", lambda operator: None)
     for name in ("detectron2._C", "detectron2.evaluation.fast_eval_api"):
         monkeypatch.delitem(sys.modules, name, raising=False)
-    assert not compat._mend_compiled(new_source) and "detectron2._C" not in sys.modules
-    assert compat._mend_compiled(old_source)
+    assert not compat._patch_compiled(new_source) and "detectron2._C" not in sys.modules
+    assert compat._patch_compiled(old_source)
     stand_in = sys.modules["detectron2._C"]
     assert stand_in.get_compiler_version() == "not built" and not stand_in.has_cuda()
     assert not hasattr(stand_in, "__path__")
@@ -80,15 +84,15 @@ def test_compiled_operators(monkeypatch, old_source, new_source):
     empty.createIndex()
     evaluation = fast_eval(empty, empty, "bbox")
     assert {"evaluate", "accumulate", "summarize"} <= set(dir(evaluation))
-    assert not compat._mend_compiled(old_source)
+    assert not compat._patch_compiled(old_source)
 
 
 def test_caffe2(monkeypatch, old_source, new_source):
     monkeypatch.delitem(sys.modules, "detectron2.export.api", raising=False)
-    assert not compat._mend_caffe2(new_source)
-    assert compat._mend_caffe2(old_source)
+    assert not compat._patch_caffe2(new_source)
+    assert compat._patch_caffe2(old_source)
     assert sys.modules["detectron2.export.api"].__all__ == []
-    assert not compat._mend_caffe2(old_source)
+    assert not compat._patch_caffe2(old_source)
 
 
 def test_pkg_resources(monkeypatch, old_source):
@@ -97,11 +101,11 @@ def test_pkg_resources(monkeypatch, old_source):
     monkeypatch.setattr(
         compat.importlib.util, "find_spec", lambda n: None if n == "pkg_resources" else find_spec(n)
     )
-    assert compat._mend_pkg_resources(old_source)
+    assert compat._patch_pkg_resources(old_source)
     file = sys.modules["pkg_resources"].resource_filename("mokd_det", "compat.py")
     assert file == compat.__file__
     monkeypatch.setitem(sys.modules, "pkg_resources", types.ModuleType("pkg_resources"))
-    assert not compat._mend_pkg_resources(old_source)  # the real one stays
+    assert not compat._patch_pkg_resources(old_source)  # the real one stays
 
 
 def test_a_second_call_changes_nothing():
@@ -113,8 +117,22 @@ def test_without_detectron2_nothing_happens(monkeypatch):
     assert compat.apply() == []
 
 
-def test_detectron2_imports_after_mokd_det():
-    """What 0.6 could not import before its mends."""
+def test_balancing_alone_needs_no_detectron2_and_patches_nothing():
+    program = (
+        "import json, sys\n"
+        "import mokd_det, mokd_det.balancing\n"
+        "print(json.dumps([n for n in sys.modules if n.startswith(('detectron2', 'mokd_det'))]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    loaded = json.loads(done.stdout)
+    assert "mokd_det.balancing" in loaded and "mokd_det.compat" not in loaded
+    assert not [name for name in loaded if name.startswith("detectron2")]
+
+
+def test_detectron2_imports_after_the_patches():
+    """What 0.6 could not import before."""
     import detectron2.evaluation
     import detectron2.export
     import detectron2.model_zoo
