@@ -25,7 +25,7 @@ class Decision:
         weights: (K,) float64 on the CPU, the task first.
         gram: (K, K) float64 on the CPU, of this batch's unweighted gradients; None where nothing
             was measured because the weights were reused.
-        losses: (K,) float64 on the CPU.
+        losses: (K,); float64 on the CPU unless the weights were reused.
         fallback: "" or why the rule was not asked: "non_finite", "vanished", "undefined".
         projector_weights: (K,), factors for parameters that only one objective uses; None: those
             are ``weights``.
@@ -95,7 +95,7 @@ class Balancer:
                 f"MOKD.BALANCING.RESCALE is '{rescale}': expected one of "
                 f"{', '.join(map(repr, RESCALES))}."
             )
-        if smoothing and not rule.reads_gradients:
+        if smoothing and not (rule.reads_gradients or rule.averages_losses):
             raise ValueError(
                 f"MOKD.BALANCING.SMOOTHING is {smoothing}, but rule '{rule.name}' does not look at "
                 "gradients, so that nothing is averaged: set it to None."
@@ -103,7 +103,7 @@ class Balancer:
         smoothing = rule.smoothing if smoothing is None else smoothing
         if not (isinstance(smoothing, (int, float)) and 0 <= smoothing < 1):
             raise ValueError(f"MOKD.BALANCING.SMOOTHING is {smoothing}: expected 0 <= s < 1.")
-        if interval < 1:
+        if not isinstance(interval, int) or interval < 1:
             raise ValueError(f"MOKD.BALANCING.INTERVAL is {interval}: expected 1 or more steps.")
         self.rule = rule
         self.rescale = rescale
@@ -114,7 +114,7 @@ class Balancer:
         self.step = 0
         self.weights: Tensor | None = None
         self.projector_weights: Tensor | None = None
-        self._gram = RunningGram(smoothing) if smoothing else None
+        self._gram = RunningGram(smoothing) if smoothing and rule.reads_gradients else None
         self._losses = RunningLosses(smoothing) if smoothing and rule.averages_losses else None
 
     @property
@@ -272,7 +272,8 @@ class Balancer:
 
 def _checked_schedule(schedule: Sequence[float], steps: int | None) -> tuple[float, float]:
     factors = schedule if isinstance(schedule, (list, tuple)) else ()
-    if len(factors) != 2 or any(not 0 <= factor < math.inf for factor in factors):
+    numbers = [f for f in factors if isinstance(f, (int, float)) and 0 <= f < math.inf]
+    if len(factors) != 2 or len(numbers) != 2:
         raise ValueError(
             f"MOKD.BALANCING.SCHEDULE is {schedule}: expected two finite numbers >= 0, "
             "the factors at the first and at the last step."

@@ -65,13 +65,15 @@ class ParameterBoundary(Boundary):
         """
         super().__init__(balancer)
         if shared is None:
-            raise ValueError("Measuring at parameters needs 'shared', the module that makes features.")
+            raise ValueError(
+                "Measuring at parameters needs 'shared', the module that makes features."
+            )
         self.shared = shared
         self.layers = tuple(layers)
         if not self._parameters()[0]:
             raise ValueError(
-                f"MOKD.BALANCING.MEASURE_AT 'parameters' needs a {type(shared).__name__} that trains, "
-                "but all of it is frozen."
+                f"MOKD.BALANCING.MEASURE_AT 'parameters' needs a {type(shared).__name__} that "
+                "trains, but all of it is frozen."
             )
 
     def _parameters(self) -> tuple[list[Parameter], list[int]]:

@@ -1,7 +1,10 @@
 # Copyright (c) The mokd_det authors.
-"""Starting one process or several: as Detectron2, and under torchrun."""
+"""Starting one process or several, as Detectron2 and under torchrun; and how a start fails."""
 
+import contextlib
 import os
+import sys
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -10,7 +13,23 @@ from detectron2.utils import comm
 
 from ..config import load_config
 
-__all__ = ["launch"]
+__all__ = ["errors_as_messages", "launch"]
+
+
+@contextlib.contextmanager
+def errors_as_messages(debug: bool) -> Iterator[None]:
+    """
+    Within it, an error of what the user gave ends the program with its message alone, exit code 1.
+
+    Args:
+        debug: keep the traceback.
+    """
+    try:
+        yield
+    except (ValueError, FileNotFoundError, ImportError) as error:
+        if debug:
+            raise
+        sys.exit(f"{os.path.basename(sys.argv[0])}: {error} (--debug shows where.)")
 
 
 def launch(main, args):

@@ -7,9 +7,9 @@ nothing else uses. What the objective adds to their gradient is weighted, and no
 import pytest
 import torch
 
-from mokd_det.balancing import build_boundary
+from mokd_det.balancing import Parameters, build_boundary
 
-from .helpers import MEASURED_AT, UNSMOOTHED, gradients_of, net_with_uses_and_data
+from .helpers import MEASURED_AT, UNSMOOTHED, called, gradients_of, net_with_uses_and_data
 
 OWN = ("projector", "adapter")
 
@@ -110,6 +110,26 @@ def test_heads_do_not_count_in_the_measurement(measure_at):
     assert torch.allclose(plain.weights[2], scaled.weights[2] * 1e3, rtol=1e-4)
     for name, gradient in gradients_of(net).items():
         assert torch.allclose(gradients[name], gradient, rtol=1e-3, atol=1e-6), name
+
+
+@pytest.mark.parametrize("measure_at", MEASURED_AT)
+def test_two_objectives_may_borrow_one_head(measure_at):
+    net, x = net_with_uses_and_data()
+    weights = [1.0, 0.5, 3.0]
+    boundary = attach(net, "fixed", measure_at, {"weights": weights})
+    losses = [torch.square, torch.abs, torch.exp]
+    features, head = net.backbone(x), list(net.head.parameters())
+    each = [torch.autograd.grad(loss(net.head(features)).mean(), head) for loss in losses]
+    uses = Parameters(borrowed=head)
+    branches = boundary.split(
+        {"map": net.backbone(x)}, {"task": Parameters(), "first": uses, "second": uses}
+    )
+    assert [list(branch.parameters) for branch in branches.values()] == [[], head, head]
+    outputs = [called(net.head, b.parameters, b.features["map"]) for b in branches.values()]
+    means = [loss(output).mean() for loss, output in zip(losses, outputs)]
+    boundary.backward(dict(zip(branches, means)), net.parameters())
+    for parameter, *parts in zip(head, *each):
+        assert torch.allclose(parameter.grad, weighted(weights, parts), rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("measure_at", MEASURED_AT)

@@ -18,7 +18,8 @@ from mokd_det.data.classification import Batch, build_test_loader, build_train_l
 from mokd_det.engine import DistillationTrainer, build_trainer
 from mokd_det.engine.optimizer import build_optimizer
 from mokd_det.evaluation import ClassificationEvaluator
-from mokd_det.modeling import Classifier, load_trained_model
+from mokd_det.modeling import Classifier
+from mokd_det.tasks import task_of
 
 from ..conftest import DIGIT_OPTS, ROOT
 from .helpers import balanced_steps, on_two_ranks, train_and_stop
@@ -26,6 +27,10 @@ from .helpers import balanced_steps, on_two_ranks, train_and_stop
 MIXED = ["INPUT.CLASSIFICATION.MIXUP", 0.8, "INPUT.CLASSIFICATION.CUTMIX", 1.0]
 SMALL = ["MOKD.FEATURES.DIM", 32, "INPUT.CLASSIFICATION.SIZE_TRAIN", 32]
 OFF = ["MOKD.ENABLED", False]
+
+
+def slow(opts):
+    return pytest.param(opts, marks=pytest.mark.slow)
 
 
 def train(cfg, resume=False):
@@ -86,12 +91,12 @@ def test_the_checkpoint_is_torchvisions_and_has_no_teacher(make_digits_cfg):
     cfg = make_digits_cfg(SMALL)
     train(cfg)
     checkpoint = torch.load(f"{cfg.OUTPUT_DIR}/model_final.pth", weights_only=True)
-    assert set(checkpoint) == {"model", "projectors", "trainer", "iteration"}
+    assert set(checkpoint) == {"model", "objectives", "trainer", "iteration"}
     network = torchvision.models.shufflenet_v2_x0_5(num_classes=10)
     network.load_state_dict(checkpoint["model"], strict=True)
     batch = next(iter(build_test_loader(cfg, "tests_digits_val")))
     cfg.MODEL.WEIGHTS = f"{cfg.OUTPUT_DIR}/model_final.pth"
-    model = load_trained_model(cfg)
+    model = task_of(cfg).load_trained(cfg)
     with torch.no_grad():
         expected = network.eval()(model.preprocess(batch.images))
         assert torch.equal(model(batch), expected)
@@ -101,10 +106,10 @@ def test_the_checkpoint_is_torchvisions_and_has_no_teacher(make_digits_cfg):
     "opts",
     [
         [],
-        [*MIXED, "DATALOADER.REPEATED_AUGMENTATION", 2],
-        ["SOLVER.EMA_DECAY", 0.9, "SOLVER.OPTIMIZER", "AdamW"],
-        ["MOKD.BALANCING.RULE", "famo", "MODEL.CLASSIFIER.NAME", "mobilenet_v3_small"],
-        ["DATALOADER.NUM_WORKERS", 2],
+        slow([*MIXED, "DATALOADER.REPEATED_AUGMENTATION", 2]),
+        slow(["SOLVER.EMA_DECAY", 0.9, "SOLVER.OPTIMIZER", "AdamW"]),
+        slow(["MOKD.BALANCING.RULE", "famo", "MODEL.CLASSIFIER.NAME", "mobilenet_v3_small"]),
+        slow(["DATALOADER.NUM_WORKERS", 2]),
     ],
     ids=["plain", "mixed", "average", "famo", "workers"],
 )
@@ -132,16 +137,16 @@ def test_a_resumed_epoch_goes_on_where_it_stopped(make_digits_cfg):
     assert len(seen) == len(set(seen)) == 60
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "opts",
     [
         ["SOLVER.AMP.ENABLED", True, "SOLVER.AMP.PRECISION", "bfloat16"],
         ["SOLVER.MICRO_BATCHES", 4],
         ["SOLVER.EMA_DECAY", 0.99],
-        ["MOKD.BALANCING.PLACE", "parameters"],
-        ["MOKD.BALANCING.PLACE", "parameters", "MOKD.BALANCING.LAYERS", ["conv5"]],
-        ["MOKD.BALANCING.PLACE", "parameters", "MOKD.BALANCING.GRAM", "signal"]
-        + ["SOLVER.MICRO_BATCHES", 2, "MOKD.BALANCING.SMOOTHING", 0.9],
+        ["MOKD.BALANCING.MEASURE_AT", "parameters"],
+        ["MOKD.BALANCING.MEASURE_AT", "parameters", "MOKD.BALANCING.LAYERS", ["conv5"]],
+        ["MOKD.BALANCING.MEASURE_AT", "parameters", "SOLVER.MICRO_BATCHES", 2],
         ["MOKD.BALANCING.RULE", "famo", "MOKD.BALANCING.RESCALE", "sum"],
         ["MOKD.TEACHER.IMAGE_SIZE", 48],
         ["SOLVER.CLIP_GRADIENTS.ENABLED", True, "SOLVER.OPTIMIZER", "AdamW"],
@@ -155,16 +160,18 @@ def test_options_of_the_step_suit_classifiers(make_digits_cfg, opts):
         scalars = {k: v for line in f for k, v in json.loads(line).items()}
     parts = [scalars[name] for name in ("loss_cls", "loss_features", "loss_logits")]
     assert scalars["total_loss"] == pytest.approx(sum(parts), rel=1e-3)
-    place = trainer._trainer.boundary.place
-    assert f"balance/{place}/cosine_outputs" in scalars
+    place = trainer._trainer.boundary.measured_at
+    assert f"balance/{place}/cosine_logits" in scalars
     assert set(trainer._last_eval_results["classification"]) == {
         *("top1", "top5", "images", "skipped"),
     }
 
 
+@pytest.mark.slow
 def test_accumulation_is_the_big_batch_where_nothing_depends_on_it(make_digits_cfg):
-    opts = [*SMALL, "MOKD.BALANCING.PLACE", "parameters", "MODEL.CLASSIFIER.NAME", "squeezenet1_1"]
-    opts += ["MODEL.CLASSIFIER.OPTIONS", "{dropout: 0.0}", "MOKD.FEATURES.ENABLED", False]
+    opts = ["MOKD.BALANCING.MEASURE_AT", "parameters", "MODEL.CLASSIFIER.NAME", "squeezenet1_1"]
+    opts += ["MODEL.CLASSIFIER.OPTIONS", "{dropout: 0.0}"]
+    opts += ["MOKD.OBJECTIVES", ["logits"], "MOKD.FEATURES.DIM", 0]
     opts += ["INPUT.CLASSIFICATION.SIZE_TRAIN", 48, "SOLVER.MAX_ITER", 1, "SOLVER.BASE_LR", 0.01]
     opts += ["SOLVER.OPTIMIZER", "SGD"]
     whole, parts = make_digits_cfg(opts, "whole"), make_digits_cfg(opts, "parts")
@@ -244,9 +251,9 @@ def test_inheriting_uses_the_networks_own_names(make_digits_cfg):
 # Two processes: the step of one on the joined batch. BatchNorm would see parts of it, so the
 # student has none; squeezenet's dropout is off for the same reason.
 RANK_CASES = {
-    "features": ["MOKD.BALANCING.PLACE", "features"],
-    "parameters": ["MOKD.BALANCING.PLACE", "parameters"],
-    "anchored": ["MOKD.BALANCING.PLACE", "features", "MOKD.BALANCING.RULE", "anchored"],
+    "features": ["MOKD.BALANCING.MEASURE_AT", "features"],
+    "parameters": ["MOKD.BALANCING.MEASURE_AT", "parameters"],
+    "min_norm": ["MOKD.BALANCING.MEASURE_AT", "features", "MOKD.BALANCING.RULE", "min_norm"],
 }
 RANK_OPTS = [
     *(*DIGIT_OPTS, "MODEL.CLASSIFIER.NAME", "squeezenet1_1", "SOLVER.BASE_LR", 0.005),
@@ -295,6 +302,7 @@ def two_ranks(tmp_path_factory, digits_teacher_weights):
     return on_two_ranks(all_cases, tmp_path_factory.mktemp("ranks"), digits_teacher_weights)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RANK_CASES)
 def test_two_ranks_equal_one(two_ranks, digits_teacher_weights, name):
     weights, state = steps(RANK_CASES[name], digits_teacher_weights)
@@ -306,6 +314,7 @@ def test_two_ranks_equal_one(two_ranks, digits_teacher_weights, name):
         assert torch.allclose(first[1][key], value, rtol=1e-3, atol=1e-4), key
 
 
+@pytest.mark.slow
 def test_evaluation_on_two_ranks_counts_every_image_once(two_ranks):
     single = evaluated()
     assert two_ranks[0]["evaluation"] == single and two_ranks[1]["evaluation"] in ({}, None)

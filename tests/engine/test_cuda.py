@@ -12,22 +12,23 @@ from torch import nn
 
 from mokd_det.engine import DistillationTrainer
 from mokd_det.engine.replay import Replay
-from mokd_det.export import export_model
+from mokd_det.export import ExportOptions, export_model
 from mokd_det.export.detector import detect
 from mokd_det.export.parity import compare_detections
 from mokd_det.export.torchscript import load_torchscript
-from mokd_det.modeling import load_trained_model
+from mokd_det.tasks import task_of
 
+from ..conftest import OUTPUTS
 from ..export.models import TILE, detector, tile
 from ..modeling.families import step
-from ..modeling.test_teacher import (  # noqa: F401  (calibrated: a fixture)
+from ..teachers.test_teacher import (  # noqa: F401  (calibrated: a fixture)
     OneConvolution,
     calibrated,
     script_opts,
 )
 from .helpers import train_and_stop
 from .test_classification import SMALL
-from .test_step import BF16, FAMO, FP16, LOOK_AHEAD, PARAMETERS, build, run_steps
+from .test_step import BF16, FAMO, FP16, PARAMETERS, build, run_steps
 from .test_trainer import assert_equal_states, train
 
 pytestmark = pytest.mark.skipif(
@@ -42,14 +43,14 @@ EXACT = [
     *("MODEL.RESNETS.NORM", "FrozenBN"),
     *("MODEL.RPN.BATCH_SIZE_PER_IMAGE", 4096, "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 4096),
     *("MODEL.RPN.PRE_NMS_TOPK_TRAIN", 4096, "MODEL.RPN.POST_NMS_TOPK_TRAIN", 4096),
-    *("MODEL.ROI_HEADS.POSITIVE_FRACTION", 1.0, "MOKD.OUTPUTS.PROPOSALS", 4096),
+    *("MODEL.ROI_HEADS.POSITIVE_FRACTION", 1.0, "MOKD.TEACHER.PROPOSALS", 4096),
     "MOKD.TEACHER.OPTS",
     ["MODEL.TORCHVISION.NORM", "BN", "MODEL.RPN.PRE_NMS_TOPK_TEST", 4096]
     + ["MODEL.RPN.POST_NMS_TOPK_TEST", 4096],
 ]
 # Or so few that a different sample would change the losses.
 FEW = ["MODEL.RPN.BATCH_SIZE_PER_IMAGE", 8, "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 8]
-ANCHORED = ["MOKD.BALANCING.RULE", "anchored"]  # which uses the teacher from the first step on
+MIN_NORM = ["MOKD.BALANCING.RULE", "min_norm"]  # which uses the teacher from the first step on
 
 
 @pytest.fixture(autouse=True)
@@ -78,10 +79,10 @@ def first_step(cfg, batch=None):
     model = trainer.model
     state = {key: value.cpu().clone() for key, value in model.state_dict().items()}
     with torch.jit.optimized_execution(False):
-        objectives, balance = step(model, batch)
+        objectives, decision = step(model, batch)
     assert {p.device.type for p in model.parameters()} == {torch.device(cfg.MODEL.DEVICE).type}
     losses = {k: v.item() for parts in objectives.values() for k, v in parts.items()}
-    return model, state, batch, losses, balance
+    return model, state, batch, losses, decision
 
 
 def assert_alike(first, second, rel):
@@ -114,7 +115,7 @@ def assert_grams_alike(first, second, rel, cosine):
 @pytest.mark.parametrize("place", ["features", "parameters"])
 @pytest.mark.parametrize("name", ["mokd", "retinanet"])
 def test_a_step_is_the_cpus(make, name, place):
-    opts = [*EXACT, *ANCHORED, "MOKD.BALANCING.PLACE", place]
+    opts = [*EXACT, *MIN_NORM, "MOKD.BALANCING.MEASURE_AT", place]
     on_cpu = first_step(make(opts, "cpu", name, "cpu"))
     on_gpu = first_step(make(opts, "gpu", name), on_cpu[2])
     assert ("loss_output_rpn_cls" in on_gpu[3]) == (name == "mokd")
@@ -122,7 +123,7 @@ def test_a_step_is_the_cpus(make, name, place):
 
 
 def test_a_classifiers_step_is_the_cpus(make_digits_cfg):
-    opts = [*SMALL, *ANCHORED, "MODEL.DEVICE"]
+    opts = [*SMALL, *MIN_NORM, "MODEL.DEVICE"]
     on_cpu = first_step(make_digits_cfg([*opts, "cpu"], "cpu"))
     on_gpu = first_step(make_digits_cfg([*opts, DEVICE], "gpu"), on_cpu[2])
     assert {"loss_cls", "loss_features", "loss_logits"} == set(on_gpu[3])
@@ -132,7 +133,7 @@ def test_a_classifiers_step_is_the_cpus(make_digits_cfg):
 @pytest.mark.parametrize("place", ["features", "parameters"])
 @pytest.mark.parametrize("precision", [FP16, BF16], ids=["float16", "bfloat16"])
 def test_half_precision_is_close_to_float32(make, precision, place):
-    opts = [*EXACT, *ANCHORED, "MOKD.BALANCING.PLACE", place]
+    opts = [*EXACT, *MIN_NORM, "MOKD.BALANCING.MEASURE_AT", place]
     plain, half = build(make(opts, "plain")), build(make([*opts, *precision], "half"))
     before = copy.deepcopy(half.model.state_dict())
     wanted, got = run_steps(plain), run_steps(half)
@@ -149,7 +150,7 @@ def test_half_precision_is_close_to_float32(make, precision, place):
     assert not torch.equal(trained, before["student.backbone.fpn_output3.weight"])
 
 
-@pytest.mark.parametrize("rule", [FAMO, LOOK_AHEAD, ANCHORED], ids=lambda rule: rule[-1])
+@pytest.mark.parametrize("rule", [FAMO, MIN_NORM], ids=lambda rule: rule[-1])
 def test_an_overflowing_step_leaves_no_trace(make, rule):
     trainer = build(make([*rule, *FP16, "SOLVER.EMA_DECAY", 0.9]))
     balanced, model = trainer._trainer, trainer.model
@@ -171,8 +172,9 @@ def test_an_overflowing_step_leaves_no_trace(make, rule):
 @pytest.mark.parametrize("outputs", [False, True], ids=["features", "outputs"])
 def test_a_teacher_on_its_own_stream_changes_nothing(make, outputs):
     """Even if the teacher or the student is late."""
-    opts = [*EXACT, *ANCHORED, "SOLVER.BASE_LR", 0.0, "MOKD.OUTPUTS.ENABLED", outputs]
+    opts = [*EXACT, *MIN_NORM, "SOLVER.BASE_LR", 0.0]
     if outputs:
+        opts += OUTPUTS
         opts += ["MOKD.TEACHER.PRECISION", "bfloat16", "MOKD.TEACHER.INFERENCE_MODE", True]
     logged = []
     for stream in (False, True):
@@ -211,10 +213,9 @@ def test_a_second_forward_draws_the_same_samples(make):
     [
         # Rounding in half precision turns proposals over, and others are drawn from them.
         [*FAMO, *FP16, "SOLVER.EMA_DECAY", 0.9, *EXACT],
-        [*LOOK_AHEAD, "TEST.EVAL_PERIOD", 3, *FEW],
         ["MOKD.TEACHER.STREAM", True, "TEST.EVAL_PERIOD", 3, *FEW],
     ],
-    ids=["famo", "look_ahead", "default"],
+    ids=["famo", "default"],
 )
 def test_resumed_is_the_uninterrupted_run_but_for_rounding(make, opts):
     opts = ["SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 2, "TEST.EVAL_PERIOD", 100, *opts]
@@ -243,16 +244,16 @@ def test_resumed_is_the_uninterrupted_run_but_for_rounding(make, opts):
     "opts",
     [
         [*PARAMETERS, "MOKD.BALANCING.LAYERS", ["fpn_output3", "bottom_up.res5"]],
-        [*PARAMETERS, "MOKD.BALANCING.GRAM", "signal", "SOLVER.MICRO_BATCHES", 2, *FP16],
+        [*PARAMETERS, "SOLVER.MICRO_BATCHES", 2, *FP16],
         ["SOLVER.MICRO_BATCHES", 2, "MOKD.BALANCING.INTERVAL", 2, "SOLVER.EMA_DECAY", 0.9],
-        [*LOOK_AHEAD, "MODEL.BACKBONE.CHECKPOINTING", True],
+        [*PARAMETERS, "MODEL.BACKBONE.CHECKPOINTING", True],
         [*FAMO, *BF16, "SOLVER.MICRO_BATCHES", 2, "MOKD.TEACHER.STREAM", True],
-        [*ANCHORED, "MOKD.TEACHER.CHANNELS_LAST", True, "MOKD.TEACHER.PRECISION", "float16"]
+        [*MIN_NORM, "MOKD.TEACHER.CHANNELS_LAST", True, "MOKD.TEACHER.PRECISION", "float16"]
         + ["MOKD.FEATURES.FOREGROUND", "teacher", "MOKD.FEATURES.FOREGROUND_SCORE", 0.0],
-        [*ANCHORED, "MOKD.FEATURES.FOREGROUND", "ground_truth", "MOKD.FEATURES.ALIGNMENT", 0.1]
+        [*MIN_NORM, "MOKD.FEATURES.FOREGROUND", "ground_truth"]
         + ["MOKD.INHERIT", ["proposal_generator.rpn_head.anchor_deltas.bias"]],
     ],
-    ids=["layers", "signal", "interval", "look_ahead", "famo", "foreground", "ground_truth"],
+    ids=["layers", "parameters", "interval", "checkpointing", "famo", "foreground", "ground_truth"],
 )
 def test_options_run_on_the_gpu(make, opts):
     trainer = build(make(opts))
@@ -264,7 +265,7 @@ def test_options_run_on_the_gpu(make, opts):
 
 @pytest.mark.parametrize("network", ["shufflenet_v2_x0_5", "mobilenet_v3_small"])
 def test_a_classifier_trains_in_bfloat16(make_digits_cfg, network):
-    opts = [*SMALL, *ANCHORED, "MODEL.DEVICE", DEVICE, "MODEL.CLASSIFIER.NAME", network]
+    opts = [*SMALL, *MIN_NORM, "MODEL.DEVICE", DEVICE, "MODEL.CLASSIFIER.NAME", network]
     opts += ["TEST.EVAL_PERIOD", 3, "DATALOADER.NUM_WORKERS", 2]  # batches are pinned
     plain, half = build(make_digits_cfg(opts)), build(make_digits_cfg([*opts, *BF16], "half"))
     wanted, got = run_steps(plain), run_steps(half)
@@ -294,12 +295,13 @@ def test_torchscript_finds_what_the_model_finds(tmp_path, family, method, freeze
     cfg = detector(family, tmp_path)
     cfg.MODEL.DEVICE = DEVICE
     folder = str(tmp_path / "export")
-    result = export_model(cfg, folder, "torchscript", method, freeze=freeze, images=[str(TILE)])
+    options = ExportOptions(method=method, freeze=freeze)
+    result = export_model(task_of(cfg), cfg, folder, options, [str(TILE)])
     assert result["parity"]["passed"], result["parity"]
     module, _ = load_torchscript(result["file"], DEVICE)
     image = tile("1.jpg").to(DEVICE)
     with torch.no_grad():
         found = module(image)
     assert found["boxes"].device.type == DEVICE and len(found["boxes"])
-    differences = compare_detections(detect(load_trained_model(cfg), image), found)
+    differences = compare_detections(detect(task_of(cfg).load_trained(cfg), image), found)
     assert differences.pop("unmatched") == 0 and max(differences.values()) < 1e-2

@@ -14,20 +14,19 @@ from ..conftest import CONFIGS, TREE_OPTS
 from .helpers import balanced_steps, on_two_ranks
 
 # As many proposals on each image, so that the ranks' means are the mean over all.
-OUTPUTS = ["MOKD.OUTPUTS.ENABLED", True, "MOKD.OUTPUTS.PROPOSALS", 16]
+OUTPUTS = ["MOKD.OBJECTIVES", ["features", "outputs"], "MOKD.TEACHER.PROPOSALS", 16]
 CASES = {
-    "features": ["MOKD.BALANCING.PLACE", "features"],
+    "features": ["MOKD.BALANCING.MEASURE_AT", "features"],
     # A smaller part of the small gradient, whose rounding the third step's weights follow. Not of
     # the default rule (that is "features"): its weights follow how far a running cosine, next to 0
     # then, is above half of AGREEMENT, and the same rounding is 1e-3 of them.
     "parameters": [
-        *("MOKD.BALANCING.PLACE", "parameters", "MOKD.BALANCING.RULE", "protected_min_norm"),
-        *("MOKD.BALANCING.CAP", 0.5),
+        *("MOKD.BALANCING.MEASURE_AT", "parameters", "MOKD.BALANCING.RULE", "min_norm"),
     ],
-    "features with outputs": ["MOKD.BALANCING.RULE", "anchored", *OUTPUTS],
+    "features with outputs": ["MOKD.BALANCING.RULE", "min_norm", *OUTPUTS],
     "parameters with outputs": [
-        *("MOKD.BALANCING.PLACE", "parameters", "MOKD.BALANCING.RULE", "fixed"),
-        *("MOKD.BALANCING.WEIGHTS", [1.0, 0.5, 2.0], *OUTPUTS),
+        *("MOKD.BALANCING.MEASURE_AT", "parameters", "MOKD.BALANCING.RULE", "fixed"),
+        *("MOKD.BALANCING.FIXED.WEIGHTS", [1.0, 0.5, 2.0], *OUTPUTS),
     ],
 }
 # Statistics of a batch's part are another matter (SyncBN), and so is the number of boxes that a

@@ -3,6 +3,7 @@
 
 import statistics
 
+import pytest
 from detectron2.utils.env import seed_all_rng
 
 from mokd_det.config import load_config
@@ -26,7 +27,8 @@ def top1_of(config, output, *opts):
     return trainer._last_eval_results["classification"]["top1"]
 
 
-def test_the_default_beats_its_twin_from_scratch(tmp_path):
+@pytest.mark.slow
+def test_the_default_beats_training_from_scratch(tmp_path):
     """
     Seeds are paired. With ten of them (studies/mnist.yaml) the gain is 4.1 points on the
     same images, with a standard deviation of 1.8: on a machine that rounds otherwise a mean of

@@ -1,6 +1,7 @@
 # Copyright (c) The mokd_det authors.
 """A rule by its name and options."""
 
+import inspect
 from typing import Any
 
 from .base import RULES, Rule
@@ -24,4 +25,11 @@ def build_rule(name: str, **options: Any) -> Rule:
     """
     if name.startswith(TORCHJD_PREFIX):
         return TorchjdRule(name[len(TORCHJD_PREFIX) :], **options)
-    return RULES.get(name)(**options)
+    cls = RULES.get(name)
+    known = inspect.signature(cls).parameters
+    if unknown := [key for key in options if key not in known]:
+        raise ValueError(
+            f"Rule '{name}' has no option {', '.join(unknown)}: expected "
+            f"{', '.join(known) or 'none'}."
+        )
+    return cls(**options)

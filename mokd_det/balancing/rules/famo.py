@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..running import LOSS_FLOOR
-from .base import RULES, Rule
+from .base import RULES, Rule, positive
 
 __all__ = ["Famo"]
 
@@ -38,13 +38,11 @@ class Famo(Rule):
         Raises:
             ValueError: an option out of its range.
         """
-        if not lr > 0:
-            raise ValueError(f"MOKD.BALANCING.FAMO.LR is {lr}: expected a number > 0.")
-        if not weight_decay >= 0:
+        if not 0 <= weight_decay < float("inf"):
             raise ValueError(
                 f"MOKD.BALANCING.FAMO.WEIGHT_DECAY is {weight_decay}: expected a number >= 0."
             )
-        self.lr = lr
+        self.lr = positive("MOKD.BALANCING.FAMO.LR", lr)
         self.weight_decay = weight_decay
         self.xi: Tensor | None = None
         self.optimizer: torch.optim.Optimizer | None = None
