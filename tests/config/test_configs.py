@@ -1,5 +1,5 @@
 # Copyright (c) The mokd_det authors.
-"""Every file of configs/: it builds, trains two iterations and evaluates, without its weights."""
+"""Every file of configs/: options are checked, both sides are built, most train two iterations."""
 
 import shutil
 from pathlib import Path
@@ -16,9 +16,8 @@ from mokd_det.config import load_config
 from mokd_det.data import register_datasets
 from mokd_det.data.augmentation import build_train_mapper
 from mokd_det.data.classification import PackedImages, write_packed
-from mokd_det.engine import DistillationTrainer, Trainer, build_trainer
-from mokd_det.modeling import is_classifier
-from mokd_det.modeling.trained import teacher_config
+from mokd_det.engine import DistillationTrainer, Trainer, build_trainer, validate
+from mokd_det.tasks import build_level_map, task_of
 
 from ..conftest import DIGITS, ROOT, TREES
 from ..data.annotated import coco_layout
@@ -28,8 +27,16 @@ FILES = sorted(
     for path in (ROOT / "configs").rglob("*.yaml")
     if not path.name.startswith("Base-")
 )
-CLASSIFIERS = [path for path in FILES if is_classifier(load_config(str(ROOT / path)))]
-CONFIGS = [path for path in FILES if path not in CLASSIFIERS]
+TASKS = {path: task_of(load_config(str(ROOT / path))).name for path in FILES}
+CLASSIFIERS = [path for path in FILES if TASKS[path] == "classification"]
+CONFIGS = [path for path in FILES if TASKS[path] == "detection"]
+# Longer schedules and large-scale jitter have the networks of the others: one of each kind.
+# Teachers run beside their students.
+TRAINED = [
+    path
+    for path in CONFIGS
+    if "_3x" not in path or path.endswith("mokd_faster_rcnn_R_50_to_R_18_FPN_3x_LSJ.yaml")
+]
 # Small images and few boxes: the networks are those of the file.
 SMALL = [
     *("MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.TORCHVISION.WEIGHTS", ""),
@@ -89,10 +96,39 @@ def random_weights(tmp_path_factory):
     shutil.rmtree(folder)  # hundreds of MB
 
 
-@pytest.mark.parametrize("config_file", CONFIGS)
-def test_builds_trains_and_evaluates(config_file, data_sets, random_weights, tmp_path, monkeypatch):
+@pytest.mark.parametrize("config_file", FILES)
+def test_builds(config_file, tmp_path):
+    """Both sides without memory for their weights, as nothing is computed."""
+    given = load_config(config_file)
+    assert given.OUTPUT_DIR != "./output", "runs must not share a folder"
+    none = ["MODEL.DEVICE", "meta", "MODEL.WEIGHTS", "", "MODEL.TORCHVISION.WEIGHTS", ""]
+    cfg = load_config(config_file, none)
+    weights = tmp_path / "weights.pth"
+    weights.touch()
+    if cfg.MOKD.ENABLED and not cfg.MOKD.TEACHER.CLASSIFIER:
+        cfg.MOKD.TEACHER.WEIGHTS = str(weights)  # must be there, but is not read
+    task = validate(cfg)
+    with torch.device("meta"):
+        student = task.build_student(cfg)
+        if not cfg.MOKD.ENABLED:
+            return
+        teacher_cfg = task.untrained_config(task.teacher_config(cfg))
+    # RegNet computes with numbers of tensors when it is built.
+    with torch.device("cpu" if "regnet" in config_file else "meta") as device:
+        teacher_cfg.MODEL.DEVICE = str(device)
+        teacher = task.build_student(teacher_cfg)
+    task.check_student(cfg, student)
+    if task.name == "detection":
+        shapes = [model.backbone.output_shape() for model in (student, teacher)]
+        assert build_level_map(*shapes, cfg.MOKD.FEATURES.STUDENT, cfg.MOKD.FEATURES.TEACHER)
+    else:
+        assert student.num_classes == teacher.num_classes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config_file", TRAINED)
+def test_trains_and_evaluates(config_file, data_sets, random_weights, tmp_path, monkeypatch):
     cfg = load_config(config_file, [*SMALL, *data_sets, "OUTPUT_DIR", str(tmp_path)])
-    assert load_config(config_file).OUTPUT_DIR != "./output", "runs must not share a folder"
     # Heads for the 80 classes of the data, whatever the file's own data set has.
     classes = ["MODEL.ROI_HEADS.NUM_CLASSES", 80, "MODEL.RETINANET.NUM_CLASSES", 80]
     if "COCO-" in config_file:
@@ -132,11 +168,11 @@ def labelled(tmp_path_factory):
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config_file", CLASSIFIERS)
 def test_classifiers_train_and_evaluate(config_file, labelled, tmp_path, monkeypatch):
     """The schedule is one epoch of the file's recipe, in batches of 8 small images."""
     given = load_config(config_file)
-    assert given.OUTPUT_DIR != "./output", "runs must not share a folder"
     classes = given.MODEL.CLASSIFIER.NUM_CLASSES
     assert classes == (1000 if "ImageNet" in config_file else 10)
     size = min(given.INPUT.CLASSIFICATION.SIZE_TRAIN, 64)
@@ -148,16 +184,14 @@ def test_classifiers_train_and_evaluate(config_file, labelled, tmp_path, monkeyp
         opts += ["MODEL.CLASSIFIER.OPTIONS", {"image_size": size}]
     cfg = load_config(config_file, [*opts, *labelled(classes)])
     if cfg.MOKD.ENABLED:
-        monkeypatch.setattr("mokd_det.modeling.classification.networks._load", lambda *args: None)
-        monkeypatch.setattr(
-            "mokd_det.modeling.classification.networks._torchvision_weights", no_download
-        )
+        monkeypatch.setattr("mokd_det.modeling.networks._load", lambda *args: None)
+        monkeypatch.setattr("mokd_det.modeling.networks._torchvision_weights", no_download)
         if cfg.MOKD.TEACHER.CONFIG_FILE:
             weights = tmp_path / "teacher.pth"
             teacher = load_config(cfg.MOKD.TEACHER.CONFIG_FILE)
             torch.save({"model": build_model(teacher).state_dict()}, weights)
             cfg.MOKD.TEACHER.WEIGHTS = str(weights)
-        assert teacher_config(cfg).MODEL.CLASSIFIER.NAME != cfg.MODEL.CLASSIFIER.NAME
+        assert task_of(cfg).teacher_config(cfg).MODEL.CLASSIFIER.NAME != cfg.MODEL.CLASSIFIER.NAME
     trainer = build_trainer(cfg)
     monkeypatch.setattr(trainer.checkpointer, "save", lambda *args, **kwargs: None)
     trainer.max_iter = 2  # of the 8 of an epoch
@@ -176,13 +210,13 @@ def no_download(name, weights, option):
 
 
 @pytest.mark.parametrize("path", [c for c in CLASSIFIERS if "/mokd_" in c])
-def test_distilled_classifier_is_its_twin_plus_a_teacher(path):
+def test_distilled_classifier_is_its_baseline_plus_a_teacher(path):
     cfg = load_config(path)
     student = Path(path).stem.split("_to_")[1]
-    twin = load_config(str(Path(path).parent / f"{student}.yaml"))
-    assert cfg.MOKD.ENABLED and not twin.MOKD.ENABLED
+    baseline = load_config(str(Path(path).parent / f"{student}.yaml"))
+    assert cfg.MOKD.ENABLED and not baseline.MOKD.ENABLED
     for key in ("MODEL", "DATASETS", "SOLVER", "INPUT", "DATALOADER"):
-        assert cfg[key] == twin[key]
+        assert cfg[key] == baseline[key]
     weights = torchvision.models.get_model_weights(cfg.MOKD.TEACHER.CLASSIFIER)
     assert cfg.MOKD.TEACHER.WEIGHTS in weights.__members__
 
@@ -211,16 +245,16 @@ def test_retinanet_base_spells_out_detectron2s_anchors():
 
 
 @pytest.mark.parametrize("path", [c for c in CONFIGS if "/mokd_" in c and "COCO-" in c])
-def test_distilled_config_is_its_twin_plus_a_teacher(path):
+def test_distilled_config_is_its_baseline_plus_a_teacher(path):
     """Schedule, data and model of a 1x file are those of the file that it is based on."""
     cfg = load_config(path)
     assert cfg.MOKD.ENABLED and (ROOT / cfg.MOKD.TEACHER.CONFIG_FILE).is_file()
     student = Path(path).stem.split("_to_")[1].split("_FPN")[0]
     kind = Path(path).stem.removeprefix("mokd_").split("_R_")[0]
-    twin = load_config(str(Path(path).parent / f"{kind}_{student}_FPN_1x.yaml"))
-    assert cfg.MODEL == twin.MODEL and cfg.DATASETS == twin.DATASETS
+    baseline = load_config(str(Path(path).parent / f"{kind}_{student}_FPN_1x.yaml"))
+    assert cfg.MODEL == baseline.MODEL and cfg.DATASETS == baseline.DATASETS
     if path.endswith("_1x.yaml"):
-        assert cfg.SOLVER == twin.SOLVER and cfg.INPUT == twin.INPUT
+        assert cfg.SOLVER == baseline.SOLVER and cfg.INPUT == baseline.INPUT
     else:
         assert (cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS) == (270000, (210000, 250000))
     assert cfg.INPUT.LSJ.ENABLED == path.endswith("LSJ.yaml")
@@ -264,6 +298,6 @@ def test_bad_jitter_options(opts, message):
     ["Quick-Start/student_scratch", "Quick-Start/student_mokd"]
     + ["Blood-Cells/student_retinanet", "Blood-Cells/mokd_faster_rcnn_to_retinanet"],
 )
-def test_twins_see_the_same_images(name):
+def test_a_baseline_sees_the_same_images(name):
     """Without it, the student from scratch has Detectron2's own loader, and other augmentations."""
     assert load_config(f"configs/{name}.yaml").DATALOADER.RESUMABLE

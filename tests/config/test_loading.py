@@ -4,13 +4,12 @@ import yaml
 from detectron2.config import get_cfg as get_detectron2_cfg
 
 from mokd_det.config import (
-    check_applicable,
     get_cfg,
     load_config,
-    merge_overrides,
     split_overrides,
     stock_config,
 )
+from mokd_det.tasks import task_of
 
 from ..conftest import CONFIGS
 
@@ -64,8 +63,8 @@ def test_bad_overrides_are_explained():
         load_config("", ["MOKD.ENABLE", True])
     with pytest.raises(ValueError, match="pairs KEY VALUE"):
         load_config("", ["MOKD.ENABLED"])
-    for value in ({"ENABLED": True}, "{ENABLED: True}"):
-        with pytest.raises(ValueError, match="MOKD.OUTPUTS holds several options .ENAB"):
+    for value in ({"TEMPERATURE": 2.0}, "{TEMPERATURE: 2.0}"):
+        with pytest.raises(ValueError, match="MOKD.OUTPUTS holds several options .LOSS"):
             load_config("", ["MOKD.OUTPUTS", value])
 
 
@@ -112,24 +111,18 @@ def test_defaults_are_detectron2s_where_detectron2_has_them():
 def test_a_classifiers_schedule_stays_in_its_unit():
     """Its config needs mokd_det in any case; without the unit, epochs would be iterations."""
     cfg = load_config("configs/Digits/student_mokd.yaml")
-    assert stock_config(cfg).SOLVER.UNIT == cfg.SOLVER.UNIT == "epoch"
+    assert task_of(cfg).stock_config(cfg).SOLVER.UNIT == cfg.SOLVER.UNIT == "epoch"
 
 
 @pytest.mark.parametrize(
-    "kind, opts, message",
+    "key, message",
     [
-        ("Classifier", ["INPUT.COLOR_JITTER", 0.3], "INPUT.COLOR_JITTER is 0.3, .* of detectors"),
-        ("Classifier", ["INPUT.LSJ.SIZE", 640], "INPUT.LSJ.SIZE is 640"),
-        ("RetinaNet", ["INPUT.CLASSIFICATION.MIXUP", 0.2], "MIXUP is 0.2, .* of classifiers only"),
-        ("RetinaNet", ["DATALOADER.REPEATED_AUGMENTATION", 3], "REPEATED_AUGMENTATION is 3"),
-        ("RetinaNet", ["MODEL.CLASSIFIER.OPTIONS", {"dropout": 0.2}], "MODEL.CLASSIFIER.OPTIONS"),
+        ("MOKD.OUTPUTS.ENABLED", "no option MOKD.OUTPUTS.ENABLED any more: name 'outputs'"),
+        ("MOKD.BALANCING.PLACE", "it is MOKD.BALANCING.MEASURE_AT now"),
+        ("MOKD.BALANCING.DOMINANCE", "rule 'constant_dominance' is gone"),
+        ("MOKD.BALANCING.LOOK_AHEAD.LR", "rule 'look_ahead' is gone"),
     ],
 )
-def test_an_option_of_the_other_kind_of_model_is_refused(kind, opts, message):
-    cfg = load_config("", ["MODEL.META_ARCHITECTURE", kind])
-    check_applicable(cfg)
-    merge_overrides(cfg, opts)
+def test_options_of_the_version_before_say_what_became_of_them(key, message):
     with pytest.raises(ValueError, match=message):
-        check_applicable(cfg)
-    cfg.MODEL.META_ARCHITECTURE = {"Classifier": "RetinaNet", "RetinaNet": "Classifier"}[kind]
-    check_applicable(cfg)
+        load_config("", [key, 1.0])
