@@ -1,17 +1,11 @@
 # Copyright (c) The mokd_det authors.
+"""Projection into a common subspace."""
+
 import pytest
 import torch
 from torch import nn
 
-from mokd_det.subspace import (
-    FEATURE_LOSSES,
-    PROJECTORS,
-    SubspaceProjector,
-    align_resolution,
-    build_feature_loss,
-    correlation_distance,
-    standardise,
-)
+from mokd_det.objectives import FEATURE_LOSSES, PROJECTORS, SubspaceProjector, standardise
 
 
 def is_semi_orthogonal(weight):
@@ -90,90 +84,6 @@ def test_standardising_a_single_value_gives_zero():
     assert torch.equal(x.grad, torch.zeros_like(x))
 
 
-def test_losses_frozen_numbers():
-    student = torch.tensor([[[[3.0]], [[0.0]]]])
-    teacher = torch.tensor([[[[0.0]], [[0.5]]]])
-    assert FEATURE_LOSSES.get("smooth_l1")(student, teacher).item() == (2.5 + 0.125) / 2
-    assert FEATURE_LOSSES.get("mse")(student, teacher).item() == (9 + 0.25) / 2
-    assert FEATURE_LOSSES.get("cosine")(student, teacher).item() == 1
-    assert FEATURE_LOSSES.get("cosine")(student, 2 * student).item() == pytest.approx(0)
-
-
-@pytest.mark.parametrize("name", ["smooth_l1", "mse", "cosine"])
-def test_losses_vanish_for_equal_features(name):
-    x = torch.randn(2, 5, 3, 3)
-    assert FEATURE_LOSSES.get(name)(x, x.clone()).item() == pytest.approx(0, abs=1e-6)
-
-
-def test_correlation_distance_sees_relations_only():
-    torch.manual_seed(0)
-    x = standardise(torch.randn(2, 3, 5, 4))
-    shuffled = x.flatten(2)[..., torch.randperm(20)].view_as(x)
-    assert correlation_distance(x, shuffled).item() == pytest.approx(0, abs=1e-10)
-    # Dimension 1 becomes dimension 0: both sides have correlation one there instead of r.
-    y = x.clone()
-    y[:, 1] = y[:, 0]
-    r = (x[:, 0] * x[:, 1]).mean()
-    s = (x[:, 0] * x[:, 2]).mean()
-    t = (x[:, 1] * x[:, 2]).mean()
-    expected = 2 * ((1 - r) ** 2 + (s - t) ** 2) / 3
-    assert correlation_distance(x, y).item() == pytest.approx(expected.item(), rel=1e-3)
-
-
-def test_alignment_is_added_to_the_loss():
-    torch.manual_seed(0)
-    x, y = standardise(torch.randn(2, 3, 5, 4)), standardise(torch.randn(2, 3, 5, 4))
-    plain, more = build_feature_loss("mse"), build_feature_loss("mse", 0.5)
-    assert plain is FEATURE_LOSSES.get("mse")
-    assert more(x, y) == plain(x, y) + 0.5 * correlation_distance(x, y) > plain(x, y)
-    with pytest.raises(ValueError, match="MOKD.FEATURES.ALIGNMENT is -1"):
-        build_feature_loss("mse", -1)
-
-
-def test_alignment_counts_positions_with_their_weights():
-    generator = torch.Generator().manual_seed(0)
-    x, y, noise = (torch.randn(2, 5, 4, 3, generator=generator) for _ in range(3))
-    loss = build_feature_loss("smooth_l1", 0.5)
-    assert loss(x, y, torch.ones(2, 1, 4, 3)).item() == pytest.approx(loss(x, y).item(), rel=1e-6)
-    # Of weight zero: whatever is there does not matter, to either term.
-    weights = torch.ones(2, 1, 4, 3)
-    weights[:, :, 2:] = 0
-    weights *= 2
-    other = torch.where(weights > 0, x, noise)
-    assert torch.equal(loss(other, y, weights), loss(x, y, weights))
-    assert loss(other, y) != loss(x, y)
-
-
-def test_align_equal_strides_crops_the_padding():
-    student, teacher = torch.randn(1, 2, 8, 8), torch.randn(1, 3, 10, 7)
-    s, t = align_resolution(student, teacher, 8, 8)
-    assert torch.equal(s, student[..., :8, :7]) and torch.equal(t, teacher[..., :8, :7])
-
-
-def image_ramp(height, width, stride):
-    """A map whose value is the horizontal centre of each cell in pixels."""
-    centres = (torch.arange(width) + 0.5) * stride
-    return centres.expand(1, 1, height, width)
-
-
-@pytest.mark.parametrize("student_stride, teacher_stride", [(16, 8), (8, 16), (16, 4), (8, 32)])
-def test_align_strides_keeps_positions(student_stride, teacher_stride):
-    student = image_ramp(128 // student_stride, 128 // student_stride, student_stride)
-    # The teacher pads 32 pixels more.
-    teacher = image_ramp(160 // teacher_stride, 160 // teacher_stride, teacher_stride)
-    s, t = align_resolution(student, teacher, student_stride, teacher_stride)
-    assert s.shape == t.shape == student.shape
-    # Interpolation to a finer grid is flat beyond the outermost centres.
-    inner = slice(teacher_stride // student_stride // 2, -(teacher_stride // student_stride // 2))
-    inner = inner if teacher_stride > student_stride else slice(None)
-    assert torch.allclose(s[..., inner], t[..., inner])
-
-
-def test_align_without_a_common_cell_is_an_error():
-    with pytest.raises(ValueError, match="share no cell of 64 pixels"):
-        align_resolution(torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 1, 1), 16, 64)
-
-
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -188,7 +98,5 @@ def test_bad_options_name_themselves(options, message):
 
 
 def test_unknown_names_list_the_known_ones():
-    with pytest.raises(ValueError, match="MOKD.FEATURES.LOSS is 'l3'.*'cosine', 'mse', 'smooth"):
-        FEATURE_LOSSES.get("l3")
     with pytest.raises(ValueError, match="MOKD.FEATURES.PROJECTOR is 'x'.*'SubspaceProjector'"):
         PROJECTORS.get("x")

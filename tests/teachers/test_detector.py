@@ -1,236 +1,72 @@
 # Copyright (c) The mokd_det authors.
-"""Where a teacher comes from, and its options for speed."""
+"""Where a detector that teaches comes from, and what it sees."""
+
+import pickle
 
 import pytest
 import torch
 from detectron2 import model_zoo
 from detectron2.modeling import build_model
-from detectron2.utils.env import seed_all_rng
-from torch import nn
 
 from mokd_det.config import find_config, load_config
-from mokd_det.engine import DistillationTrainer, build_trainer
-from mokd_det.modeling import Teacher, build_teacher
+from mokd_det.engine import DistillationTrainer
+from mokd_det.tasks import task_of
 
-from ..conftest import CONFIGS, TREE_OPTS
-from .families import batch_of, step
-
-OUTPUTS = ["MOKD.OUTPUTS.ENABLED", True]
-# (options, largest root mean square error of features, in units of their standard deviation). A
-# trained network is more than ten times as close in half precision: docs/distillation.md.
-OPTIONS = {
-    "float32": (["PRECISION", "float32"], 0.0),
-    "bfloat16": (["PRECISION", "bfloat16"], 0.5),
-    "float16": (["PRECISION", "float16"], 0.1),
-    "channels_last": (["CHANNELS_LAST", True], 1e-4),
-    "compile": (["COMPILE", "aot_eager"], 1e-4),
-    "inference_mode": (["INFERENCE_MODE", True], 0.0),
-    "all": (
-        ["PRECISION", "bfloat16", "CHANNELS_LAST", True, "COMPILE", "aot_eager"]
-        + ["INFERENCE_MODE", True],
-        0.5,
-    ),
-}
+from ..conftest import CONFIGS, OUTPUTS
+from ..modeling.families import batch_of, saved_teacher, step
+from .helpers import build_teacher
 
 
-def teacher_opts(options):
-    return [f"MOKD.TEACHER.{v}" if i % 2 == 0 else v for i, v in enumerate(options)]
+def test_its_weights_are_those_of_the_file(make_cfg, teacher_weights):
+    state = torch.load(teacher_weights)["model"]
+    loaded = build_teacher(make_cfg("mokd")).model.state_dict()
+    assert state.keys() == loaded.keys()
+    assert all(torch.equal(state[key], loaded[key]) for key in state)
 
 
-@pytest.fixture(scope="module")
-def calibrated(tmp_path_factory):
-    """A random teacher whose normalisation fits the tiles: features of usual size, as a trained
-    one's. Without, they are smaller than float16's smallest numbers."""
-    norm = ["MODEL.TORCHVISION.NORM", "BN"]
-    cfg = load_config(CONFIGS["teacher"], [*TREE_OPTS, *norm, "MODEL.TORCHVISION.WEIGHTS", ""])
-    seed_all_rng(3)
-    model = build_model(cfg)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = None  # statistics of the one batch that follows
-    with torch.no_grad():
-        model.backbone.train()(model.preprocess_image(batch_of(cfg)).tensor)
-    path = tmp_path_factory.mktemp("calibrated") / "teacher.pth"
-    torch.save({"model": model.state_dict()}, path)
-    return ["MOKD.TEACHER.WEIGHTS", str(path), "MOKD.TEACHER.OPTS", norm, *OUTPUTS]
-
-
-@pytest.mark.parametrize("name", OPTIONS)
-def test_options_change_results_within_their_tolerance_only(make_cfg, calibrated, name):
-    options, tolerance = OPTIONS[name]
-    torch._dynamo.reset()
-    plain = build_teacher(make_cfg("mokd", calibrated))
-    fast = build_teacher(make_cfg("mokd", [*calibrated, *teacher_opts(options)]))
-    batch = batch_of(make_cfg("mokd"))
-    wanted, got = (t.view(batch, "BGR") for t in (plain, fast))
-    for level, feature in wanted.features.items():
-        assert got.features[level].dtype == torch.float32
-        error = (got.features[level] - feature).square().mean().sqrt() / feature.std()
-        assert error <= tolerance, (level, error)
-    # At the same boxes: proposals may change places where scores are nearly equal.
-    wanted, other = (t.outputs(v, wanted.proposals) for t, v in ((plain, wanted), (fast, got)))
-    ours, theirs = (x.log_probabilities()[0].exp() for x in (other, wanted))
-    assert (ours - theirs).abs().max() <= tolerance
-    distance = (other.boxes - wanted.boxes).abs().max()
-    assert distance <= 40 * tolerance, distance  # pixels of 192
-
-
-@pytest.mark.parametrize("name", OPTIONS)
-def test_options_suit_the_whole_step(make_cfg, name):
-    """Learned projection of the teacher's side and foreground: the teacher's tensors take part in
-    the graph, which tensors of inference mode must not."""
-    options, _ = OPTIONS[name]
-    torch._dynamo.reset()
-    opts = [*OUTPUTS, "MOKD.FEATURES.TEACHER_SIDE", "learned", "MOKD.FEATURES.DIM", 0]
-    opts += ["MOKD.FEATURES.FOREGROUND", "teacher", "MOKD.FEATURES.FOREGROUND_SCORE", 0.0]
-    cfg = make_cfg("mokd", [*opts, *teacher_opts(options)])
-    model = DistillationTrainer.build_model(cfg)
-    objectives, balance = step(model, batch_of(cfg))
-    assert balance.fallback == ""
-    assert all(loss.isfinite() for parts in objectives.values() for loss in parts.values())
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-
-
-@pytest.mark.parametrize("options", [["PRECISION", "bfloat16"], ["INFERENCE_MODE", True]])
-def test_retinanet_as_a_fast_teacher(family_cfg, tmp_path, options):
-    torch.manual_seed(0)
-    cfg = family_cfg("retinanet")
-    torch.save(
-        {"model": DistillationTrainer.build_model(cfg).student.state_dict()}, tmp_path / "t.pth"
-    )
-    (tmp_path / "t.yaml").write_text(cfg.dump())
-    opts = ["MOKD.TEACHER.CONFIG_FILE", str(tmp_path / "t.yaml"), "MOKD.ENABLED", True]
-    opts += ["MOKD.TEACHER.WEIGHTS", str(tmp_path / "t.pth"), *OUTPUTS, *teacher_opts(options)]
-    cfg = family_cfg("faster_rcnn", opts)
-    objectives, _ = step(DistillationTrainer.build_model(cfg), batch_of(cfg))
-    assert all(loss.isfinite() for loss in objectives["outputs"].values())
-
-
-def test_teacher_follows_the_students_precision_unless_it_has_its_own(make_cfg):
-    batch = batch_of(make_cfg("mokd"))
-    dtypes = {}
-    for precision in ("", "float32"):
-        teacher = build_teacher(make_cfg("mokd", ["MOKD.TEACHER.PRECISION", precision]))
-        seen = []
-        teacher.model.backbone.bottom_up.register_forward_hook(
-            lambda _m, _i, out, seen=seen: seen.append(next(iter(out.values())).dtype)
-        )
-        with torch.autocast("cpu", torch.bfloat16):
-            teacher.view(batch, "BGR")
-        dtypes[precision] = seen[0]
-    assert dtypes == {"": torch.bfloat16, "float32": torch.float32}
-
-
-@pytest.mark.parametrize(
-    "opts, message",
-    [
-        (["PRECISION", "int8"], "MOKD.TEACHER.PRECISION is 'int8': expected one of '', 'float32'"),
-        (["COMPILE", "gcc"], "MOKD.TEACHER.COMPILE is 'gcc': expected '' .off. or a backend"),
-        (["STREAM", True], "MOKD.TEACHER.STREAM True needs a GPU, but MODEL.DEVICE is 'cpu'"),
-        (["OPTS", ["MODEL.PIXEL_MEAN", [1.0], "MODEL.PIXEL_STD", [1.0]]], "MODEL.PIXEL_MEAN has"),
-    ],
-)
-def test_bad_options_are_explained(make_cfg, opts, message):
-    with pytest.raises(ValueError, match=message):
-        DistillationTrainer.build_model(make_cfg("mokd", teacher_opts(opts)))
-
-
-class Maps(nn.Module):
-    """The teacher's backbone as a network of somebody else's: dict of tensors in, nothing else."""
-
-    def __init__(self, backbone):
-        super().__init__()
-        self.backbone = backbone
-
-    def forward(self, x):
-        return self.backbone(x)
-
-
-def scripted(module, path, size=64):
-    with torch.no_grad():
-        torch.jit.trace(module.eval(), torch.zeros(1, 3, size, size), strict=False).save(path)
-    return str(path)
-
-
-def script_opts(path):
-    empty = ["MOKD.TEACHER.CONFIG_FILE", "", "MOKD.TEACHER.WEIGHTS", ""]
-    return [*empty, "MOKD.TEACHER.TORCHSCRIPT.FILE", path]
-
-
-def test_torchscript_teacher_is_the_teacher_it_was_made_from(make_cfg, tmp_path):
-    """Its normalisation and channel order are those of the options (here RGB, ImageNet's)."""
+def test_it_sees_its_own_normalisation_and_channel_order(make_cfg):
+    """The student's images are BGR; the teacher's features are those of its own RGB loader."""
     cfg = make_cfg("mokd")
-    original = build_teacher(cfg)
-    path = scripted(Maps(original.model.backbone), tmp_path / "t.ts")
-    loaded = build_teacher(make_cfg("mokd", script_opts(path)))
-    shapes = original.feature_shapes()
-    assert {n: (s.stride, s.channels) for n, s in loaded.feature_shapes().items()} == {
-        n: (s.stride, s.channels) for n, s in shapes.items()
-    }
-    batch = batch_of(cfg)
-    wanted, got = (t.view(batch, "BGR").features for t in (original, loaded))
-    for name in wanted:
-        assert torch.allclose(wanted[name], got[name], atol=1e-4), name
-    trainer = build_trainer(make_cfg("mokd", [*script_opts(path), "SOLVER.MAX_ITER", 1]))
-    trainer.resume_or_load(False)
-    trainer.train()
-    assert "loss_features" in trainer.storage.latest()
+    assert cfg.INPUT.FORMAT == "BGR"
+    teacher, batch = build_teacher(cfg), batch_of(cfg)
+    assert teacher.input_format == "RGB"
+    rgb = [{"image": x["image"].flip(0)} for x in batch]
+    with torch.no_grad():
+        mean = torch.tensor([123.675, 116.28, 103.53])[:, None, None]
+        std = torch.tensor([58.395, 57.12, 57.375])[:, None, None]
+        images = [(x["image"] - mean) / std for x in rgb]
+        padded = torch.zeros(2, 3, 192, 192)
+        for target, image in zip(padded, images):
+            target[:, : image.shape[1], : image.shape[2]] = image
+        expected = teacher.model.backbone(padded)
+    for given, order in ((batch, "BGR"), (rgb, "RGB")):
+        features = teacher.run(given, order).features
+        for name in expected:
+            assert torch.allclose(features[name], expected[name], atol=1e-5), (order, name)
 
 
-class OneConvolution(nn.Module):
-    """A backbone that becomes all constants when it is frozen."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(3, 8, 3, 8, 1)
-
-    def forward(self, x):
-        return {"p3": self.conv(x)}
-
-
-def test_frozen_torchscript_has_no_parameters(make_cfg, tmp_path):
-    torch.jit.freeze(torch.jit.script(OneConvolution().eval())).save(tmp_path / "f.ts")
-    model = DistillationTrainer.build_model(
-        make_cfg("mokd", [*script_opts(str(tmp_path / "f.ts")), "MOKD.FEATURES.STUDENT", ["p3"]])
-    )
-    objectives, _ = step(model, batch_of(make_cfg("mokd")))
-    assert objectives["features"]["loss_features"].isfinite()
+def test_only_its_backbone_runs_for_features(make_cfg):
+    cfg = make_cfg("mokd")
+    model = DistillationTrainer.build_model(cfg)
+    ran = []
+    for name, module in model.teacher.model.named_children():
+        module.register_forward_hook(lambda *_, name=name: ran.append(name))
+    step(model, batch_of(cfg))
+    assert ran == ["backbone"]
 
 
-class Tuple(nn.Module):
-    def forward(self, x):
-        return x, x
-
-
-class Odd(nn.Module):
-    def forward(self, x):
-        return {"odd": x[..., :-3]}
-
-
-@pytest.mark.parametrize(
-    "module, message",
-    [(Tuple(), "but it returns a tuple"), (Odd(), r"\['odd'\] are no maps whose stride divides")],
-)
-def test_torchscript_that_returns_something_else(make_cfg, tmp_path, module, message):
-    path = scripted(module, tmp_path / "t.ts")
-    with pytest.raises(ValueError, match=f"MOKD.TEACHER.TORCHSCRIPT.FILE must map.*{message}"):
-        build_teacher(make_cfg("mokd", script_opts(path)))
-
-
-def test_torchscript_errors(make_cfg, tmp_path, teacher_weights):
-    (tmp_path / "no.ts").write_text("no")
-    with pytest.raises(ValueError, match="no.ts' is no TorchScript file"):
-        build_teacher(make_cfg("mokd", script_opts(str(tmp_path / "no.ts"))))
-    with pytest.raises(FileNotFoundError, match="TORCHSCRIPT.FILE 'none.ts' does not exist"):
-        build_teacher(make_cfg("mokd", script_opts("none.ts")))
-    with pytest.raises(ValueError, match="name two teachers"):
-        build_teacher(make_cfg("mokd", ["MOKD.TEACHER.TORCHSCRIPT.FILE", "none.ts"]))
-    path = scripted(Maps(build_teacher(make_cfg("mokd")).model.backbone), tmp_path / "t.ts")
-    with pytest.raises(ValueError, match="a ScriptedDetector, cannot be read.*MOKD.OUTPUTS"):
-        build_teacher(make_cfg("mokd", [*script_opts(path), *OUTPUTS]))
-    with pytest.raises(ValueError, match="a TorchScript file is compiled already"):
-        opts = [*script_opts(path), "MOKD.TEACHER.COMPILE", "aot_eager"]
-        build_teacher(make_cfg("mokd", opts))
+def test_objects_are_the_boxes_that_it_is_sure_of(make_cfg):
+    cfg = make_cfg("mokd", OUTPUTS)
+    outputs = build_teacher(cfg).run(batch_of(cfg), "BGR")
+    confidence, classes = outputs.at(outputs.proposals).confidence()
+    threshold = confidence.median().item()
+    found = outputs.objects(threshold)
+    assert sum(map(len, found)) == (confidence > threshold).sum() > 0
+    counts = [len(boxes) for boxes in outputs.proposals]
+    first = confidence[: counts[0]] > threshold
+    boxes = outputs.at(outputs.proposals).boxes_of(classes)[: counts[0]]
+    assert torch.equal(found[0], boxes[first])
+    assert not any(map(len, outputs.objects(1.0)))
 
 
 def test_zoo_name_is_config_and_weights(make_cfg, monkeypatch, teacher_weights):
@@ -262,57 +98,77 @@ def test_zoo_names_of_the_installed_detectron2():
 
 def test_old_zoo_weights_load_strictly(make_cfg, tmp_path):
     """Old checkpoints hold the anchors, which are no parameters any more."""
-    import pickle
-
-    cfg = make_cfg("retinanet")
-    model = DistillationTrainer.build_model(make_cfg("retinanet", ["MOKD.ENABLED", True])).student
+    model = build_model(make_cfg("retinanet"))
     state = {k: v.numpy() for k, v in model.state_dict().items()}
     state["anchor_generator.cell_anchors.0"] = torch.zeros(3, 4).numpy()
     state["pixel_mean"] = model.pixel_mean.numpy()  # once a part of the state
-    with open(tmp_path / "old.pkl", "wb") as f:
-        pickle.dump({"model": state, "__author__": "Detectron2 Model Zoo"}, f)
+    path = tmp_path / "old.pkl"
+    path.write_bytes(pickle.dumps({"model": state, "__author__": "Detectron2 Model Zoo"}))
     opts = ["MOKD.ENABLED", True, "MOKD.TEACHER.CONFIG_FILE", CONFIGS["retinanet"]]
-    opts += ["MOKD.TEACHER.WEIGHTS", str(tmp_path / "old.pkl")]
-    teacher = build_teacher(make_cfg("retinanet", opts))
-    for key, value in teacher.model.state_dict().items():
+    cfg = make_cfg("retinanet", [*opts, "MOKD.TEACHER.WEIGHTS", str(path)])
+    for key, value in build_teacher(cfg).model.state_dict().items():
         assert torch.equal(value, model.state_dict()[key]), key
-    assert isinstance(teacher, Teacher) and cfg.MODEL.META_ARCHITECTURE == "RetinaNet"
     state["pixel_mean"] = state["pixel_mean"] + 1  # of other images
-    with open(tmp_path / "old.pkl", "wb") as f:
-        pickle.dump({"model": state, "__author__": "Detectron2 Model Zoo"}, f)
+    path.write_bytes(pickle.dumps({"model": state, "__author__": "Detectron2 Model Zoo"}))
     with pytest.raises(ValueError, match="unexpected: pixel_mean"):
-        build_teacher(make_cfg("retinanet", opts))
+        build_teacher(cfg)
 
 
-def test_stream_waits_for_the_teacher(make_cfg, monkeypatch):
-    """The order of calls on a machine with CUDA, with its functions replaced."""
-    teacher = build_teacher(make_cfg("mokd", OUTPUTS))
-    calls = []
+class TestMistakes:
+    """Every one of these before any image is read."""
 
-    class Stream:
-        device = torch.device("cuda", 1)  # not the current one
+    @pytest.fixture(autouse=True)
+    def no_data(self, monkeypatch):
+        def refuse(*args, **kwargs):
+            raise AssertionError("data was read")
 
-        def __init__(self, name):
-            self.name = name
+        monkeypatch.setattr("mokd_det.data.loader.get_detection_dataset_dicts", refuse)
 
-        def wait_stream(self, other):
-            calls.append(f"{self.name} waits for {other.name}")
+    @pytest.mark.parametrize(
+        "opts, error, message",
+        [
+            (["CONFIG_FILE", ""], ValueError, "MOKD.TEACHER.CONFIG_FILE is empty"),
+            (
+                ["CONFIG_FILE", "configs/no.yaml"],
+                FileNotFoundError,
+                "MOKD.TEACHER.CONFIG_FILE 'configs/no.yaml' does not exist",
+            ),
+            (["WEIGHTS", ""], ValueError, "MOKD.TEACHER.WEIGHTS is empty"),
+            (
+                ["WEIGHTS", "no.pth"],
+                FileNotFoundError,
+                "MOKD.TEACHER.WEIGHTS 'no.pth' does not exist",
+            ),
+            (["OPTS", ["INPUT.FORMAT", "L"]], ValueError, "INPUT.FORMAT is 'BGR'"),
+            (["OPTS", ["MODEL.FPN.OUT", 3]], ValueError, "no option MODEL.FPN.OUT"),
+            (["PROPOSALS", 0], ValueError, "MOKD.TEACHER.PROPOSALS is 0: expected 1 or more"),
+        ],
+    )
+    def test_options(self, make_cfg, opts, error, message):
+        with pytest.raises(error, match=message):
+            DistillationTrainer(make_cfg("mokd", [f"MOKD.TEACHER.{opts[0]}", opts[1]]))
 
-        def __enter__(self):
-            calls.append(f"{self.name} runs")
+    def test_weights_of_another_architecture(self, make_cfg, tmp_path):
+        cfg = load_config(CONFIGS["retinanet"])
+        *_, weights = saved_teacher(cfg, build_model(cfg), tmp_path)
+        with pytest.raises(ValueError, match="MOKD.TEACHER.WEIGHTS.*does not fit") as error:
+            DistillationTrainer(make_cfg("mokd", ["MOKD.TEACHER.WEIGHTS", weights]))
+        for part in ("missing: ", "unexpected: head.", "in all"):
+            assert part in str(error.value)
 
-        def __exit__(self, *error):
-            calls.append("back")
+    def test_weights_of_another_width(self, make_cfg):
+        opts = ["MOKD.TEACHER.OPTS", ["MODEL.ROI_BOX_HEAD.FC_DIM", 64]]
+        with pytest.raises(ValueError, match="of another shape: roi_heads.box_head.fc1.weight"):
+            DistillationTrainer(make_cfg("mokd", opts))
 
-    teacher._stream = Stream("teacher")
-    students = {Stream.device: Stream("student")}
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: students[device])
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
-    recorded = []
-    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, _: recorded.append(tensor))
-    view = teacher.view(batch_of(make_cfg("mokd")), "BGR")
-    teacher.wait(view)
-    order = ["teacher waits for student", "teacher runs", "back", "student waits for teacher"]
-    assert calls == order
-    kept = {id(t) for t in recorded}
-    assert {id(t) for t in [*view.features.values(), *view.proposals]} <= kept
+    def test_images_of_another_number_of_channels(self, make_cfg, tmp_path):
+        opts = ["MODEL.PIXEL_MEAN", [1.0], "MODEL.PIXEL_STD", [1.0]]
+        cfg = load_config(CONFIGS["faster_rcnn"], opts)
+        opts = saved_teacher(cfg, build_model(cfg), tmp_path)
+        with pytest.raises(ValueError, match="PIXEL_MEAN has 3 entries for the student and 1 for"):
+            DistillationTrainer(make_cfg("mokd", opts))
+
+    def test_a_classifier(self, make_cfg):
+        cfg = make_cfg("mokd", ["MOKD.TEACHER.CLASSIFIER", "resnet18"])
+        with pytest.raises(ValueError, match="CLASSIFIER is 'resnet18', but the student is no cla"):
+            task_of(cfg).teacher_config(cfg)

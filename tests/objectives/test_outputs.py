@@ -1,0 +1,152 @@
+# Copyright (c) The mokd_det authors.
+"""The objective that matches what two detectors say."""
+
+import logging
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+
+from mokd_det.engine import DistillationTrainer, validate
+from mokd_det.objectives import StudentOutputs
+
+from ..conftest import OUTPUTS, OUTPUTS_ONLY
+from ..modeling.families import batch_of, saved_teacher, step
+
+BOXES = {"loss_output_classes", "loss_output_boxes"}
+RPN = {"loss_output_rpn_cls", "loss_output_rpn_loc"}
+
+
+@pytest.mark.parametrize("family", ["faster_rcnn", "retinanet", "cascade_rcnn"])
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(family_cfg, tmp_path, family):
+    cfg = family_cfg(family)
+    torch.manual_seed(5)
+    opts = saved_teacher(cfg, build_model(cfg), tmp_path)
+    cfg = family_cfg(family, [*opts, *OUTPUTS_ONLY])
+    model, batch = DistillationTrainer.build_model(cfg), batch_of(cfg)
+    model.student.load_state_dict(model.teacher.model.state_dict())
+    model.student.eval()  # BatchNorm as the teacher's
+    teacher = model.teacher.run(batch, cfg.INPUT.FORMAT)
+    objective = model.objectives["outputs"]
+    with torch.no_grad():
+        losses = objective(StudentOutputs(teacher.features, batch), teacher)
+    assert set(losses) == (BOXES if family == "retinanet" else BOXES | RPN)
+    assert all(abs(loss) < 1e-5 for loss in losses.values()), losses
+    with torch.no_grad():
+        objective.used_parameters().borrowed[-1].add_(1.0)
+        losses = objective(StudentOutputs(teacher.features, batch), teacher)
+    assert max(losses.values()) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "family, measured_at",
+    [
+        ("faster_rcnn", "features"),
+        pytest.param("faster_rcnn", "parameters", marks=pytest.mark.slow),
+        pytest.param("retinanet", "features", marks=pytest.mark.slow),
+        pytest.param("retinanet", "parameters", marks=pytest.mark.slow),
+    ],
+)
+def test_the_students_head_gets_the_weighted_gradient(family_cfg, family, measured_at):
+    """Weights (1, 0, 2): head and backbone get task + 2 outputs, measured one by one."""
+    gradients = {}
+    for weights in ((1.0, 0.0, 0.0), (0.0, 0.0, 1.0), (1.0, 0.0, 2.0)):
+        opts = ["MOKD.ENABLED", True, *OUTPUTS, "MOKD.BALANCING.RULE", "fixed"]
+        opts += ["MOKD.BALANCING.FIXED.WEIGHTS", list(weights)]
+        cfg = family_cfg(family, [*opts, "MOKD.BALANCING.MEASURE_AT", measured_at])
+        torch.manual_seed(2)
+        model = DistillationTrainer.build_model(cfg)
+        batch = batch_of(cfg)
+        torch.manual_seed(4)
+        # The same bits in every pass of RetinaNet's loss.
+        with torch.jit.optimized_execution(False):
+            step(model, batch)
+        gradients[weights] = {n: p.grad for n, p in model.student.named_parameters()}
+    task, both_heads, all_three = gradients.values()
+    heads = [n for n in task if not n.startswith("backbone") and task[n] is not None]
+    trained = {id(p) for p in model.objectives["outputs"].used_parameters().borrowed}
+    names = {n for n, p in model.student.named_parameters() if id(p) in trained}
+    assert names and names <= set(heads)
+    for name in task:
+        if name.startswith("backbone"):
+            expected = task[name] + 2 * both_heads[name]
+        else:  # heads get the plain task gradient in each run
+            outputs_only = both_heads[name] - task[name]
+            expected = task[name] + 2 * outputs_only
+            assert (outputs_only.abs().max() > 0) == (name in names), name
+        assert torch.allclose(all_three[name], expected, rtol=2e-3, atol=1e-5), name
+
+
+def losses_of(cfg):
+    """Return (model, losses of its objective "outputs")."""
+    torch.manual_seed(0)
+    model, batch = DistillationTrainer.build_model(cfg), batch_of(cfg)
+    teacher = model.teacher.run(batch, cfg.INPUT.FORMAT)
+    features = model.student.backbone(model.student.preprocess_image(batch).tensor)
+    return model, model.objectives["outputs"](StudentOutputs(features, batch), teacher)
+
+
+def borrowed(model):
+    return {id(p) for p in model.objectives["outputs"].used_parameters().borrowed}
+
+
+def test_the_log_says_what_is_compared(make_cfg, caplog):
+    with caplog.at_level(logging.INFO, logger="mokd_det"):
+        _, losses = losses_of(make_cfg("mokd", OUTPUTS))
+    assert "the RPNs of both sides are compared on p3, p4, p5, p6 of p3, p4, p5, p6" in caplog.text
+    assert set(losses) == BOXES | RPN
+    caplog.clear()
+    anchors = ["MODEL.ANCHOR_GENERATOR.SIZES", [[8], [9], [10], [11]]]
+    with caplog.at_level(logging.INFO, logger="mokd_det"):
+        _, losses = losses_of(make_cfg("mokd", [*OUTPUTS, *anchors]))
+    assert "not compared: on no level do both have one with the same anchors" in caplog.text
+    assert set(losses) == BOXES
+
+
+def test_the_weight_multiplies_and_zero_leaves_the_rpn_alone(make_cfg):
+    opts = [*OUTPUTS, "MOKD.OUTPUTS.RPN_WEIGHT"]
+    model, once = losses_of(make_cfg("mokd", [*opts, 1.0]))
+    assert {id(p) for p in model.student.proposal_generator.parameters()} <= borrowed(model)
+    _, thrice = losses_of(make_cfg("mokd", [*opts, 3.0]))
+    for name in RPN:
+        assert torch.allclose(3 * once[name], thrice[name])
+    assert torch.equal(once["loss_output_classes"], thrice["loss_output_classes"])
+    model, none = losses_of(make_cfg("mokd", [*opts, 0.0]))
+    assert set(none) == BOXES
+    assert not {id(p) for p in model.student.proposal_generator.parameters()} & borrowed(model)
+
+
+def test_weights_of_classes_and_boxes(make_cfg):
+    _, both = losses_of(make_cfg("mokd", OUTPUTS))
+    _, one = losses_of(
+        make_cfg(
+            "mokd", [*OUTPUTS, "MOKD.OUTPUTS.CLASS_WEIGHT", 0.0, "MOKD.OUTPUTS.BOX_WEIGHT", 3.0]
+        )
+    )
+    assert "loss_output_classes" not in one
+    assert torch.allclose(one["loss_output_boxes"], 3 * both["loss_output_boxes"])
+
+
+@pytest.mark.parametrize(
+    "opts, message",
+    [
+        (["TEMPERATURE", 0.0], "MOKD.OUTPUTS.TEMPERATURE is 0.0: expected > 0"),
+        (["BOX_WEIGHT", -1.0], "BOX_WEIGHT -1.0 and .*: expected numbers >= 0"),
+        (["RPN_WEIGHT", -1.0], "RPN_WEIGHT -1.0: expected numbers >= 0"),
+        (
+            ["BOX_WEIGHT", 0.0, "MOKD.OUTPUTS.CLASS_WEIGHT", 0.0],
+            "CLASS_WEIGHT is 0.0, .* one of the first two above",
+        ),
+    ],
+)
+def test_bad_options_are_explained(make_cfg, opts, message):
+    cfg = make_cfg("mokd", [*OUTPUTS, f"MOKD.OUTPUTS.{opts[0]}", *opts[1:]])
+    with pytest.raises(ValueError, match=message):
+        validate(cfg)
+
+
+def test_other_classes_have_no_common_outputs(make_cfg):
+    cfg = make_cfg("mokd", [*OUTPUTS, "MODEL.ROI_HEADS.NUM_CLASSES", 2])
+    message = "student has 2 classes and the teacher 1.*Set MODEL.ROI_HEADS.NUM_CLASSES"
+    with pytest.raises(ValueError, match=message):
+        DistillationTrainer.build_model(cfg)

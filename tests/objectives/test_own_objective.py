@@ -1,0 +1,156 @@
+# Copyright (c) The mokd_det authors.
+"""An objective of one's own: one small file, chosen by name in a config."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.utils.env import seed_all_rng
+from torch import nn
+
+from mokd_det.config import defaults, load_config
+from mokd_det.engine import build_trainer, validate
+from mokd_det.objectives import OBJECTIVES, Objective
+
+from ..conftest import CONFIGS, DIGIT_OPTS, ROOT, TREE_OPTS
+from ..engine.helpers import train_and_stop
+
+FILE = Path(__file__).parent / "own_objective.py"
+CONFIG = """
+_BASE_: "{base}"
+MOKD:
+  ENABLED: True
+  OBJECTIVES: ["features", "attention"]
+  ATTENTION: {{LEVELS: ["{level}"], LOSS_WEIGHT: 2.0}}
+  BALANCING: {{RULE: "fixed", FIXED: {{WEIGHTS: [1.0, 1.0, 0.5]}}}}
+"""
+FIXED = ["MOKD.BALANCING.RULE", "fixed", "MOKD.BALANCING.FIXED.WEIGHTS", [1.0, 1.0, 0.5]]
+
+
+class HintObjective(Objective):
+    """FitNets (Romero et al., ICLR 2015): a regressor from the student's map to the teacher's."""
+
+    options = {"LEVEL": "p3"}
+
+    def __init__(self, level, channels, teacher_channels):
+        super().__init__()
+        self.level = level
+        self.regressor = nn.Conv2d(channels, teacher_channels, 1)
+
+    @classmethod
+    def check_config(cls, cfg):
+        if cfg.MOKD.HINT.LEVEL == "p2":
+            raise ValueError("MOKD.HINT.LEVEL is 'p2'")
+
+    @classmethod
+    def from_config(cls, cfg, task, student, teacher):
+        name = cfg.MOKD.HINT.LEVEL
+        shapes = student.backbone.output_shape(), teacher.feature_shapes()
+        return cls(name, *(shape[name].channels for shape in shapes))
+
+    def forward(self, student, teacher):
+        ours, theirs = student.features[self.level], teacher.features[self.level]
+        return {"loss_hint": (self.regressor(ours) - theirs).square().mean()}
+
+
+@pytest.fixture(autouse=True)
+def registered():
+    """As a user's script registers them, until the test ends."""
+    spec = importlib.util.spec_from_file_location("own_objective", FILE)
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    OBJECTIVES.register("hint")(HintObjective)
+    yield
+    for name in ("attention", "hint"):
+        OBJECTIVES.remove(name)
+        defaults._declared.pop(f"MOKD.{name.upper()}", None)
+
+
+def trained(cfg, resume=False):
+    seed_all_rng(cfg.SEED)
+    trainer = build_trainer(cfg)
+    trainer.resume_or_load(resume)
+    trainer.train()
+    return trainer
+
+
+def test_it_is_one_small_file():
+    assert len(FILE.read_text().splitlines()) <= 40
+
+
+def assert_measured_weighed_and_logged(trainer, name, weight):
+    decision, index = trainer.model.boundary.last, trainer.model.names.index(name)
+    assert decision.gram[index, index] > 0 and decision.weights[index] == weight
+    logged = json.loads(Path(trainer.cfg.OUTPUT_DIR, "metrics.json").read_text().splitlines()[-1])
+    assert logged[f"loss_{name}"] > 0
+    assert logged[f"balance/features/weight_{name}"] == weight
+    assert -1 <= logged[f"balance/features/cosine_{name}"] <= 1
+    assert logged[f"balance/features/dominance_{name}"] > 0
+
+
+def test_it_is_chosen_measured_weighed_and_logged_by_name(tmp_path, teacher_weights):
+    path = tmp_path / "student.yaml"
+    path.write_text(CONFIG.format(base=ROOT / CONFIGS["mokd"], level="p4"))
+    chosen = TREE_OPTS.index("MOKD.OBJECTIVES")  # the file's
+    opts = TREE_OPTS[:chosen] + TREE_OPTS[chosen + 2 :]
+    opts += ["MOKD.TEACHER.WEIGHTS", teacher_weights, "SOLVER.MAX_ITER", 2, "DATASETS.TEST", ()]
+    cfg = load_config(str(path), [*opts, "OUTPUT_DIR", str(tmp_path / "run")])
+    trainer = trained(cfg)
+    assert trainer.model.names == ["task", "features", "attention"]
+    assert [x.student for x in trainer.model.objectives["attention"].levels] == ["p4"]
+    assert_measured_weighed_and_logged(trainer, "attention", 0.5)
+
+
+def test_it_serves_classifiers(tmp_path, digits_teacher_weights):
+    path = tmp_path / "student.yaml"
+    path.write_text(CONFIG.format(base=ROOT / "configs/Digits/student_mokd.yaml", level="stage3"))
+    opts = [*DIGIT_OPTS, "MOKD.TEACHER.WEIGHTS", digits_teacher_weights, "DATASETS.TEST", ()]
+    opts += ["MOKD.FEATURES.STUDENT", ["stage3", "stage4"], "SOLVER.MAX_ITER", 2]
+    opts += ["MOKD.FEATURES.TEACHER", ["layer3", "layer4"], "MOKD.LOGITS.TEMPERATURE", 1.0]
+    trainer = trained(load_config(str(path), [*opts, "OUTPUT_DIR", str(tmp_path / "run")]))
+    assert trainer.model.objectives["attention"].taps == ["stage3"]
+    assert_measured_weighed_and_logged(trainer, "attention", 0.5)
+
+
+def test_its_options_are_checked_like_all_others(make_cfg):
+    with pytest.raises(ValueError, match="no option MOKD.HINT.LEVLE.*Did you mean MOKD.HINT.LEVEL"):
+        load_config(CONFIGS["mokd"], ["MOKD.HINT.LEVLE", "p4"])
+    with pytest.raises(ValueError, match="MOKD.HINT.LEVEL is 'p4', but it is read by the obj.*add"):
+        validate(make_cfg("mokd", ["MOKD.HINT.LEVEL", "p4"]))
+    opts = ["MOKD.OBJECTIVES", ["features", "hint"], "MOKD.HINT.LEVEL", "p2"]
+    with pytest.raises(ValueError, match="MOKD.HINT.LEVEL is 'p2'"):
+        validate(make_cfg("mokd", opts))
+
+
+HINT = ["MOKD.OBJECTIVES", ["features", "hint"], "TEST.EVAL_PERIOD", 0]
+
+
+def test_its_own_parameters_train_and_stay_out_of_the_model(make_cfg):
+    cfg = make_cfg("mokd", [*HINT, *FIXED, "SOLVER.MAX_ITER", 2, "DATASETS.TEST", ()])
+    trainer = build_trainer(cfg)
+    weight = trainer.model.objectives["hint"].regressor.weight
+    before = weight.clone()
+    trainer.resume_or_load(False)
+    trainer.train()
+    assert_measured_weighed_and_logged(trainer, "hint", 0.5)
+    assert weight.grad.any() and not torch.equal(weight, before)
+    saved = torch.load(f"{cfg.OUTPUT_DIR}/model_final.pth", weights_only=False)
+    assert torch.equal(saved["objectives"]["hint.regressor.weight"], weight)
+    assert not any("regressor" in key for key in saved["model"])
+    assert saved["model"].keys() == trainer.model.student.state_dict().keys()
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(make_cfg):
+    """Attention without the features, and hints with parameters of their own."""
+    opts = ["MOKD.OBJECTIVES", ["attention", "hint"], "MOKD.FEATURES.STUDENT", []]
+    opts += ["MOKD.FEATURES.DIM", 0, "SOLVER.CHECKPOINT_PERIOD", 2, "DATASETS.TEST", ()]
+    whole = trained(make_cfg("mokd", [*opts, *FIXED], "whole"))
+    cfg = make_cfg("mokd", [*opts, *FIXED], "stopped")
+    train_and_stop(cfg, 2)
+    resumed = trained(cfg, resume=True)
+    assert resumed.start_iter == 2
+    state = resumed.model.state_dict()
+    assert any(key.startswith("objectives.hint.") for key in state)
+    for key, value in whole.model.state_dict().items():
+        assert torch.equal(value, state[key]), key
