@@ -9,11 +9,11 @@ UV_VERSION := 0.13.9
 
 help:
 	@echo "make demo   from nothing to a distilled tree detector (20 to 50 minutes on 2 CPU cores)"
-	@echo "make demo-classification   the same for digits, three seeds (minutes)"
+	@echo "make demo-classification   the same for MNIST and a classifier, three seeds (minutes)"
 	@echo "make test   the tests to run before every commit (5 minutes on 2 cores)"
 	@echo "make test-all   the rest of the suite (25 minutes)"
 	@echo "make env    only the set-up, in $(VENV)"
-	@echo "make lint   ruff over the code"
+	@echo "make lint   ruff (rules and format) and mypy over the code"
 	@echo "make pins   resolve the newest versions into requirements.txt"
 	@echo "make clean  delete $(VENV) and output/, all runs in it included"
 
@@ -42,7 +42,9 @@ test-all: env
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 -m slow
 
 lint: env
-	$(BIN)/ruff check mokd_det tools datasets tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 pins: env
 	$(UV) pip compile --universal --python-version 3.10 --upgrade --no-annotate --no-header --quiet \

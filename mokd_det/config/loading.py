@@ -4,6 +4,7 @@
 import difflib
 import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,7 +56,8 @@ def load_config(
 ) -> CfgNode:
     """
     Args:
-        config_file: a YAML file, with any prefix that Detectron2 resolves. Empty: defaults.
+        config_file: a YAML file, with any prefix that Detectron2 resolves, or the name of one that
+            comes with mokd_det, "COCO-Detection/...". Empty: defaults.
         opts: overrides [KEY, VALUE, ...].
         option: where the file name was given, for messages.
 
@@ -70,7 +72,10 @@ def load_config(
     cfg = get_cfg()
     if config_file:
         if "://" not in config_file and not PathManager.isfile(config_file):
-            raise FileNotFoundError(f"{option} '{config_file}' does not exist.")
+            shipped = _shipped_config(config_file)
+            if shipped is None:
+                raise FileNotFoundError(f"{option} '{config_file}' does not exist.")
+            config_file = shipped
         try:
             loaded = CfgNode.load_yaml_with_base(config_file, allow_unsafe=False)
         except yaml.constructor.ConstructorError as error:
@@ -158,8 +163,8 @@ def split_overrides(values: Sequence[str]) -> tuple[list[str], list[str]]:
 def find_config(name: str, option: str) -> tuple[str, str]:
     """
     Args:
-        name: a config file, or a name of Detectron2's model zoo, such as
-            "COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml".
+        name: a config file, or the name of one that comes with mokd_det or with Detectron2's model
+            zoo, such as "COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml".
         option: where it was given, for messages.
 
     Returns:
@@ -178,6 +183,8 @@ def find_config(name: str, option: str) -> tuple[str, str]:
     try:
         return model_zoo.get_config_file(name), weights
     except RuntimeError as error:
+        if shipped := _shipped_config(name):
+            return shipped, weights
         raise FileNotFoundError(
             f"{option} '{name}' does not exist"
             + (
@@ -187,6 +194,16 @@ def find_config(name: str, option: str) -> tuple[str, str]:
                 else f" (looked in {os.getcwd()} and in Detectron2's model zoo)."
             )
         ) from error
+
+
+def _shipped_config(name: str) -> str | None:
+    """Return the file of a config that comes with mokd_det, by its name, also after "configs/"."""
+    package = Path(__file__).parent.parent
+    for folder in (package / "configs", package.parent / "configs"):  # a wheel's; a checkout's
+        file = folder / name.removeprefix("configs/")
+        if file.is_file():
+            return str(file)
+    return None
 
 
 def stock_config(cfg: CfgNode, keep: Sequence[str] = ()) -> CfgNode:
