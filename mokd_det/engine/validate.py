@@ -1,6 +1,6 @@
 # Copyright (c) The mokd_det authors.
 """
-Every check that needs no data and no weights, in the order in which a user can mend them. Each
+Every check that needs no data and no weights, in the order in which a user can fix them. Each
 check itself lives where its option is read; this is the one place that calls them.
 """
 
@@ -20,6 +20,16 @@ from .optimizer import check_optimizer
 from .step import PRECISIONS
 
 __all__ = ["needs_own_step", "validate"]
+
+# Rules of version 0.1, and what is nearest to them.
+GONE = {
+    "aligned": "'loss_ratio'",
+    "anchored": "'loss_ratio'",
+    "constant_dominance": "'loss_ratio'",
+    "imtl_g": "'torchjd.IMTLG'",
+    "look_ahead": "'loss_ratio'",
+    "protected_min_norm": "'min_norm', which can starve the task, or 'loss_ratio'",
+}
 
 
 def validate(cfg: CfgNode) -> Task:
@@ -59,7 +69,7 @@ def _check_kind(cfg: CfgNode, task: Task) -> None:
     default = get_cfg()
     others = [TASKS.get(name) for name in TASKS]
     for other in others:
-        for option in other.options if other.name != task.name else ():
+        for option in set(other.options) - set(task.options):
             if not cfg.MOKD.ENABLED and option.startswith("MOKD."):
                 continue
             for key, value in _changed(option, cfg, default):
@@ -96,6 +106,11 @@ def _check_read(cfg: CfgNode) -> None:
     """Options of rules and objectives that are not chosen: nobody reads them."""
     default = get_cfg()
     rule = cfg.MOKD.BALANCING.RULE
+    if rule in GONE:
+        raise ValueError(
+            f"MOKD.BALANCING.RULE '{rule}' of version 0.1 is gone: use {GONE[rule]}. There are "
+            f"{', '.join(map(repr, RULES))} and 'torchjd.X'."
+        )
     nodes = {f"MOKD.BALANCING.{n.upper()}": n for n in RULES if n != rule}
     if not rule.startswith(TORCHJD_PREFIX):
         nodes["MOKD.BALANCING.TORCHJD"] = "torchjd.X"

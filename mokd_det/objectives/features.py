@@ -88,6 +88,13 @@ class FeatureObjective(Objective):
                 f"MOKD.FEATURES.LEVEL_WEIGHTS is '{options.LEVEL_WEIGHTS}': expected one of "
                 f"{LEVEL_WEIGHTS}."
             )
+        for option, source in (("FOREGROUND_SHARE", ""), ("FOREGROUND_SCORE", "teacher")):
+            is_read = options.FOREGROUND == source if source else options.FOREGROUND
+            if options[option] != 0.5 and not is_read:
+                raise ValueError(
+                    f"MOKD.FEATURES.{option} is {options[option]}, but it is read with "
+                    f"FOREGROUND {source or 'ground_truth or teacher'} only: remove it."
+                )
         FEATURE_LOSSES.get(options.LOSS)
         PROJECTORS.get(options.PROJECTOR)
         check_projector(options.DIM, options.TEACHER_SIDE)

@@ -40,6 +40,12 @@ class Task(abc.ABC):
     # Whether a student without a teacher may have Detectron2's own loader and step.
     has_stock_step: ClassVar[bool] = True
 
+    @classmethod
+    def is_one_of(cls, names: Sequence[str]) -> bool:
+        """Whether it is, or derives from, a task of these names; empty: any."""
+        own = {base.name for base in cls.__mro__ if issubclass(base, Task)}
+        return not names or bool(own & set(names))
+
     # ---- models --------------------------------------------------------------------------------
 
     def build_student(self, cfg: CfgNode) -> nn.Module:

@@ -12,7 +12,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
-from ..config import find_config, load_config
+from ..config import find_config, get_cfg, load_config
 from ..data import build_resumable_train_loader, build_train_mapper, check_augmentation
 from ..export import DetectorExporter
 from ..modeling import StrictCheckpointer, load_lazy_config, replace_backbone_features
@@ -174,10 +174,19 @@ class DetectionTask(Task):
             raise ValueError(
                 f"MOKD.TEACHER.PROPOSALS is {cfg.MOKD.TEACHER.PROPOSALS}: expected 1 or more."
             )
-        if cfg.MOKD.ENABLED and cfg.MOKD.TEACHER.TORCHSCRIPT.FILE:
+        if not cfg.MOKD.ENABLED:
+            return
+        options, usual = cfg.MOKD.TEACHER.TORCHSCRIPT, get_cfg().MOKD.TEACHER.TORCHSCRIPT
+        if options.FILE:
             ScriptedDetector.check_config(cfg)
-        elif cfg.MOKD.ENABLED:
-            self.teacher_config(cfg)
+            return
+        for key in options:
+            if options[key] != usual[key]:
+                raise ValueError(
+                    f"MOKD.TEACHER.TORCHSCRIPT.{key} is {options[key]}, but TORCHSCRIPT.FILE, which "
+                    "would be normalised by it, is empty: remove it, or name the file."
+                )
+        self.teacher_config(cfg)
 
     def exporter(self, cfg: CfgNode) -> DetectorExporter:
         return DetectorExporter(cfg)
