@@ -11,7 +11,9 @@ upstream's main branch (which needs none but, with a new setuptools, the last) i
 import importlib.util
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 BUILD_HINT = (
     "this Detectron2 has no compiled operators (the packaged 0.6 comes without them). "
@@ -44,12 +46,12 @@ def apply() -> list[str]:
     return [name for name, patch in patches.items() if patch(root)]
 
 
-def _mentions(file, text):
+def _mentions(file: Path, text: str) -> bool:
     # 0.6 and main both call themselves 0.6, so the source is the only witness of which one it is.
     return file.is_file() and text in file.read_text(encoding="utf-8")
 
 
-def _patch_pillow(root):
+def _patch_pillow(root: Path) -> bool:
     """Pillow 10 removed ``Image.LINEAR``; 0.6 uses it as a default argument."""
     from PIL import Image
 
@@ -57,11 +59,11 @@ def _patch_pillow(root):
         root / "data" / "transforms" / "transform.py", "Image.LINEAR"
     ):
         return False
-    Image.LINEAR = Image.BILINEAR
+    vars(Image)["LINEAR"] = Image.Resampling.BILINEAR.value
     return True
 
 
-def _patch_numpy(root):
+def _patch_numpy(root: Path) -> bool:
     """NumPy 1.24 removed its aliases of Python's own types (NumPy 2 brought ``bool`` back)."""
     import numpy as np
 
@@ -74,7 +76,7 @@ def _patch_numpy(root):
     return True
 
 
-def _patch_compiled(root):
+def _patch_compiled(root: Path) -> bool:
     """
     Without ``detectron2._C`` nothing imports. Detectors that need none of its operators run
     with this stand-in; the others fail at the operator, with the way to get it.
@@ -82,13 +84,13 @@ def _patch_compiled(root):
     if "detectron2._C" in sys.modules or any(root.glob("_C*.so")) or any(root.glob("_C*.pyd")):
         return False
 
-    compiled = types.ModuleType("detectron2._C", doc="Stand-in for absent compiled operators.")
+    compiled: Any = types.ModuleType("detectron2._C", doc="Stand-in for absent compiled operators.")
     # detectron2.utils.collect_env asks these of any _C that imports.
     compiled.get_compiler_version = lambda: "not built"
     compiled.get_cuda_version = lambda: "not built"
     compiled.has_cuda = lambda: False
 
-    def missing_operator(name):
+    def missing_operator(name: str) -> Callable:
         # Import machinery and inspection look for dunders and take AttributeError for an answer.
         if name.startswith("__"):
             raise AttributeError(name)
@@ -100,10 +102,11 @@ def _patch_compiled(root):
 
     compiled.__getattr__ = missing_operator
     sys.modules["detectron2._C"] = compiled
-    _define_missing_torch_ops(missing_operator)
+    # The definitions live as long as this object.
+    compiled.library = _define_missing_torch_ops(missing_operator)
 
     # 0.6 imports its C++ COCO evaluation unconditionally; others give the same numbers.
-    fast_eval = types.ModuleType("detectron2.evaluation.fast_eval_api")
+    fast_eval: Any = types.ModuleType("detectron2.evaluation.fast_eval_api")
 
     def coco_eval(*args, **kwargs):
         # Imported late: that package needs the one which is being imported here.
@@ -116,8 +119,8 @@ def _patch_compiled(root):
     return True
 
 
-def _define_missing_torch_ops(missing_operator):
-    """Operators that Detectron2 calls as ``torch.ops.detectron2.*`` (0.6: the first only)."""
+def _define_missing_torch_ops(missing_operator: Callable[[str], Callable]) -> Any:
+    """Return the library of what Detectron2 calls ``torch.ops.detectron2.*`` (0.6: the first)."""
     import torch
 
     library = torch.library.Library("detectron2", "FRAGMENT")
@@ -130,11 +133,10 @@ def _define_missing_torch_ops(missing_operator):
         library.define(schema)
         name = schema.split("(")[0]
         library.impl(name, missing_operator(name), "CompositeExplicitAutograd")
-    # The definitions live as long as this object.
-    sys.modules["detectron2._C"].library = library
+    return library
 
 
-def _patch_caffe2(root):
+def _patch_caffe2(root: Path) -> bool:
     """
     0.6 imports ``detectron2.export.api``, which is all caffe2, on ``import detectron2.export``.
     caffe2 left PyTorch in 2.0 or so; tracing and scripting do not need it.
@@ -146,21 +148,22 @@ def _patch_caffe2(root):
         or _mentions(root / "export" / "__init__.py", "except ImportError")
     ):
         return False
-    api = types.ModuleType(name, doc="Stand-in: Detectron2's caffe2 export needs caffe2.")
+    api: Any = types.ModuleType(name, doc="Stand-in: Detectron2's caffe2 export needs caffe2.")
     api.__all__ = []
     sys.modules[name] = api
     return True
 
 
-def _patch_pkg_resources(root):
+def _patch_pkg_resources(root: Path) -> bool:
     """setuptools 82 dropped pkg_resources; ``detectron2.model_zoo`` needs one function of it."""
     if "pkg_resources" in sys.modules or importlib.util.find_spec("pkg_resources") is not None:
         return False
-    stand_in = types.ModuleType("pkg_resources", doc="Stand-in with resource_filename only.")
+    stand_in: Any = types.ModuleType("pkg_resources", doc="Stand-in with resource_filename only.")
 
-    def resource_filename(package, resource):
-        locations = importlib.util.find_spec(package).submodule_search_locations
-        return str(Path(locations[0]) / resource)
+    def resource_filename(package: str, resource: str) -> str:
+        spec = importlib.util.find_spec(package)
+        assert spec is not None and spec.submodule_search_locations, package
+        return str(Path(spec.submodule_search_locations[0]) / resource)
 
     stand_in.resource_filename = resource_filename
     sys.modules["pkg_resources"] = stand_in

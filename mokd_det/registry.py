@@ -23,7 +23,7 @@ class Registry:
     def register(self, name: str) -> Callable:
         """Return a decorator that registers a class or function, and calls it ``name``."""
 
-        def decorator(obj):
+        def decorator(obj: Any) -> Any:
             if name in self._objects:
                 raise KeyError(f"{self.name} has an object named '{name}' already.")
             self._objects[name] = obj

@@ -50,8 +50,8 @@ class Decision:
         Returns:
             What the objective's gradient for them is multiplied by.
         """
-        use_own = is_own and self.projector_weights is not None
-        return float((self.projector_weights if use_own else self.weights)[objective])
+        own = self.projector_weights if is_own else None
+        return float((self.weights if own is None else own)[objective])
 
 
 class Balancer:

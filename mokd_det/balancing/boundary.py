@@ -12,7 +12,8 @@ hence nothing that DistributedDataParallel, GradScaler or gradient accumulation 
 
 import abc
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -41,7 +42,7 @@ class Parameters:
     own: Sequence[Parameter] = ()
     borrowed: Sequence[Parameter] = ()
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Parameter]:
         yield from self.own
         yield from self.borrowed
 
@@ -95,7 +96,7 @@ class Boundary(abc.ABC):
         self.last = None
         self._micro_batches = micro_batches
         # None, not one: at weights (1, 1) not a single operation is added to the plain sum.
-        self._factor = scale
+        self._factor: float | Tensor | None = scale
         if micro_batches > 1:
             self._factor = (1.0 if scale is None else scale) / micro_batches
 
@@ -149,6 +150,7 @@ class Boundary(abc.ABC):
 
     def _backward(self, losses: Mapping[str, Tensor]) -> None:
         total = sum(losses.values())
+        assert isinstance(total, Tensor), "[Boundary] there is no loss"
         (total if self._factor is None else total * self._factor).backward()
 
     def _unscaled(self, gram: Tensor) -> Tensor:
@@ -323,4 +325,5 @@ def _mean_decision(decisions: list[Decision]) -> Decision:
 
     fallback = next((d.fallback for d in decisions if d.fallback), "")
     names = [f.name for f in dataclasses.fields(Decision) if f.name != "fallback"]
-    return Decision(**{name: mean(name) for name in names}, fallback=fallback)
+    means: dict[str, Any] = {name: mean(name) for name in names}
+    return Decision(**means, fallback=fallback)

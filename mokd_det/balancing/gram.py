@@ -52,14 +52,14 @@ def gram_by_part(gradients: Sequence[Sequence[Tensor | None]]) -> Tensor:
         )
     dtype = torch.promote_types(example.dtype, torch.float32)
     zero = torch.zeros((), dtype=dtype, device=example.device)
+
+    def dot(first: Tensor | None, second: Tensor | None) -> Tensor:
+        return zero if first is None or second is None else torch.dot(first, second)
+
     products = []
     for part in zip(*gradients):
         flat = [None if g is None else g.detach().reshape(-1).to(dtype) for g in part]
-        upper = {
-            (i, j): zero if flat[i] is None or flat[j] is None else torch.dot(flat[i], flat[j])
-            for i in range(size)
-            for j in range(i, size)
-        }
+        upper = {(i, j): dot(flat[i], flat[j]) for i in range(size) for j in range(i, size)}
         products += [upper[min(i, j), max(i, j)] for i in range(size) for j in range(size)]
     return torch.stack(products).view(-1, size, size)
 

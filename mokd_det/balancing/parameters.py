@@ -296,4 +296,5 @@ def _sum(first, second):
 def _backward_through(features, cotangents):
     pairs = [(f, c) for f, c in zip(features, cotangents) if c is not None and f.requires_grad]
     if pairs:
-        torch.autograd.backward(*map(list, zip(*pairs)))
+        outputs, gradients = zip(*pairs)
+        torch.autograd.backward(outputs, gradients)

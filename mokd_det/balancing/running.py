@@ -1,7 +1,10 @@
 # Copyright (c) The mokd_det authors.
 """Running means of what a rule sees. Their state changes by plain assignment only: see Balancer."""
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from .gram import vanishing
 
@@ -17,25 +20,26 @@ class _RunningRatios:
     fall by ``smoothing`` a step, corrected for the start, as Adam's.
 
     Attributes:
-        first (Tensor or None): (K,) the first step's ratios.
-        logs (Tensor or None): (K,) mean logarithm of the ratios in units of ``first``: factors of
+        first: (K,) the first step's ratios.
+        logs: (K,) mean logarithm of the ratios in units of ``first``: factors of
             two between objectives do not even change the rounding.
-        count (int): steps in the mean.
+        count: steps in the mean.
     """
 
-    state = ("first", "logs", "count")
+    state: tuple[str, ...] = ("first", "logs", "count")
 
-    def __init__(self, smoothing):
+    def __init__(self, smoothing: float):
         """
         Args:
-            smoothing (float): share of the past, in [0, 1).
+            smoothing: share of the past, in [0, 1).
         """
         self.smoothing = smoothing
-        self.first = self.logs = None
+        self.first: Tensor | None = None
+        self.logs: Tensor | None = None
         self.count = 0
 
-    def _add(self, ratios):
-        if self.first is None:
+    def _add(self, ratios: Tensor) -> None:
+        if self.first is None or self.logs is None:
             self.first = ratios
             self.logs = torch.zeros_like(ratios)
         # New tensors: a step that mixed precision skips is undone by putting the old ones back.
@@ -43,13 +47,14 @@ class _RunningRatios:
         self.logs = self.smoothing * self.logs + new * (ratios / self.first).log()
         self.count += 1
 
-    def _times_mean(self, unit):
+    def _times_mean(self, unit: Tensor) -> Tensor:
+        assert self.first is not None and self.logs is not None, "[RunningGram] no step yet"
         return unit * self.first * (self.logs / (1 - self.smoothing**self.count)).exp()
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.state}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
             setattr(self, name, value)
 
@@ -68,22 +73,22 @@ class RunningGram(_RunningRatios):
     is not averaged; the mean without that gradient is what is seen in it.
 
     Attributes:
-        cosines (Tensor or None): (K, K).
+        cosines: (K, K), or None before the first step.
     """
 
     state = ("first", "logs", "cosines", "count")
 
-    def __init__(self, smoothing):
+    def __init__(self, smoothing: float):
         super().__init__(smoothing)
-        self.cosines = None
+        self.cosines: Tensor | None = None
 
-    def update(self, gram):
+    def update(self, gram: Tensor) -> Tensor:
         """
         Args:
-            gram (Tensor): (K, K), of this step.
+            gram: (K, K), of this step.
 
         Returns:
-            Tensor: (K, K), the mean; its first gradient has this step's norm.
+            (K, K), the mean; its first gradient has this step's norm.
         """
         norms = gram.diagonal().sqrt()
         if self.cosines is None:
@@ -106,13 +111,13 @@ class RunningLosses(_RunningRatios):
     is not positive is not averaged: the logarithm of nothing would decide for many steps.
     """
 
-    def update(self, losses):
+    def update(self, losses: Tensor) -> Tensor:
         """
         Args:
-            losses (Tensor): (K,), of this step, the task first.
+            losses: (K,), of this step, the task first.
 
         Returns:
-            Tensor: (K,), the mean; the task's loss is this step's.
+            (K,), the mean; the task's loss is this step's.
         """
         if (losses > LOSS_FLOOR).all():
             self._add(losses / losses[0])

@@ -2,11 +2,13 @@
 """What a region proposal network says at each of its anchors."""
 
 import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.proposal_generator import RPN
-from torch import nn
+from torch import Tensor, nn
 
 __all__ = ["AnchorOutputs", "RPNReader", "build_rpn_readers"]
 
@@ -17,14 +19,14 @@ class AnchorOutputs:
     Predictions at the anchors of some levels.
 
     Attributes:
-        logits (list[Tensor]): for each level (N, A, H, W), objectness, a sigmoid's.
-        deltas (list[Tensor]): for each level (N, A, 4, H, W), from the anchor to the box.
+        logits: for each level (N, A, H, W), objectness, a sigmoid's.
+        deltas: for each level (N, A, 4, H, W), from the anchor to the box.
     """
 
-    logits: list
-    deltas: list
+    logits: list[Tensor]
+    deltas: list[Tensor]
 
-    def cropped_to(self, other):
+    def cropped_to(self, other: "AnchorOutputs") -> "AnchorOutputs":
         """Return these predictions at those positions that ``other`` has, too."""
         sizes = [
             [min(pair) for pair in zip(ours.shape[-2:], theirs.shape[-2:])]
@@ -35,7 +37,7 @@ class AnchorOutputs:
             [x[..., :height, :width] for x, (height, width) in zip(self.deltas, sizes)],
         )
 
-    def flat(self):
+    def flat(self) -> tuple[Tensor, Tensor]:
         """Return (N, R) logits and (N, R, 4) deltas of all anchors of each image, in float32."""
         logits = torch.cat([x.flatten(1) for x in self.logits], dim=1)
         deltas = torch.cat([x.movedim(2, -1).flatten(1, 3) for x in self.deltas], dim=1)
@@ -45,38 +47,37 @@ class AnchorOutputs:
 class RPNReader(nn.Module):
     """Reads an RPN at some of its levels. Its parameters are those of the RPN's head."""
 
-    def __init__(self, rpn, levels):
+    def __init__(self, rpn: RPN, levels: Sequence[int]):
         """
         Args:
-            rpn (RPN): stock.
-            levels (list[int]): indices of its ``in_features``.
+            rpn: stock.
+            levels: indices of its ``in_features``.
         """
         super().__init__()
         self.rpn_head = rpn.rpn_head
         self.in_features = [rpn.in_features[i] for i in levels]
 
-    def forward(self, features):
+    def forward(self, features: dict[str, Tensor]) -> AnchorOutputs:
         """
         Args:
-            features (dict[str, Tensor]): the backbone's.
-
-        Returns:
-            AnchorOutputs
+            features: the backbone's.
         """
         logits, deltas = self.rpn_head([features[name] for name in self.in_features])
         return AnchorOutputs(list(logits), [x.unflatten(1, (-1, 4)) for x in deltas])
 
 
-def build_rpn_readers(student, teacher):
+def build_rpn_readers(student: nn.Module, teacher: nn.Module) -> tuple[RPNReader, RPNReader] | None:
     """
     Args:
-        student, teacher (nn.Module): detectors.
+        student, teacher: detectors.
 
     Returns:
-        tuple[RPNReader] or None: of both sides, at the levels where they have the same anchors;
-        None if there are none, or a side has no stock RPN.
+        Of both sides, at the levels where they have the same anchors; None if there are none, or a
+        side has no stock RPN.
     """
-    rpns = [getattr(detector, "proposal_generator", None) for detector in (student, teacher)]
+    rpns: list[Any] = [
+        getattr(detector, "proposal_generator", None) for detector in (student, teacher)
+    ]
     # Exactly these: a subclass may predict something else, as the one for rotated boxes does.
     if any(
         type(rpn) is not RPN or type(rpn.anchor_generator) is not DefaultAnchorGenerator
@@ -87,10 +88,11 @@ def build_rpn_readers(student, teacher):
     common = [(i, j) for i, x in enumerate(ours) for j, y in enumerate(theirs) if x == y]
     if not common:
         return None
-    return tuple(RPNReader(rpn, list(levels)) for rpn, levels in zip(rpns, zip(*common)))
+    first, second = (RPNReader(rpn, levels) for rpn, levels in zip(rpns, zip(*common)))
+    return first, second
 
 
-def _anchors(rpn):
+def _anchors(rpn: Any) -> Iterator[tuple]:
     """What a level's predictions mean: where its anchors are, and the units of the deltas."""
     generator = rpn.anchor_generator
     for stride, boxes in zip(generator.strides, generator.cell_anchors):

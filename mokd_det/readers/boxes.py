@@ -10,6 +10,7 @@ anchor itself. No detector is changed: readers call the stock modules of its hea
 
 import abc
 import dataclasses
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +20,14 @@ from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
 from detectron2.modeling.roi_heads.rotated_fast_rcnn import RROIHeads
 from detectron2.modeling.roi_heads import CascadeROIHeads, Res5ROIHeads, StandardROIHeads
-from detectron2.structures import Boxes
-from torch import nn
+from detectron2.structures import Boxes, ImageList
+from torch import Tensor, nn
 from torchvision.ops import nms
 
 __all__ = ["BoxOutputs", "BoxReader", "build_box_reader"]
+
+Features = dict[str, Tensor]
+Sizes = list[tuple[int, int]]
 
 PROPOSAL_NMS = 0.7  # as Detectron2's MODEL.RPN.NMS_THRESH
 
@@ -34,20 +38,20 @@ class BoxOutputs:
     Predictions at R boxes of a batch, image by image.
 
     Attributes:
-        logits (Tensor): (R, C + 1) with the background last if ``exclusive``, else (R, C).
-        exclusive (bool): the logits are a softmax's; else each class has a sigmoid of its own.
-        boxes (Tensor): (R, C, 4), or (R, 1, 4) if all classes share one; refined boxes, XYXY in
+        logits: (R, C + 1) with the background last if ``exclusive``, else (R, C).
+        exclusive: the logits are a softmax's; else each class has a sigmoid of its own.
+        boxes: (R, C, 4), or (R, 1, 4) if all classes share one; refined boxes, XYXY in
             pixels of the image that the detector was given.
     """
 
-    logits: torch.Tensor
+    logits: Tensor
     exclusive: bool
-    boxes: torch.Tensor
+    boxes: Tensor
 
-    def log_probabilities(self, temperature=1.0):
+    def log_probabilities(self, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """
         Returns:
-            tuple[Tensor]: (R, C) log p and log (1 - p) of every class but the background.
+            (R, C) log p and log (1 - p) of every class but the background.
         """
         logits = self.logits.float() / temperature
         if not self.exclusive:
@@ -60,11 +64,12 @@ class BoxOutputs:
         p = logs.exp().scatter(1, top, 0.0)
         return logs[:, :-1], torch.log1p(-p).scatter(1, top, rest)[:, :-1]
 
-    def confidence(self):
+    def confidence(self) -> tuple[Tensor, Tensor]:
         """Return (R,) the probability of the most probable class, and (R,) which one it is."""
-        return self.log_probabilities()[0].exp().max(dim=1)
+        values, classes = self.log_probabilities()[0].exp().max(dim=1)
+        return values, classes
 
-    def boxes_of(self, classes):
+    def boxes_of(self, classes: Tensor) -> Tensor:
         """Return (R, 4) the boxes refined for the given (R,) classes."""
         if self.boxes.shape[1] == 1:
             return self.boxes[:, 0]
@@ -76,42 +81,44 @@ class BoxReader(nn.Module, metaclass=abc.ABCMeta):
     Reads one detector's outputs. Its parameters are those of the detector's heads that are read.
 
     Attributes:
-        num_classes (int): C.
+        num_classes: C.
     """
 
-    def forward(self, features, boxes, image_sizes):
+    num_classes: int
+
+    def forward(self, features: Features, boxes: list[Tensor], image_sizes: Sizes) -> BoxOutputs:
         """
         Args:
-            features (dict[str, Tensor]): the backbone's.
-            boxes (list[Tensor]): for each image (R_i, 4), XYXY in pixels.
-            image_sizes (list[tuple[int]]): (height, width) of each image before padding.
+            features: the backbone's.
+            boxes: for each image (R_i, 4), XYXY in pixels.
+            image_sizes: (height, width) of each image before padding.
 
         Returns:
-            BoxOutputs: at these boxes.
+            At these boxes.
         """
         return self.at(self.run(features), boxes, image_sizes)
 
-    def run(self, features):
+    def run(self, features: Features) -> Any:
         """Return what :meth:`at` and :meth:`propose` need of the feature maps."""
         return features
 
     @abc.abstractmethod
-    def at(self, state, boxes, image_sizes):
+    def at(self, state: Any, boxes: list[Tensor], image_sizes: Sizes) -> BoxOutputs:
         """Return the :class:`BoxOutputs` at ``boxes``, given what :meth:`run` returned."""
 
     @abc.abstractmethod
-    def propose(self, state, images, limit):
+    def propose(self, state: Any, images: ImageList, limit: int) -> list[Tensor]:
         """
         Args:
             state: what :meth:`run` returned.
-            images (ImageList): that the features were made from.
-            limit (int): most boxes per image.
+            images: that the features were made from.
+            limit: most boxes per image.
 
         Returns:
-            list[Tensor]: for each image (P_i, 4) boxes that are likely to hold an object.
+            For each image (P_i, 4) boxes that are likely to hold an object.
         """
 
-    def locations(self, features, boxes):
+    def locations(self, features: Features, boxes: list[Tensor]) -> list[Tensor]:
         """Return, for each image, the boxes where this detector predicts nearest to ``boxes``."""
         return boxes
 
@@ -119,7 +126,7 @@ class BoxReader(nn.Module, metaclass=abc.ABCMeta):
 class TwoStageReader(BoxReader):
     """Faster, Mask, Keypoint and Cascade R-CNN, panoptic FPN, and those with Res5ROIHeads (C4)."""
 
-    def __init__(self, detector):
+    def __init__(self, detector: Any):
         super().__init__()
         heads = detector.roi_heads
         self.num_classes = heads.num_classes
@@ -134,20 +141,21 @@ class TwoStageReader(BoxReader):
             if isinstance(heads, CascadeROIHeads):
                 stages = list(zip(heads.box_head, heads.box_predictor))
         self.box_heads = nn.ModuleList(head for head, _ in stages)
-        self.box_predictors = nn.ModuleList(predictor for _, predictor in stages)
+        self.box_predictors: Any = nn.ModuleList(predictor for _, predictor in stages)
         # A list, so that the first stage is no part of what is read (or trained) here.
         self._proposal_generator = [detector.proposal_generator]
 
-    def at(self, state, boxes, image_sizes):
+    def at(self, state: Any, boxes: list[Tensor], image_sizes: Sizes) -> BoxOutputs:
         maps = [state[name] for name in self.in_features]
         counts = [len(b) for b in boxes]
-        logits, refined = [], None
+        logits: list[Tensor] = []
+        refined: Any = None
         for box_head, predictor in zip(self.box_heads, self.box_predictors):
             if logits:  # as at inference, a cascade's next stage looks at the refined boxes
-                boxes = [Boxes(b.detach()) for b in refined[:, 0].split(counts)]
-                for b, size in zip(boxes, image_sizes):
+                clipped = [Boxes(b.detach()) for b in refined[:, 0].split(counts)]
+                for b, size in zip(clipped, image_sizes):
                     b.clip(size)
-                boxes = [b.tensor for b in boxes]
+                boxes = [b.tensor for b in clipped]
             pooled = box_head(self.pooler(maps, [Boxes(b) for b in boxes]))
             if self.mean_over_positions:
                 pooled = pooled.mean(dim=[2, 3])
@@ -158,7 +166,7 @@ class TwoStageReader(BoxReader):
             logits.append(scores)
         if getattr(self.box_predictors[0], "use_sigmoid_ce", False):
             if len(logits) > 1:
-                mean = sum(x.float().sigmoid() for x in logits) / len(logits)
+                mean: Any = sum(x.float().sigmoid() for x in logits) / len(logits)
                 logits = [torch.logit(mean, eps=1e-7)]
             return BoxOutputs(logits[0][:, : self.num_classes], False, refined)
         if len(logits) > 1:  # probabilities are averaged over the stages
@@ -166,7 +174,7 @@ class TwoStageReader(BoxReader):
             logits = [mean.clamp_min(1e-12).log()]
         return BoxOutputs(logits[0], True, refined)
 
-    def propose(self, state, images, limit):
+    def propose(self, state: Any, images: ImageList, limit: int) -> list[Tensor]:
         found, _ = self._proposal_generator[0](images, state, None)
         return [x.proposal_boxes.tensor[:limit] for x in found]
 
@@ -174,7 +182,7 @@ class TwoStageReader(BoxReader):
 class RetinaNetReader(BoxReader):
     """RetinaNet: every anchor predicts."""
 
-    def __init__(self, detector):
+    def __init__(self, detector: Any):
         super().__init__()
         if type(detector.anchor_generator) is not DefaultAnchorGenerator:
             raise ValueError(
@@ -187,14 +195,14 @@ class RetinaNetReader(BoxReader):
         self.anchor_generator = detector.anchor_generator
         self.box2box_transform = detector.box2box_transform
 
-    def run(self, features):
+    def run(self, features: Features) -> Any:
         maps = [features[name] for name in self.in_features]
         logits, deltas = self.head(maps)
         logits = torch.cat([permute_to_N_HWA_K(x, self.num_classes) for x in logits], dim=1)
         deltas = torch.cat([permute_to_N_HWA_K(x, 4) for x in deltas], dim=1)
         return self._anchors(maps), logits, deltas
 
-    def at(self, state, boxes, image_sizes):
+    def at(self, state: Any, boxes: list[Tensor], image_sizes: Sizes) -> BoxOutputs:
         (anchors, grids), logits, deltas = state
         indices = [self._nearest(anchors, grids, b) for b in boxes]
         logits = torch.cat([x[i] for x, i in zip(logits, indices)])
@@ -203,7 +211,7 @@ class RetinaNetReader(BoxReader):
         refined = self.box2box_transform.apply_deltas(deltas.float(), given)
         return BoxOutputs(logits, False, refined[:, None])
 
-    def propose(self, state, images, limit):
+    def propose(self, state: Any, images: ImageList, limit: int) -> list[Tensor]:
         (anchors, _), logits, deltas = state
         proposals = []
         for scores, image_deltas, size in zip(logits, deltas, images.image_sizes):
@@ -218,34 +226,34 @@ class RetinaNetReader(BoxReader):
             proposals.append(boxes[nms(boxes, scores, PROPOSAL_NMS)[:limit]])
         return proposals
 
-    def locations(self, features, boxes):
+    def locations(self, features: Features, boxes: list[Tensor]) -> list[Tensor]:
         anchors, grids = self._anchors([features[name] for name in self.in_features])
         return [anchors[self._nearest(anchors, grids, b).unique()] for b in boxes]
 
-    def _anchors(self, maps):
+    def _anchors(self, maps: list[Tensor]) -> tuple[Tensor, list[torch.Size]]:
         anchors = torch.cat([boxes.tensor for boxes in self.anchor_generator(maps)])
         return anchors, [m.shape[-2:] for m in maps]
 
-    def _nearest(self, anchors, grids, boxes):
+    def _nearest(self, anchors: Tensor, grids: list[torch.Size], boxes: Tensor) -> Tensor:
         """
         Index of the anchor with the largest IoU for each box, without comparing it to all: for
         anchors of one shape that is the one whose centre is nearest.
         """
         generator = self.anchor_generator
         centres = (boxes[:, :2] + boxes[:, 2:]) / 2
-        candidates, start = [], 0
+        parts, start = [], 0
         for (height, width), stride, count in zip(grids, generator.strides, generator.num_anchors):
             cells = (centres / stride - generator.offset).round().long()
             column, row = cells[:, 0].clamp(0, width - 1), cells[:, 1].clamp(0, height - 1)
             first = start + (row * width + column) * count
-            candidates.append(first[:, None] + torch.arange(count, device=boxes.device))
+            parts.append(first[:, None] + torch.arange(count, device=boxes.device))
             start += height * width * count
-        candidates = torch.cat(candidates, dim=1)
+        candidates = torch.cat(parts, dim=1)
         best = _iou(boxes[:, None], anchors[candidates]).argmax(dim=1)
         return candidates.gather(1, best[:, None])[:, 0]
 
 
-def _iou(first, second):
+def _iou(first: Tensor, second: Tensor) -> Tensor:
     """IoU of boxes (..., 4) that broadcast."""
     corner = torch.maximum(first[..., :2], second[..., :2])
     common = (torch.minimum(first[..., 2:], second[..., 2:]) - corner).clamp_min(0).prod(-1)
@@ -253,14 +261,11 @@ def _iou(first, second):
     return common / (areas[0] + areas[1] - common).clamp_min(1e-6)
 
 
-def build_box_reader(detector, who):
+def build_box_reader(detector: nn.Module, who: str) -> BoxReader:
     """
     Args:
-        detector (nn.Module): stock.
-        who (str): "student" or "teacher", for the message.
-
-    Returns:
-        BoxReader
+        detector: stock.
+        who: "student" or "teacher", for the message.
 
     Raises:
         ValueError: a detector whose outputs cannot be read.

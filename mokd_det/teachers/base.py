@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -82,12 +83,13 @@ class Teacher:
         Raises:
             ValueError: an option that this model or machine does not have.
         """
-        self.model = model.eval().requires_grad_(False)
+        # Any: what else it has is its task's to know, and Detectron2 has no types.
+        self.model: Any = model.eval().requires_grad_(False)
         check_precision(precision)
         self.precision = PRECISIONS[precision]
         # A frozen TorchScript module has neither parameters nor buffers, but its detector has.
         device = next(itertools.chain(model.parameters(), model.buffers())).device
-        self._autocast = contextlib.nullcontext
+        self._autocast: Callable[[], AbstractContextManager] = contextlib.nullcontext
         if self.precision is not None:
             enabled = self.precision != torch.float32
             dtype = self.precision if enabled else None
@@ -99,7 +101,7 @@ class Teacher:
             check_backend(compile, "MOKD.TEACHER.COMPILE")
             body.forward = torch.compile(body.forward, backend=compile)
         self._inference_mode = inference_mode
-        self._stream = None
+        self._stream: torch.cuda.Stream | None = None
         if stream:
             if device.type != "cuda":
                 raise ValueError(
@@ -123,24 +125,20 @@ class Teacher:
     def wait(self, outputs: TeacherOutputs) -> None:
         """Make the current CUDA stream wait for what :meth:`run` returned."""
         if self._stream is not None:
-            current = self._students_stream()
+            current = _students_stream(self._stream)
             current.wait_stream(self._stream)
             for tensor in _tensors(outputs):
                 tensor.record_stream(current)
 
-    def _students_stream(self):
-        # Of the teacher's GPU, which need not be the current one.
-        return torch.cuda.current_stream(self._stream.device)
-
-    def _run_beside(self, function, *args):
+    def _run_beside(self, function: Callable[..., Any], *args: Any) -> Any:
         """As :meth:`_run`, on the teacher's own stream if it has one."""
         if self._stream is None:
             return self._run(function, *args)
-        self._stream.wait_stream(self._students_stream())
+        self._stream.wait_stream(_students_stream(self._stream))
         with torch.cuda.stream(self._stream):
             return self._run(function, *args)
 
-    def _run(self, function, *args):
+    def _run(self, function: Callable[..., Any], *args: Any) -> Any:
         # Again at every step: nothing that walks over modules may have left it in train mode.
         self.model.eval()
         mode = torch.inference_mode if self._inference_mode else torch.no_grad
@@ -163,7 +161,12 @@ def speed_options(cfg: CfgNode) -> dict[str, Any]:
     }
 
 
-def _changed(value, function):
+def _students_stream(teachers: torch.cuda.Stream) -> torch.cuda.Stream:
+    # Of the teacher's GPU, which need not be the current one.
+    return torch.cuda.current_stream(teachers.device)
+
+
+def _changed(value: Any, function: Callable[[Tensor], Any]) -> Any:
     """``value`` with ``function`` applied to every tensor inside."""
     if isinstance(value, torch.Tensor):
         return function(value)
@@ -171,13 +174,13 @@ def _changed(value, function):
         return {key: _changed(v, function) for key, v in value.items()}
     if isinstance(value, (list, tuple)) and not isinstance(value, torch.Size):
         return type(value)(_changed(v, function) for v in value)
-    if dataclasses.is_dataclass(value):
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
         values = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
         return dataclasses.replace(value, **_changed(values, function))
     return value
 
 
-def _tensors(value):
-    found = []
+def _tensors(value: Any) -> list[Tensor]:
+    found: list[Tensor] = []
     _changed(value, found.append)
     return found

@@ -3,12 +3,17 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .base import Teacher, TeacherOutputs
+
+if TYPE_CHECKING:
+    from ..data.classification import Batch
+    from ..modeling import Classifier
 
 __all__ = ["PRE_LOGITS", "ClassifierTeacher", "ClassifierTeacherOutputs"]
 
@@ -31,10 +36,12 @@ class ClassifierTeacherOutputs(TeacherOutputs):
 class ClassifierTeacher(Teacher):
     """A frozen classifier."""
 
-    def __init__(self, model: nn.Module, image_size: int, is_resized: bool = False, **options):
+    def __init__(
+        self, model: "Classifier", image_size: int, is_resized: bool = False, **options: Any
+    ):
         """
         Args:
-            model (mokd_det.modeling.Classifier):
+            model:
             image_size: side of the images that it sees, in pixels.
             is_resized: the student's images have another size.
             options: of :class:`Teacher`.
@@ -56,17 +63,19 @@ class ClassifierTeacher(Teacher):
                 continue
             self._tapped.add(name)
             if name == PRE_LOGITS:
-                hook = lambda _module, args: (self._keep(PRE_LOGITS, args[0]),)  # noqa: E731
-                self.model.head.register_forward_pre_hook(hook)
+                self.model.head.register_forward_pre_hook(
+                    lambda _module, args: (self._keep(PRE_LOGITS, args[0]),)
+                )
             else:
-                hook = lambda _m, _args, output, name=name: self._keep(name, output)  # noqa: E731
-                self.model.network.get_submodule(name).register_forward_hook(hook)
+                self.model.network.get_submodule(name).register_forward_hook(
+                    lambda _module, _args, output, name=name: self._keep(name, output)
+                )
 
     def _keep(self, name: str, feature: Tensor) -> Tensor:
         self._found[name] = feature
         return feature.clone()  # goes on: what follows may work in place, as on the student's side
 
-    def run(self, batch, input_format: str = "RGB") -> ClassifierTeacherOutputs:
+    def run(self, batch: "Batch", input_format: str = "RGB") -> ClassifierTeacherOutputs:
         """See :meth:`Teacher.run`; images are always RGB."""
         return self._run_beside(self._run_network, batch.images)
 

@@ -2,14 +2,15 @@
 """The frozen detector: its own weights, its own preprocessing."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from detectron2.layers import ShapeSpec
 from detectron2.structures import ImageList
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..readers import AnchorOutputs, BoxOutputs, RPNReader, build_box_reader
+from ..readers import AnchorOutputs, BoxOutputs, BoxReader, RPNReader, build_box_reader
 from ..speed import pool_in_float32
 from .base import Teacher, TeacherOutputs
 from .scripted import ScriptedDetector
@@ -36,6 +37,7 @@ class DetectorTeacherOutputs(TeacherOutputs):
 
     def at(self, boxes: list[Tensor]) -> BoxOutputs:
         """Return what it says at boxes, for each image (R_i, 4) XYXY in pixels."""
+        assert self.teacher.reader is not None, "[DetectorTeacher] boxes need read_boxes()"
         return self.teacher.ask(self.teacher.reader.at, self.state, boxes, self.image_sizes)
 
     def anchors(self, reader: RPNReader) -> AnchorOutputs:
@@ -55,7 +57,7 @@ class DetectorTeacherOutputs(TeacherOutputs):
 class DetectorTeacher(Teacher):
     """A frozen detector."""
 
-    def __init__(self, model: nn.Module, input_format: str, *, proposals: int = 256, **options):
+    def __init__(self, model: Any, input_format: str, *, proposals: int = 256, **options: Any):
         """
         Args:
             model: a Detectron2 detector, with ``backbone`` and ``preprocess_image``.
@@ -74,7 +76,7 @@ class DetectorTeacher(Teacher):
         super().__init__(model, model.backbone, **options)
         self.input_format = input_format
         self.proposals = proposals
-        self.reader = None
+        self.reader: BoxReader | None = None
         if self.precision != torch.float32:  # else it may run under the student's autocast
             pool_in_float32(self.model)
 
@@ -111,6 +113,6 @@ class DetectorTeacher(Teacher):
             outputs.features = {name: x.float() for name, x in features.items()}
         return outputs
 
-    def ask(self, function, *args):
+    def ask(self, function: Callable[..., Any], *args: Any) -> Any:
         """Return ``function(*args)`` of a part of the teacher, run as the teacher is."""
         return self._run(function, *args)

@@ -1,13 +1,15 @@
 # Copyright (c) The mokd_det authors.
 """A TorchScript file as the teacher: any network, from any library, that returns feature maps."""
 
+from collections.abc import Sequence
+
 import torch
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone
 from detectron2.structures import ImageList
 from detectron2.utils.file_io import PathManager
-from torch import nn
+from torch import Tensor, nn
 
 __all__ = ["ScriptedDetector"]
 
@@ -18,13 +20,23 @@ class ScriptedDetector(nn.Module):
     """What a teacher needs of a detector, around a TorchScript module that maps images (N, 3, H, W)
     to dict[str, Tensor]."""
 
-    def __init__(self, module, pixel_mean, pixel_std, size_divisibility, device):
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
+    def __init__(
+        self,
+        module: torch.jit.ScriptModule,
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
+        size_divisibility: int,
+        device: str,
+    ):
         """
         Args:
-            module (torch.jit.ScriptModule):
-            pixel_mean, pixel_std (sequence[float]): as Detectron2's, in the module's channel order.
-            size_divisibility (int): images are padded to multiples of this.
-            device (str):
+            module: maps images to feature maps.
+            pixel_mean, pixel_std: as Detectron2's, in the module's channel order.
+            size_divisibility: images are padded to multiples of this.
+            device: where the module and the images go.
 
         Raises:
             ValueError: the module does not return maps with whole strides.
@@ -84,10 +96,10 @@ class ScriptedDetector(nn.Module):
         )
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
         return self.pixel_mean.device
 
-    def preprocess_image(self, batched_inputs):
+    def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
         """As Detectron2's detectors."""
         images = [
             (x["image"].to(self.device) - self.pixel_mean) / self.pixel_std for x in batched_inputs
@@ -96,7 +108,7 @@ class ScriptedDetector(nn.Module):
 
 
 class _ScriptedBackbone(Backbone):
-    def __init__(self, module, channels, size_divisibility, device):
+    def __init__(self, module: nn.Module, channels: int, size_divisibility: int, device: str):
         super().__init__()
         self.module = module
         self._size_divisibility = size_divisibility
@@ -118,18 +130,18 @@ class _ScriptedBackbone(Backbone):
                 f"dict[str, Tensor] of maps (N, C', H / stride, W / stride), but {problem}."
             )
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
         return self.module(x)
 
-    def output_shape(self):
+    def output_shape(self) -> dict[str, ShapeSpec]:
         return self._shapes
 
     @property
-    def size_divisibility(self):
+    def size_divisibility(self) -> int:
         return self._size_divisibility
 
 
-def _shape(feature):
+def _shape(feature: object) -> ShapeSpec | None:
     if not isinstance(feature, torch.Tensor) or feature.dim() != 4:
         return None
     _, channels, height, width = feature.shape

@@ -54,6 +54,7 @@ class Famo(Rule):
     def weights(self, gram: Tensor, losses: Tensor) -> Tensor:
         if self.xi is None:
             self._start(len(losses))
+        assert self.xi is not None
         raw = torch.softmax(self.xi.detach(), 0) / losses
         return raw / raw.sum()
 
@@ -61,6 +62,7 @@ class Famo(Rule):
         if not (before.isfinite().all() and after.isfinite().all()):
             return
         change = before.clamp_min(LOSS_FLOOR).log() - after.clamp_min(LOSS_FLOOR).log()
+        assert self.xi is not None and self.optimizer is not None, "[Famo] no weights to learn"
         # The chain rule through the softmax: xi falls along J^T change.
         with torch.enable_grad():
             shares = torch.softmax(self.xi, 0)
@@ -68,7 +70,7 @@ class Famo(Rule):
         self.optimizer.step()
 
     def state_dict(self) -> dict[str, Any]:
-        if self.xi is None:
+        if self.xi is None or self.optimizer is None:
             return {}
         # Adam works in place, and its state dict holds its own tensors.
         state = {"xi": self.xi.detach(), "optimizer": self.optimizer.state_dict()}
@@ -79,6 +81,7 @@ class Famo(Rule):
             self.xi = self.optimizer = None
             return
         self._start(len(state["xi"]))
+        assert self.xi is not None and self.optimizer is not None
         with torch.no_grad():
             self.xi.copy_(state["xi"])
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))

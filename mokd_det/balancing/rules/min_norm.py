@@ -98,7 +98,7 @@ def min_norm_simplex(gram: Tensor) -> Tensor:
         return min_norm_two(gram)
     if not 2 <= size <= MAX_OBJECTIVES:
         raise ValueError(f"min-norm is exact for 2 to {MAX_OBJECTIVES} objectives, not {size}.")
-    best, best_norm = None, None
+    best: tuple[Tensor, Tensor] | None = None  # weights and their squared norm
     for count in range(1, size + 1):
         for face in itertools.combinations(range(size), count):
             weights = _min_norm_on_face(gram, list(face))
@@ -106,9 +106,10 @@ def min_norm_simplex(gram: Tensor) -> Tensor:
                 continue
             norm = weights @ gram @ weights
             # Smaller faces come first, so among equal norms the sparsest stays.
-            if best is None or norm < best_norm * (1 - 1e-12):
-                best, best_norm = weights, norm
-    return best
+            if best is None or norm < best[1] * (1 - 1e-12):
+                best = weights, norm
+    assert best is not None, "[min_norm_simplex] the Gram matrix is not finite"
+    return best[0]
 
 
 def _min_norm_on_face(gram: Tensor, face: list[int]) -> Tensor | None:

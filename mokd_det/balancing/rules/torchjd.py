@@ -25,7 +25,7 @@ class TorchjdRule(Rule):
     ones and nobody else's random stream moves.
     """
 
-    def __init__(self, name: str, **options):
+    def __init__(self, name: str, **options: Any):
         """
         Args:
             name: without "Weighting", e.g. "UPGrad", "CAGrad", "AlignedMTL".
