@@ -15,7 +15,7 @@ from ..conftest import CONFIGS
 WIDE = ["MODEL.FPN.OUT_CHANNELS", 128, "MODEL.ROI_BOX_HEAD.FC_DIM", 256]
 
 
-@pytest.mark.parametrize("average", [0.0, 0.9])
+@pytest.mark.parametrize("average", [0.0, pytest.param(0.9, marks=pytest.mark.slow)])
 def test_fpn_and_heads_start_from_the_teachers(make_cfg, teacher_weights, average):
     prefixes = ["backbone.fpn_output", "proposal_generator", "roi_heads"]
     opts = [*WIDE, "MOKD.INHERIT", prefixes, "SOLVER.MAX_ITER", 2, "TEST.EVAL_PERIOD", 0]

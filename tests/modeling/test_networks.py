@@ -9,45 +9,20 @@ from torch import nn
 
 from mokd_det.config import load_config
 from mokd_det.data.classification import Batch
-from mokd_det.modeling import CLASSIFIERS, Classifier, without_initial_weights
-from mokd_det.modeling.classification import build_network, load_trained_classifier
-from mokd_det.modeling.classification.classifier import default_tap
-from mokd_det.modeling.classification.networks import input_normalisation
-from mokd_det.modeling.classification.taps import find_taps
+from mokd_det.modeling import (
+    CLASSIFIERS,
+    Classifier,
+    build_network,
+    default_tap,
+    find_taps,
+    input_normalisation,
+)
+from mokd_det.tasks import ClassificationTask
 
-# One of each family of torchvision: its default tap, and what is there.
-FAMILIES = {
-    "alexnet": ("features", "map", 256),
-    "convnext_tiny": ("pre_logits", "map", 768),
-    "densenet121": ("pre_logits", "vector", 1024),
-    "efficientnet_b0": ("pre_logits", "vector", 1280),
-    "googlenet": ("pre_logits", "vector", 1024),
-    "inception_v3": ("pre_logits", "vector", 2048),
-    "maxvit_t": ("pre_logits", "map", 512),
-    "mnasnet0_5": ("pre_logits", "vector", 1280),
-    "mobilenet_v2": ("pre_logits", "vector", 1280),
-    "mobilenet_v3_small": ("pre_logits", "vector", 576),
-    "regnet_y_400mf": ("pre_logits", "vector", 440),
-    "resnet18": ("pre_logits", "vector", 512),
-    "shufflenet_v2_x0_5": ("pre_logits", "vector", 1024),
-    "squeezenet1_1": ("pre_logits", "map", 512),
-    "swin_t": ("pre_logits", "vector", 768),
-    "vgg11": ("features", "map", 512),
-    "vit_b_16": ("pre_logits", "vector", 768),
-}
+from .classifiers import FAMILIES, classifier, classifier_families
 
 
-def classifier(network, num_classes=10, **options):
-    return Classifier(
-        network=network,
-        pixel_mean=[0.0] * 3,
-        pixel_std=[1.0] * 3,
-        num_classes=num_classes,
-        **options,
-    )
-
-
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", classifier_families(["resnet18", "squeezenet1_1"]))
 def test_every_family_is_stock_and_has_a_head(name):
     model = classifier(build_network(name, 10))
     tap, kind, channels = FAMILIES[name]
@@ -150,6 +125,7 @@ def test_names_that_do_not_exist(name, weights, options, message):
         build_network(name, 10, weights, options=options)
 
 
+@pytest.mark.slow
 def test_torchvisions_weights_are_taken_as_torchvision_takes_them(monkeypatch):
     """Without a download: what the hub would return is a random network's state."""
     weights = torchvision.models.ViT_B_16_Weights.IMAGENET1K_SWAG_E2E_V1
@@ -167,9 +143,11 @@ def test_torchvisions_weights_are_taken_as_torchvision_takes_them(monkeypatch):
 @pytest.mark.parametrize(
     "name, weights, option",
     [
-        ("googlenet", "DEFAULT", ("transform_input", True)),
+        pytest.param("googlenet", "DEFAULT", ("transform_input", True), marks=pytest.mark.slow),
         ("googlenet", "file", ("transform_input", True)),
-        ("vit_b_16", "IMAGENET1K_SWAG_E2E_V1", ("image_size", 384)),
+        pytest.param(
+            *("vit_b_16", "IMAGENET1K_SWAG_E2E_V1", ("image_size", 384)), marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_trained_network_is_built_without_the_weights_it_started_from(
@@ -189,12 +167,12 @@ def test_a_trained_network_is_built_without_the_weights_it_started_from(
     torch.save({"model": Classifier(cfg).state_dict()}, trained)
     path.unlink()
     cfg.MODEL.WEIGHTS = str(trained)
-    assert getattr(load_trained_classifier(cfg).network, option[0]) == option[1]
-    exported = without_initial_weights(cfg)
+    assert getattr(ClassificationTask().load_trained(cfg).network, option[0]) == option[1]
+    exported = ClassificationTask().untrained_config(cfg)
     assert exported.MODEL.CLASSIFIER.WEIGHTS == "" and cfg.MODEL.CLASSIFIER.WEIGHTS != ""
     assert dict(exported.MODEL.CLASSIFIER.OPTIONS) == dict([option])
     cfg.MODEL.CLASSIFIER.OPTIONS = CfgNode({option[0].upper(): option[1]})
-    assert dict(without_initial_weights(cfg).MODEL.CLASSIFIER.OPTIONS) == {
+    assert dict(ClassificationTask().untrained_config(cfg).MODEL.CLASSIFIER.OPTIONS) == {
         option[0].upper(): option[1]
     }
 
@@ -276,15 +254,15 @@ def test_configs_that_do_not_suit_a_classifier(key, value, message):
 def test_trained_classifiers_need_weights_that_fit(tmp_path):
     cfg = load_config("configs/Digits/student_scratch.yaml")
     with pytest.raises(ValueError, match="MODEL.WEIGHTS and MODEL.CLASSIFIER.WEIGHTS are empty"):
-        load_trained_classifier(cfg)
+        ClassificationTask().load_trained(cfg)
     path = tmp_path / "w.pth"
     torch.save(build_network("shufflenet_v2_x0_5", 7).state_dict(), path)
     cfg.MODEL.WEIGHTS = str(path)
     with pytest.raises(ValueError, match="MODEL.WEIGHTS .* does not fit .*\n.*fc.weight"):
-        load_trained_classifier(cfg)
+        ClassificationTask().load_trained(cfg)
     cfg.MODEL.WEIGHTS, cfg.MODEL.CLASSIFIER.WEIGHTS = "", str(path)
     with pytest.raises(ValueError, match="of another shape fc.weight"):
-        load_trained_classifier(cfg)
+        ClassificationTask().load_trained(cfg)
     cfg.MODEL.CLASSIFIER.NUM_CLASSES = 7
-    loaded = load_trained_classifier(cfg)
+    loaded = ClassificationTask().load_trained(cfg)
     assert not loaded.training and loaded.network.fc.out_features == 7

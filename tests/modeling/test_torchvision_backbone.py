@@ -1,4 +1,6 @@
 # Copyright (c) The mokd_det authors.
+"""Classification models of torchvision as backbones."""
+
 import pytest
 import torch
 import torchvision
@@ -9,21 +11,26 @@ from mokd_det.config import load_config
 from mokd_det.modeling import TorchvisionBackbone
 
 
+QUICK = {
+    "mobilenet_v2": [24, 32, 96, 1280],
+    "mobilenet_v3_small": [16, 24, 48, 576],
+    "resnet18": [64, 128, 256, 512],
+}
+SLOW = {
+    "resnet50": [256, 512, 1024, 2048],
+    "efficientnet_b0": [24, 40, 112, 1280],
+    "convnext_tiny": [96, 192, 384, 768],
+    "swin_t": [96, 192, 384, 768],
+    "regnet_y_400mf": [48, 104, 208, 440],
+    "shufflenet_v2_x0_5": [24, 48, 96, 1024],
+    "densenet121": [128, 256, 512, 1024],
+    "vgg11_bn": [256, 512, 512, 512],
+}
+
+
 @pytest.mark.parametrize(
     "name, channels",
-    [
-        ("mobilenet_v2", [24, 32, 96, 1280]),
-        ("mobilenet_v3_small", [16, 24, 48, 576]),
-        ("resnet18", [64, 128, 256, 512]),
-        ("resnet50", [256, 512, 1024, 2048]),
-        ("efficientnet_b0", [24, 40, 112, 1280]),
-        ("convnext_tiny", [96, 192, 384, 768]),
-        ("swin_t", [96, 192, 384, 768]),
-        ("regnet_y_400mf", [48, 104, 208, 440]),
-        ("shufflenet_v2_x0_5", [24, 48, 96, 1024]),
-        ("densenet121", [128, 256, 512, 1024]),
-        ("vgg11_bn", [256, 512, 512, 512]),
-    ],
+    [*QUICK.items(), *(pytest.param(*item, marks=pytest.mark.slow) for item in SLOW.items())],
 )
 def test_stages_are_the_outputs_of_blocks(name, channels):
     backbone = TorchvisionBackbone(name).eval()
@@ -80,7 +87,7 @@ def test_frozen_norm_and_freeze_at():
     [
         ("resnet18", {"conv1", "bn1"}),
         ("mobilenet_v2", {"features.0", "features.1"}),
-        ("swin_t", {"features.0"}),  # stride 4 at once
+        pytest.param("swin_t", {"features.0"}, marks=pytest.mark.slow),  # stride 4 at once
     ],
 )
 def test_the_stem_alone_is_frozen(name, stem):
@@ -97,6 +104,7 @@ def test_the_stem_alone_is_frozen(name, stem):
     assert not any(k.startswith(in_stem) for k in moved)
 
 
+@pytest.mark.slow
 def test_a_trained_backbone_is_built_without_the_weights_it_started_from(monkeypatch):
     """torchvision sets the conversion of the input by the weights, which a reload has not."""
     state = torchvision.models.googlenet(init_weights=True).state_dict()

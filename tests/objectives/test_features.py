@@ -36,13 +36,13 @@ def test_explicit_level_map_across_strides(make_cfg, side, loss):
     assert {(x.student_channels, x.teacher_channels) for x in objective.levels} == {(64, 128)}
 
 
-@pytest.mark.parametrize("source", ["ground_truth", "teacher"])
-def test_foreground_changes_the_loss(make_cfg, source):
-    opts = ["MOKD.FEATURES.FOREGROUND", source, "MOKD.FEATURES.FOREGROUND_SCORE", 0.3]
-    opts += ["MOKD.FEATURES.FOREGROUND_SHARE", 1.0]
-    _, plain, _ = features_step(make_cfg("mokd"))
-    _, weighted, _ = features_step(make_cfg("mokd", opts))
-    assert plain != weighted
+def test_foreground_changes_the_loss(make_cfg):
+    opts = ["MOKD.FEATURES.FOREGROUND_SCORE", 0.3, "MOKD.FEATURES.FOREGROUND_SHARE", 1.0]
+    values = {
+        features_step(make_cfg("mokd", [*opts, "MOKD.FEATURES.FOREGROUND", source]))[1]
+        for source in ("", "ground_truth", "teacher")
+    }
+    assert len(values) == 3
 
 
 def test_levels_by_positions_are_the_mean_over_all_positions(make_cfg, monkeypatch):
@@ -74,8 +74,15 @@ def test_a_frozen_projector_stays_and_the_student_learns(make_cfg):
     assert not objective.used_parameters().own and decision.gram[1, 1] > 0
 
 
-@pytest.mark.parametrize("student_format", ["BGR", "RGB"])
-@pytest.mark.parametrize("channels", [24, 192])
+@pytest.mark.parametrize(
+    "student_format, channels",
+    [
+        pytest.param("BGR", 24, marks=pytest.mark.slow),
+        ("RGB", 24),
+        ("BGR", 192),
+        pytest.param("RGB", 192, marks=pytest.mark.slow),
+    ],
+)
 def test_pairs_of_other_widths_and_channel_orders(make_cfg, student_format, channels):
     """The teacher has 128 channels, RGB and its own mean; levels p3-p5 against strides twice as
     coarse."""

@@ -103,28 +103,20 @@ def test_the_log_says_what_is_compared(make_cfg, caplog):
     assert set(losses) == BOXES
 
 
-def test_the_weight_multiplies_and_zero_leaves_the_rpn_alone(make_cfg):
-    opts = [*OUTPUTS, "MOKD.OUTPUTS.RPN_WEIGHT"]
-    model, once = losses_of(make_cfg("mokd", [*opts, 1.0]))
+def test_weights_multiply_and_zero_leaves_out(make_cfg):
+    model, once = losses_of(make_cfg("mokd", OUTPUTS))
     assert {id(p) for p in model.student.proposal_generator.parameters()} <= borrowed(model)
-    _, thrice = losses_of(make_cfg("mokd", [*opts, 3.0]))
+    rpn, classes, boxes = (f"MOKD.OUTPUTS.{x}_WEIGHT" for x in ("RPN", "CLASS", "BOX"))
+    _, other = losses_of(make_cfg("mokd", [*OUTPUTS, rpn, 3.0, classes, 0.0]))
+    assert set(other) == {"loss_output_boxes", *RPN}
     for name in RPN:
-        assert torch.allclose(3 * once[name], thrice[name])
-    assert torch.equal(once["loss_output_classes"], thrice["loss_output_classes"])
-    model, none = losses_of(make_cfg("mokd", [*opts, 0.0]))
-    assert set(none) == BOXES
+        assert torch.allclose(3 * once[name], other[name])
+    assert torch.equal(once["loss_output_boxes"], other["loss_output_boxes"])
+    model, other = losses_of(make_cfg("mokd", [*OUTPUTS, rpn, 0.0, boxes, 2.0]))
+    assert set(other) == BOXES
+    assert torch.equal(2 * once["loss_output_boxes"], other["loss_output_boxes"])
+    assert torch.equal(once["loss_output_classes"], other["loss_output_classes"])
     assert not {id(p) for p in model.student.proposal_generator.parameters()} & borrowed(model)
-
-
-def test_weights_of_classes_and_boxes(make_cfg):
-    _, both = losses_of(make_cfg("mokd", OUTPUTS))
-    _, one = losses_of(
-        make_cfg(
-            "mokd", [*OUTPUTS, "MOKD.OUTPUTS.CLASS_WEIGHT", 0.0, "MOKD.OUTPUTS.BOX_WEIGHT", 3.0]
-        )
-    )
-    assert "loss_output_classes" not in one
-    assert torch.allclose(one["loss_output_boxes"], 3 * both["loss_output_boxes"])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,112 @@
+# Copyright (c) The mokd_det authors.
+"""Where a classifier that teaches comes from, and what it sees."""
+
+import pytest
+import torch
+
+from mokd_det.engine import validate
+from mokd_det.modeling import replace_taps
+from mokd_det.tasks import task_of
+from mokd_det.teachers import PRE_LOGITS, ClassifierTeacher
+
+from ..modeling.classifiers import classifier, digit_batch
+from .helpers import build_teacher, prefixed
+
+
+@pytest.mark.parametrize("name, tap", [("resnet18", "bn1"), ("densenet121", "features")])
+def test_a_tap_is_the_same_tensor_on_both_sides(name, tap):
+    """On the teacher's, too, what follows may work in place."""
+    model = classifier(name).eval()
+    seen, batch = {}, digit_batch()
+    with replace_taps(model, [tap], lambda features: seen.update(features) or features):
+        model(batch)
+    teacher = ClassifierTeacher(model, 32)
+    teacher.tap([tap])
+    outputs = teacher.run(batch)
+    teacher.wait(outputs)
+    assert seen[tap].min() < 0 and torch.equal(outputs.features[tap], seen[tap])
+
+
+def test_teacher_sees_the_same_images_under_its_own_normalisation(make_digits_cfg):
+    opts = ["MOKD.TEACHER.OPTS", ["MODEL.PIXEL_MEAN", [1.0, 2.0, 3.0]]]
+    teacher = build_teacher(make_digits_cfg(opts))
+    teacher.tap([PRE_LOGITS, "layer4"])
+    batch = digit_batch()
+    seen = []
+    teacher.model.network.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    outputs = teacher.run(batch)
+    mean = torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1)
+    std = torch.tensor([58.395, 57.12, 57.375]).view(3, 1, 1)
+    assert torch.allclose(seen[0], (batch.images.float() - mean) / std)
+    assert set(outputs.features) == {PRE_LOGITS, "layer4"}
+    assert torch.equal(teacher.model.network.fc(outputs.features[PRE_LOGITS]), outputs.logits)
+    assert not outputs.logits.requires_grad
+
+
+@pytest.mark.parametrize(
+    "options, bound",
+    [
+        (["PRECISION", "bfloat16"], 0.1),
+        (["CHANNELS_LAST", True], 1e-3),
+        pytest.param(["COMPILE", "aot_eager"], 1e-3, marks=pytest.mark.slow),
+        (["INFERENCE_MODE", True], 0.0),
+    ],
+)
+def test_options_of_speed_change_its_outputs_within_bounds_only(make_digits_cfg, options, bound):
+    found = []
+    for opts in ([], options):
+        teacher = build_teacher(make_digits_cfg(prefixed(opts)))
+        teacher.tap([PRE_LOGITS])
+        teacher.run(digit_batch())
+        found.append(teacher.run(digit_batch()))
+    for name in ("logits", PRE_LOGITS):
+        plain, fast = (x.logits if name == "logits" else x.features[name] for x in found)
+        assert fast.dtype == torch.float32 and not fast.is_inference()
+        assert (fast - plain).abs().max() <= bound * plain.std()
+
+
+def test_a_teacher_by_name_wants_what_its_weights_want(make_digits_cfg):
+    opts = ["MOKD.TEACHER.CONFIG_FILE", "", "MOKD.TEACHER.CLASSIFIER", "mobilenet_v3_small"]
+    cfg = make_digits_cfg([*opts, "MOKD.TEACHER.WEIGHTS", "IMAGENET1K_V1"])
+    cfg = task_of(cfg).teacher_config(cfg)
+    assert cfg.MODEL.CLASSIFIER.NAME == "mobilenet_v3_small"
+    assert cfg.MODEL.CLASSIFIER.WEIGHTS == "IMAGENET1K_V1" and cfg.MODEL.WEIGHTS == ""
+    assert cfg.MODEL.PIXEL_MEAN == pytest.approx([123.675, 116.28, 103.53])
+    assert cfg.MODEL.CLASSIFIER.NUM_CLASSES == 10
+
+
+@pytest.mark.parametrize(
+    "opts, error, message",
+    [
+        (["CLASSIFIER", "resnet18"], ValueError, "give one of the two"),
+        (["CONFIG_FILE", ""], ValueError, "give one of the two"),
+        (["WEIGHTS", ""], ValueError, "MOKD.TEACHER.WEIGHTS is empty, and so are"),
+        (["WEIGHTS", "no/file.pth"], FileNotFoundError, "'no/file.pth' does not exist"),
+        (["CONFIG_FILE", "configs/Quick-Start/teacher.yaml"], ValueError, "but the student is a c"),
+        (["IMAGE_SIZE", -1], ValueError, "IMAGE_SIZE is -1"),
+    ],
+)
+def test_options_that_cannot_be(make_digits_cfg, opts, error, message):
+    with pytest.raises(error, match=message):
+        validate(make_digits_cfg(prefixed(opts)))
+
+
+@pytest.mark.parametrize(
+    "opts, message",
+    [
+        (["WEIGHTS", "V9"], "V9': neither a file nor one of"),
+        (["STREAM", True], "STREAM True needs a GPU"),
+    ],
+)
+def test_teachers_that_cannot_be_built(make_digits_cfg, opts, message):
+    with pytest.raises(ValueError, match=message):
+        build_teacher(make_digits_cfg(prefixed(opts)))
+
+
+@pytest.mark.parametrize("name", ["resnet17", "timm.resnet17"])
+def test_an_unknown_teacher_is_not_called_the_student(make_digits_cfg, name):
+    if name.startswith("timm."):
+        pytest.importorskip("timm")
+    opts = ["MOKD.TEACHER.CONFIG_FILE", "", "MOKD.TEACHER.CLASSIFIER", name]
+    with pytest.raises(ValueError, match=f"^MOKD.TEACHER.CLASSIFIER is '{name}'"):
+        validate(make_digits_cfg(opts))
