@@ -3,7 +3,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from detectron2.config import CfgNode
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from ..config import declare_options
 from ..registry import Registry
 from ..teachers import Teacher, TeacherOutputs
 
+if TYPE_CHECKING:
+    from ..tasks import Task
+
 __all__ = ["OBJECTIVES", "Objective", "StudentOutputs"]
 
 
@@ -22,7 +25,7 @@ class _ObjectiveRegistry(Registry):
     def register(self, name: str) -> Callable:
         add = super().register(name)
 
-        def decorator(cls):
+        def decorator(cls: Any) -> Any:
             declare_options(f"MOKD.{name.upper()}", {"LOSS_WEIGHT": 1.0, **cls.options})
             return add(cls)
 
@@ -86,13 +89,15 @@ class Objective(nn.Module):
         """Raise ValueError for options out of their range. No data or weights are read for it."""
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, task, student: nn.Module, teacher: Teacher) -> "Objective":
+    def from_config(
+        cls, cfg: CfgNode, task: "Task", student: nn.Module, teacher: Teacher
+    ) -> "Objective":
         """
         Build it for a pair of models.
 
         Args:
             cfg: the student's config.
-            task (mokd_det.tasks.Task): knows where models of this kind are tapped.
+            task: knows where models of this kind are tapped.
             student: the stock model.
             teacher: asked here for whatever of its outputs is needed.
 

@@ -76,10 +76,9 @@ def align_resolution(
         )
     student = student[..., : extent[0] // student_stride, : extent[1] // student_stride]
     teacher = teacher[..., : extent[0] // teacher_stride, : extent[1] // teacher_stride]
+    size = (student.shape[-2], student.shape[-1])
     if teacher_stride < student_stride:
-        teacher = F.adaptive_avg_pool2d(teacher, student.shape[-2:])
+        teacher = F.adaptive_avg_pool2d(teacher, size)
     else:
-        teacher = F.interpolate(
-            teacher, size=student.shape[-2:], mode="bilinear", align_corners=False
-        )
+        teacher = F.interpolate(teacher, size=size, mode="bilinear", align_corners=False)
     return student, teacher

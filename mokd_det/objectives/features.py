@@ -4,6 +4,7 @@
 import dataclasses
 import logging
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from detectron2.config import CfgNode
 from torch import Tensor, nn
@@ -13,6 +14,9 @@ from .base import OBJECTIVES, Objective, StudentOutputs
 from .feature_losses import FEATURE_LOSSES
 from .foreground import SOURCES, foreground_weights
 from .projector import PROJECTORS, check_projector
+
+if TYPE_CHECKING:
+    from ..tasks import Task
 
 __all__ = ["FeatureObjective", "Level"]
 
@@ -100,7 +104,9 @@ class FeatureObjective(Objective):
         check_projector(options.DIM, options.TEACHER_SIDE)
 
     @classmethod
-    def from_config(cls, cfg, task, student, teacher):
+    def from_config(
+        cls, cfg: CfgNode, task: "Task", student: nn.Module, teacher: Any
+    ) -> "FeatureObjective":
         options = cfg.MOKD.FEATURES
         if options.FOREGROUND == "teacher":
             teacher.read_boxes()
@@ -137,6 +143,7 @@ class FeatureObjective(Objective):
             maps = level.align(student.features[level.student], teacher.features[level.teacher])
             maps = self.projectors[_key(level.student)](*maps)
             if objects is not None:
+                assert level.stride is not None, "[FeatureObjective] a foreground needs strides"
                 size = maps[0].shape[-2:]
                 maps = *maps, foreground_weights(objects, size, level.stride, self.share)
             losses.append(self.loss(*maps))
@@ -146,7 +153,7 @@ class FeatureObjective(Objective):
             losses = [loss * (count * scale) for loss, count in zip(losses, positions)]
         return {"loss_features": sum(losses)}
 
-    def _objects(self, student, teacher) -> list[Tensor] | None:
+    def _objects(self, student: StudentOutputs, teacher: Any) -> list[Tensor] | None:
         """For each image (B_i, 4) boxes, XYXY in pixels; None: positions count alike."""
         if self.foreground == "teacher":
             return teacher.objects(self.score)

@@ -1,14 +1,19 @@
 # Copyright (c) The mokd_det authors.
 """The objective that matches the class probabilities of two classifiers."""
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode
 from torch import Tensor, nn
 
-from ..teachers import PRE_LOGITS, TeacherOutputs
+from ..teachers import PRE_LOGITS
 from .base import OBJECTIVES, Objective, StudentOutputs
 from .output_losses import check_temperature
+
+if TYPE_CHECKING:
+    from ..tasks import Task
 
 __all__ = ["LogitObjective"]
 
@@ -42,7 +47,9 @@ class LogitObjective(Objective):
         check_temperature("MOKD.LOGITS.TEMPERATURE", cfg.MOKD.LOGITS.TEMPERATURE)
 
     @classmethod
-    def from_config(cls, cfg, task, student, teacher):
+    def from_config(
+        cls, cfg: CfgNode, task: "Task", student: Any, teacher: Any
+    ) -> "LogitObjective":
         if student.num_classes != teacher.model.num_classes:
             raise ValueError(
                 f"MOKD.OBJECTIVES has 'logits', but the student has {student.num_classes} classes "
@@ -52,7 +59,7 @@ class LogitObjective(Objective):
             )
         return cls(student.head, cfg.MOKD.LOGITS.TEMPERATURE)
 
-    def forward(self, student: StudentOutputs, teacher: TeacherOutputs) -> dict[str, Tensor]:
+    def forward(self, student: StudentOutputs, teacher: Any) -> dict[str, Tensor]:
         """Return ``loss_logits``, a scalar, averaged over images."""
         given = student.features[PRE_LOGITS]
         # The task's run follows, with the same dropout.

@@ -1,6 +1,8 @@
 # Copyright (c) The mokd_det authors.
 """Losses between two detectors' outputs at the same places. The teacher's carry no gradient."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -38,7 +40,7 @@ def class_loss(student: BoxOutputs, teacher: BoxOutputs, temperature: float = 1.
     if student.exclusive and teacher.exclusive:
         ours = F.log_softmax(student.logits.float() / temperature, dim=1)
         theirs = F.log_softmax(teacher.logits.float() / temperature, dim=1)
-        total = F.kl_div(ours, theirs, reduction="sum", log_target=True)
+        total: Any = F.kl_div(ours, theirs, reduction="sum", log_target=True)
     else:
         total = sum(
             F.kl_div(ours, theirs, reduction="sum", log_target=True)
@@ -98,6 +100,7 @@ def rpn_losses(student: AnchorOutputs, teacher: AnchorOutputs) -> tuple[Tensor, 
     divergence = weights * (cross_entropy - entropy)
     distance = F.smooth_l1_loss(deltas, target_deltas, reduction="none", beta=RPN_BETA)
     total = weights.sum(dim=1).clamp_min(1.0)
-    return tuple(
+    first, second = (
         (x.sum(dim=1) / total).mean() for x in (divergence, objectness * distance.sum(dim=2))
     )
+    return first, second

@@ -2,14 +2,17 @@
 """The objective that matches what both detectors say about the same boxes and anchors."""
 
 import logging
+from typing import TYPE_CHECKING, Any
 
 from detectron2.config import CfgNode
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..readers import BoxReader, RPNReader, build_box_reader, build_rpn_readers
-from ..teachers import TeacherOutputs
 from .base import OBJECTIVES, Objective, StudentOutputs
 from .output_losses import box_loss, check_temperature, class_loss, rpn_losses
+
+if TYPE_CHECKING:
+    from ..tasks import Task
 
 __all__ = ["OutputObjective"]
 
@@ -46,7 +49,7 @@ class OutputObjective(Objective):
         self.box_weight = box_weight
         self.rpn_weight = rpn_weight
         # A list: parts of the student and the teacher, not of this module.
-        self._readers = [self.borrow(student_reader)]
+        self._readers: list[Any] = [self.borrow(student_reader)]
         if rpn_readers and rpn_weight:
             self._readers += [self.borrow(rpn_readers[0]), rpn_readers[1]]
 
@@ -62,7 +65,9 @@ class OutputObjective(Objective):
             )
 
     @classmethod
-    def from_config(cls, cfg, task, student, teacher):
+    def from_config(
+        cls, cfg: CfgNode, task: "Task", student: nn.Module, teacher: Any
+    ) -> "OutputObjective":
         options = cfg.MOKD.OUTPUTS
         teacher.read_boxes()
         reader = build_box_reader(student, "student")
@@ -91,7 +96,7 @@ class OutputObjective(Objective):
             rpn_readers,
         )
 
-    def forward(self, student: StudentOutputs, teacher: TeacherOutputs) -> dict[str, Tensor]:
+    def forward(self, student: StudentOutputs, teacher: Any) -> dict[str, Tensor]:
         """
         Return scalars ``loss_output_classes`` and ``loss_output_boxes``, with RPNs also
         ``loss_output_rpn_cls`` and ``loss_output_rpn_loc``.

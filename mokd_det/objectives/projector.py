@@ -9,6 +9,8 @@ space; second hand, the paper is withdrawn), VkD (Miles et al., CVPR 2024; ortho
 and standardisation).
 """
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -48,6 +50,8 @@ def check_projector(dim: int, teacher_side: str) -> None:
 @PROJECTORS.register("SubspaceProjector")
 class SubspaceProjector(nn.Module):
     """A pair of semi-orthogonal 1 x 1 convolutions and per-channel standardisation."""
+
+    teacher_weight: Tensor
 
     def __init__(
         self,
@@ -106,7 +110,7 @@ class SubspaceProjector(nn.Module):
 class FrozenProjector(SubspaceProjector):
     """Also the student's map stays random, so that only the student moves: for ablations."""
 
-    def __init__(self, student_channels, teacher_channels, **options):
+    def __init__(self, student_channels: int, teacher_channels: int, **options: Any):
         super().__init__(student_channels, teacher_channels, **options)
         self.requires_grad_(False)
 
@@ -121,13 +125,13 @@ class SemiOrthogonal(nn.Module):
     silently turns the map into zero. Here the scale of the matrix is irrelevant.
     """
 
-    def forward(self, matrix):
+    def forward(self, matrix: Tensor) -> Tensor:
         """
         Args:
-            matrix (Tensor): (rows, columns) of full rank.
+            matrix: (rows, columns) of full rank.
 
         Returns:
-            Tensor: same shape, with orthonormal columns if rows >= columns, else rows.
+            Same shape, with orthonormal columns if rows >= columns, else rows.
         """
         if matrix.shape[0] < matrix.shape[1]:
             return self.forward(matrix.T).T
@@ -137,18 +141,18 @@ class SemiOrthogonal(nn.Module):
             factor = torch.linalg.cholesky_ex(matrix.T @ matrix, upper=True).L
             return torch.linalg.solve_triangular(factor, matrix, upper=True, left=False)
 
-    def right_inverse(self, matrix):
+    def right_inverse(self, matrix: Tensor) -> Tensor:
         return matrix
 
 
-def _semi_orthogonal(channels, dim):
+def _semi_orthogonal(channels: int, dim: int) -> nn.Linear:
     linear = nn.Linear(channels, dim, bias=False)
     nn.init.orthogonal_(linear.weight)
     parametrize.register_parametrization(linear, "weight", SemiOrthogonal())
     return linear
 
 
-def _project(features, weight):
+def _project(features: Tensor, weight: Tensor) -> Tensor:
     return F.conv2d(features, weight[:, :, None, None])
 
 
@@ -159,7 +163,7 @@ def standardise(features: Tensor, eps: float = 1e-5) -> Tensor:
         eps: added to the variance.
 
     Returns:
-        Tensor: same shape; each channel has mean 0 and variance 1 over N, H, W of the batch of
+        Same shape; each channel has mean 0 and variance 1 over N, H, W of the batch of
         all processes. Zero, without gradient, where a channel has a single value (a 1 x 1 map of
         one image).
     """
@@ -170,7 +174,7 @@ def standardise(features: Tensor, eps: float = 1e-5) -> Tensor:
     return F.batch_norm(features, None, None, training=True, momentum=0.0, eps=eps)
 
 
-def _standardise_together(features, eps):
+def _standardise_together(features: Tensor, eps: float) -> Tensor:
     """With the joined batch's means: one all-reduce of 8 (2 C + 1) bytes, and one backward."""
     features = features.float()
     count = features.numel() // features.shape[1]

@@ -9,8 +9,10 @@ from typing import ClassVar
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from ..config import stock_config
+from ..data import ResumableLoader
 from ..export import Exporter
 from ..objectives import Level, Objective
 from ..registry import Registry
@@ -155,11 +157,11 @@ class Task(abc.ABC):
     # ---- data ----------------------------------------------------------------------------------
 
     @abc.abstractmethod
-    def build_train_loader(self, cfg: CfgNode):
-        """Return a :class:`mokd_det.data.ResumableLoader` of a config."""
+    def build_train_loader(self, cfg: CfgNode) -> ResumableLoader:
+        """Return the loader of a config's training sets."""
 
     @abc.abstractmethod
-    def build_test_loader(self, cfg: CfgNode, name: str):
+    def build_test_loader(self, cfg: CfgNode, name: str) -> DataLoader:
         """Return the loader of a registered data set, for evaluation."""
 
     # ---- checks --------------------------------------------------------------------------------

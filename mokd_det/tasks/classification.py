@@ -3,14 +3,18 @@
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.utils.file_io import PathManager
 from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.utils.data import DataLoader
 
 from ..config import find_config, load_config, merge_overrides
-from ..data import check_classes, classification
+from ..data import ResumableLoader, check_classes, classification
 from ..export import ClassifierExporter
 from ..modeling import (
     Classifier,
@@ -24,9 +28,9 @@ from ..modeling import (
     load_trained_classifier,
     replace_taps,
 )
-from ..objectives import Level
+from ..objectives import Level, Objective
 from ..teachers import PRE_LOGITS, ClassifierTeacher, speed_options
-from .base import TASKS, Task
+from .base import TASKS, Features, Task
 
 __all__ = ["ClassificationTask"]
 
@@ -68,7 +72,7 @@ class ClassificationTask(Task):
             )
         return load_trained_classifier(cfg, option)
 
-    def stock_module(self, model: nn.Module) -> nn.Module:
+    def stock_module(self, model: Any) -> nn.Module:
         return model.network
 
     def untrained_config(self, cfg: CfgNode) -> CfgNode:
@@ -133,10 +137,10 @@ class ClassificationTask(Task):
         size = cfg.MOKD.TEACHER.IMAGE_SIZE or student_size
         return ClassifierTeacher(model, size, size != student_size, **speed_options(cfg))
 
-    def shared_part(self, student: nn.Module) -> nn.Module:
+    def shared_part(self, student: Any) -> nn.Module:
         return SharedPart(student)
 
-    def match_features(self, cfg, student, teacher) -> list[Level]:
+    def match_features(self, cfg: CfgNode, student: Any, teacher: Any) -> list[Level]:
         options = cfg.MOKD.FEATURES
         ours = list(options.STUDENT) or [default_tap(student)]
         theirs = list(options.TEACHER)
@@ -165,12 +169,16 @@ class ClassificationTask(Task):
             for tap, shape in shapes.items()
         ]
 
-    def replace_features(self, student, names, function):
+    def replace_features(
+        self, student: Any, names: Sequence[str], function: Callable[[Features], Features]
+    ) -> AbstractContextManager:
         # The head's input comes last: nothing inside the head is tapped.
         names = [*(name for name in names if name != PRE_LOGITS), *{PRE_LOGITS} & set(names)]
         return replace_taps(student, names, function)
 
-    def check_pair(self, cfg, student, teacher, objectives) -> None:
+    def check_pair(
+        self, cfg: CfgNode, student: Any, teacher: Any, objectives: Sequence[Objective]
+    ) -> None:
         """
         At features, a rule sees conflict only where both gradients arrive. At parameters, the
         backward pass of the losses ends at the features, so no loss may reach what comes before
@@ -199,10 +207,10 @@ class ClassificationTask(Task):
                     "set MOKD.BALANCING.MEASURE_AT to 'parameters'."
                 )
 
-    def build_train_loader(self, cfg: CfgNode):
+    def build_train_loader(self, cfg: CfgNode) -> ResumableLoader:
         return classification.build_train_loader(cfg)
 
-    def build_test_loader(self, cfg: CfgNode, name: str):
+    def build_test_loader(self, cfg: CfgNode, name: str) -> DataLoader:
         return classification.build_test_loader(cfg, name)
 
     def check_config(self, cfg: CfgNode) -> None:
@@ -229,13 +237,13 @@ class SharedPart(nn.Module):
         super().__init__()
         self._classifier = [classifier]  # no part of this module
 
-    def named_parameters(self, *args, **kwargs):
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Parameter]]:
         classifier = self._classifier[0]
         head = {id(p) for p in classifier.head.parameters()}
         named = classifier.network.named_parameters(*args, **kwargs)
         return ((name, p) for name, p in named if id(p) not in head)
 
-    def named_modules(self, *args, **kwargs):
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
         return self._classifier[0].network.named_modules(*args, **kwargs)
 
 

@@ -3,7 +3,9 @@
 
 import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader
@@ -11,14 +13,20 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 from torch import nn
+from torch.utils.data import DataLoader
 
 from ..config import find_config, get_cfg, load_config
-from ..data import build_resumable_train_loader, build_train_mapper, check_augmentation
+from ..data import (
+    ResumableLoader,
+    build_resumable_train_loader,
+    build_train_mapper,
+    check_augmentation,
+)
 from ..export import DetectorExporter
 from ..modeling import StrictCheckpointer, load_lazy_config, replace_backbone_features
-from ..objectives import Level, align_resolution
-from ..teachers import DetectorTeacher, ScriptedDetector, speed_options
-from .base import TASKS, Task
+from ..objectives import Level, Objective, align_resolution
+from ..teachers import DetectorTeacher, ScriptedDetector, Teacher, speed_options
+from .base import TASKS, Features, Task
 
 __all__ = ["DetectionTask", "build_level_map"]
 
@@ -116,9 +124,9 @@ class DetectionTask(Task):
         )
 
     def shared_part(self, student: nn.Module) -> nn.Module:
-        return student.backbone
+        return student.get_submodule("backbone")
 
-    def match_features(self, cfg, student, teacher) -> list[Level]:
+    def match_features(self, cfg: CfgNode, student: Any, teacher: Any) -> list[Level]:
         options = cfg.MOKD.FEATURES
         shapes, teacher_shapes = student.backbone.output_shape(), teacher.feature_shapes()
         level_map = build_level_map(shapes, teacher_shapes, options.STUDENT, options.TEACHER)
@@ -138,8 +146,10 @@ class DetectionTask(Task):
             for name, other in level_map.items()
         ]
 
-    def replace_features(self, student, names, function):
-        return replace_backbone_features(student.backbone, function)
+    def replace_features(
+        self, student: nn.Module, names: Sequence[str], function: Callable[[Features], Features]
+    ) -> AbstractContextManager:
+        return replace_backbone_features(student.get_submodule("backbone"), function)
 
     def check_student(self, cfg: CfgNode, student: nn.Module) -> None:
         backbone = getattr(student, "backbone", None)
@@ -150,22 +160,22 @@ class DetectionTask(Task):
                 "Your own meta-architecture."
             )
 
-    def check_pair(self, cfg, student, teacher, objectives) -> None:
+    def check_pair(
+        self, cfg: CfgNode, student: nn.Module, teacher: Teacher, objectives: Sequence[Objective]
+    ) -> None:
         """What both sides are given has one number of channels."""
-        sides = [getattr(model, "pixel_mean", None) for model in (student, teacher.model)]
-        if all(mean is not None for mean in sides):
-            ours, theirs = (mean.numel() for mean in sides)
-            if ours != theirs:
-                raise ValueError(
-                    f"MODEL.PIXEL_MEAN has {ours} entries for the student and {theirs} for the "
-                    "teacher, but both see the same images: use models for the same number of "
-                    "channels."
-                )
+        ours, theirs = (getattr(m, "pixel_mean", None) for m in (student, teacher.model))
+        if ours is not None and theirs is not None and ours.numel() != theirs.numel():
+            raise ValueError(
+                f"MODEL.PIXEL_MEAN has {ours.numel()} entries for the student and "
+                f"{theirs.numel()} for the teacher, but both see the same images: use models for "
+                "the same number of channels."
+            )
 
-    def build_train_loader(self, cfg: CfgNode):
+    def build_train_loader(self, cfg: CfgNode) -> ResumableLoader:
         return build_resumable_train_loader(cfg, mapper=build_train_mapper(cfg))
 
-    def build_test_loader(self, cfg: CfgNode, name: str):
+    def build_test_loader(self, cfg: CfgNode, name: str) -> DataLoader:
         return build_detection_test_loader(cfg, name)
 
     def check_config(self, cfg: CfgNode) -> None:
@@ -183,8 +193,8 @@ class DetectionTask(Task):
         for key in options:
             if options[key] != usual[key]:
                 raise ValueError(
-                    f"MOKD.TEACHER.TORCHSCRIPT.{key} is {options[key]}, but TORCHSCRIPT.FILE, which "
-                    "would be normalised by it, is empty: remove it, or name the file."
+                    f"MOKD.TEACHER.TORCHSCRIPT.{key} is {options[key]}, but TORCHSCRIPT.FILE, "
+                    "which would be normalised by it, is empty: remove it, or name the file."
                 )
         self.teacher_config(cfg)
 
