@@ -4,7 +4,6 @@
 import json
 import statistics
 import sys
-from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -16,10 +15,11 @@ from PIL import Image
 from mokd_det.config import load_config
 from mokd_det.data import check_classes, register_datasets
 from mokd_det.engine import Trainer
-from mokd_det.modeling import load_trained_model
+from mokd_det.tasks import task_of
+from mokd_det.teachers import ClassifierTeacher
 
 from .conftest import DIGIT_OPTS, ROOT, TREES
-from .test_tools import load_script, run
+from .test_tools import load_script, run_here
 
 STUDENT = "configs/Digits/student_mokd.yaml"
 
@@ -28,8 +28,8 @@ STUDENT = "configs/Digits/student_mokd.yaml"
 def trained(tmp_path_factory, digits_teacher_weights):
     output = tmp_path_factory.mktemp("cli")
     opts = [*DIGIT_OPTS, "MOKD.TEACHER.WEIGHTS", digits_teacher_weights, "OUTPUT_DIR", output]
-    done = run("tools/train_net.py", "--config-file", STUDENT, "--zoo-row", *opts)
-    return output, opts, done.stdout
+    printed = run_here("tools/train_net.py", "--config-file", STUDENT, "--zoo-row", *opts)
+    return output, opts, printed
 
 
 def test_train_net_trains_evaluates_and_prints_the_zoo_row(trained):
@@ -44,20 +44,20 @@ def test_train_net_trains_evaluates_and_prints_the_zoo_row(trained):
     assert row["schedule"] == "3 x 8 images" and 0 < row["gflops"] < 0.01
     assert f"| [student_mokd]({STUDENT}) | 3 x 8 images |" in stdout
     # What mokd_det logs itself is in the log, too.
-    assert "Objectives: task, features, outputs" in (output / "log.txt").read_text()
+    assert "Objectives: task, features, logits" in (output / "log.txt").read_text()
     network = torchvision.models.shufflenet_v2_x0_5(num_classes=10)
     network.load_state_dict(torch.load(output / "model_final.pth", weights_only=True)["model"])
     kept = load_config(str(output / "student.yaml"))
     kept.MODEL.WEIGHTS = str(output / "model_final.pth")
-    assert load_trained_model(kept).num_classes == 10
+    assert task_of(kept).load_trained(kept).num_classes == 10
 
 
 def test_evaluation_beside_the_teacher_and_of_every_class(trained, tmp_path):
     output, opts, _ = trained
     opts = [*opts[:-1], tmp_path, "MODEL.WEIGHTS", output / "model_final.pth"]
     args = ["--config-file", STUDENT, "--eval-only", "--with-teacher", *opts]
-    done = run("tools/train_net.py", *args, "TEST.PER_CLASS", "True")
-    lines = done.stdout.splitlines()
+    printed = run_here("tools/train_net.py", *args, "TEST.PER_CLASS", "True")
+    lines = printed.splitlines()
     table = lines.index("| data set | task | model | top1 | top5 |")
     assert lines[table + 2].startswith("|  | classification | teacher |")
     first, second = (
@@ -66,7 +66,7 @@ def test_evaluation_beside_the_teacher_and_of_every_class(trained, tmp_path):
     )
     assert first.items() <= second.items()
     assert sum(second[f"top1-{i}"] for i in range(10)) == pytest.approx(10 * second["top1"])
-    assert "Top-1 of every class of 'tests_digits_val':" in done.stdout
+    assert "Top-1 of every class of 'tests_digits_val':" in printed
 
 
 def test_stock_weights_on_imagenets_layout_as_plain_torchvision(tmp_path, monkeypatch):
@@ -90,7 +90,7 @@ def test_stock_weights_on_imagenets_layout_as_plain_torchvision(tmp_path, monkey
     cfg = load_config("configs/ImageNet-Classification/mobilenet_v3_small.yaml", opts)
     register_datasets(cfg)
     check_classes(cfg, ("TEST",))  # without a training set
-    results = Trainer.test(cfg, load_trained_model(cfg))
+    results = Trainer.test(cfg, task_of(cfg).load_trained(cfg))
     found = json.loads((tmp_path / "inference/imagenet_val/predictions.json").read_text())
 
     preset = torchvision.models.MobileNet_V3_Small_Weights.IMAGENET1K_V1.transforms()
@@ -113,13 +113,10 @@ def benchmark(monkeypatch):
     return load_script("tools/benchmark_classification.py")
 
 
-def test_benchmark(make_digits_cfg, benchmark, monkeypatch):
-    monkeypatch.setattr(
-        benchmark.distillation, "build_classifier_teacher", benchmark.random_teacher
-    )
+def test_benchmark(make_digits_cfg, benchmark):
     # No weights are needed.
     cfg = make_digits_cfg(["MOKD.FEATURES.DIM", 32, "MOKD.TEACHER.WEIGHTS", "gone/model.pth"])
-    result = benchmark.compare_steps(SimpleNamespace(size=32, batch=4, rounds=2), cfg)
+    result = benchmark.compare_steps(cfg, size=32, count=4, rounds=2)
     assert set(result) == {"student", "fixed", "balanced", "all", "torchdistill"}
     theirs = result.pop("torchdistill")
     assert "not installed" in theirs["error"] if "error" in theirs else theirs["seconds"] > 0
@@ -127,30 +124,26 @@ def test_benchmark(make_digits_cfg, benchmark, monkeypatch):
         assert entry["images_per_second"] == pytest.approx(4 / entry["seconds"])
 
 
-@pytest.mark.parametrize("weights", ["IMAGENET1K_V1", "gone/model.pth", ""])
-def test_benchmark_of_a_teacher_at_its_own_size(make_digits_cfg, benchmark, monkeypatch, weights):
-    monkeypatch.setattr(
-        benchmark.distillation, "build_classifier_teacher", benchmark.random_teacher
-    )
+def test_benchmark_of_a_teacher_at_its_own_size(make_digits_cfg, benchmark, monkeypatch):
     cfg = make_digits_cfg(["MOKD.TEACHER.CONFIG_FILE", "", "MOKD.TEACHER.CLASSIFIER", "resnet18"])
-    cfg.merge_from_list(["MOKD.TEACHER.WEIGHTS", weights, "MOKD.TEACHER.IMAGE_SIZE", 48])
+    cfg.merge_from_list(["MOKD.TEACHER.WEIGHTS", "IMAGENET1K_V1", "MOKD.TEACHER.IMAGE_SIZE", 48])
     sizes = []
-    run = benchmark.ClassifierTeacher._view
+    run = ClassifierTeacher.run
 
-    def view(teacher, images):
+    def run_at(teacher, *args):
         assert teacher.is_resized
         sizes.append(teacher.image_size)
-        return run(teacher, images)
+        return run(teacher, *args)
 
-    monkeypatch.setattr(benchmark.ClassifierTeacher, "_view", view)
-    result = benchmark.compare_steps(SimpleNamespace(size=32, batch=2, rounds=2), cfg)
+    monkeypatch.setattr(ClassifierTeacher, "run", run_at)
+    result = benchmark.compare_steps(cfg, size=32, count=2, rounds=2)
     assert set(sizes) == {48}
     assert "MOKD.TEACHER.IMAGE_SIZE is 48" in result["torchdistill"]["error"]
 
 
 def test_benchmark_of_the_loader(make_digits_cfg, benchmark):
     cfg = make_digits_cfg(["DATALOADER.NUM_WORKERS", 1])
-    found = benchmark.measure_loader(SimpleNamespace(rounds=2), cfg)
+    found = benchmark.measure_loader(cfg, rounds=2)
     assert found["images_per_second"] > 0 and found["workers"] == 1
 
 

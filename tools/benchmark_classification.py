@@ -28,53 +28,43 @@ import argparse
 import itertools
 import json
 import statistics
-import tempfile
 import time
 
 import mokd_det.compat  # noqa: F401  (first: patches Detectron2 where it needs it)
 import torch
-from benchmark import Constant, machine, time_rounds
+from benchmark import (
+    Constant,
+    machine,
+    print_table,
+    random_model,
+    ratio,
+    stepper,
+    time_rounds,
+    use_cpu_if_there_is_no_gpu,
+)
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 
 from mokd_det.config import load_config
 from mokd_det.data import check_datasets, register_datasets
-from mokd_det.data.classification import Batch, build_train_loader
-from mokd_det.engine import BalancedTrainer, DistillationTrainer
+from mokd_det.data.classification import Batch
+from mokd_det.engine import BalancedTrainer
 from mokd_det.engine.optimizer import build_optimizer
-from mokd_det.modeling import SupervisedModel, is_classifier
-from mokd_det.modeling.classification import distillation
-from mokd_det.modeling.classification.classifier import Classifier
-from mokd_det.modeling.classification.teacher import ClassifierTeacher
-from mokd_det.modeling.trained import teacher_config
+from mokd_det.modeling import SupervisedModel
+from mokd_det.tasks import task_of
+
+FIXED = ["MOKD.BALANCING.RULE", "fixed"]
 
 
-def random_teacher(cfg):
-    """The teacher of a config with random weights."""
-    named = cfg.clone()
-    with tempfile.NamedTemporaryFile(suffix=".pth") as weights:  # must be there, but is not read
-        named.MOKD.TEACHER.WEIGHTS = weights.name
-        teacher = teacher_config(named)
-    teacher.MODEL.WEIGHTS = teacher.MODEL.CLASSIFIER.WEIGHTS = ""
-    model = Classifier(teacher).to(cfg.MODEL.DEVICE)
-    student_size = cfg.INPUT.CLASSIFICATION.SIZE_TRAIN
-    size = cfg.MOKD.TEACHER.IMAGE_SIZE or student_size
-    return ClassifierTeacher(model, size, size != student_size)
+def step_of(cfg, model, batch):
+    """A function that makes one step of our trainer."""
+    return stepper(BalancedTrainer(model, Constant(batch), build_optimizer(cfg, model), 0))
 
 
-def trainer_step(cfg, batch, *opts):
-    """A function that makes one step of our trainer for the config with overrides."""
+def with_options(cfg, *opts):
     cfg = cfg.clone()
     cfg.merge_from_list(list(opts))
-    model = DistillationTrainer.build_model(cfg)
-    trainer = BalancedTrainer(model.train(), Constant(batch), build_optimizer(cfg, model), 0)
-    trainer.iter = 0
-
-    def step():
-        trainer.iter += 1
-        trainer.run_step()
-
-    return step, model
+    return cfg
 
 
 def torchdistill_step(cfg, model, batch):
@@ -111,11 +101,11 @@ def torchdistill_step(cfg, model, batch):
                             "student_module_io": "output",
                             "teacher_module_path": model.teacher.model.head_name,
                             "teacher_module_io": "output",
-                            "temperature": cfg.MOKD.OUTPUTS.TEMPERATURE,
+                            "temperature": cfg.MOKD.LOGITS.TEMPERATURE,
                             "alpha": 0.0,
                         },
                     },
-                    "weight": cfg.MOKD.OUTPUTS.TEMPERATURE**2,
+                    "weight": cfg.MOKD.LOGITS.TEMPERATURE**2,
                 },
             }
         },
@@ -154,47 +144,42 @@ def torchdistill_step(cfg, model, batch):
     return step
 
 
-def compare_steps(args, cfg):
+def compare_steps(cfg, size, count, rounds):
     """Return {variant: {seconds, images_per_second, vs_torchdistill} or {error}}."""
     cfg.SOLVER.BASE_LR = 0.0
     cfg.SOLVER.OPTIMIZER = "SGD"
-    cfg.MODEL.CLASSIFIER.WEIGHTS = ""
-    cfg.INPUT.CLASSIFICATION.SIZE_TRAIN = args.size
-    distillation.build_classifier_teacher = random_teacher
+    cfg.INPUT.CLASSIFICATION.SIZE_TRAIN = size
     generator = torch.Generator().manual_seed(0)
-    size = (args.batch, 3, args.size, args.size)
-    images = torch.randint(256, size, generator=generator, dtype=torch.uint8)
-    classes = cfg.MODEL.CLASSIFIER.NUM_CLASSES
-    batch = Batch(images, torch.randint(classes, (args.batch,), generator=generator))
-    two = ["MOKD.FEATURES.ENABLED", False, "MOKD.OUTPUTS.ENABLED", True]
-    fixed = ["MOKD.BALANCING.RULE", "fixed", "MOKD.BALANCING.WEIGHTS", [1.0, 1.0]]
-    steps, result = {}, {}
-    student = Classifier(cfg).to(cfg.MODEL.DEVICE)
-    supervised = SupervisedModel(student).train()
-    alone = BalancedTrainer(supervised, Constant(batch), build_optimizer(cfg, supervised), 0)
-    alone.iter = 0
-    steps["student"] = alone.run_step
-    steps["fixed"], model = trainer_step(cfg, batch, *two, *fixed)
-    steps["balanced"], _ = trainer_step(cfg, batch, *two)
-    steps["all"], _ = trainer_step(cfg, batch, "MOKD.OUTPUTS.ENABLED", True)
-    try:
-        _, twin = trainer_step(cfg, batch, *two, *fixed)
-        if twin.teacher.is_resized:
-            size = cfg.MOKD.TEACHER.IMAGE_SIZE
-            result["torchdistill"] = {"error": f"left out: MOKD.TEACHER.IMAGE_SIZE is {size}"}
-        else:
-            steps["torchdistill"] = torchdistill_step(cfg, twin, batch)
-            check_equal(steps["torchdistill"], twin, batch)
-    except ImportError as error:
-        result["torchdistill"] = {"error": f"not installed ({error}): pip install torchdistill"}
+    images = torch.randint(256, (count, 3, size, size), generator=generator, dtype=torch.uint8)
+    classes = torch.randint(cfg.MODEL.CLASSIFIER.NUM_CLASSES, (count,), generator=generator)
+    batch = Batch(images, classes)
+    logits = with_options(cfg, "MOKD.OBJECTIVES", ["logits"])
+    every = with_options(cfg, "MOKD.OBJECTIVES", ["features", "logits"])
+    model = random_model(with_options(logits, *FIXED))
+    steps = {
+        "student": step_of(cfg, SupervisedModel(random_model(cfg).student).train(), batch),
+        "fixed": step_of(cfg, model, batch),
+        "balanced": step_of(cfg, random_model(logits), batch),
+        "all": step_of(cfg, random_model(every), batch),
+    }
+    result = {}
+    if model.teacher.is_resized:
+        side = cfg.MOKD.TEACHER.IMAGE_SIZE
+        result["torchdistill"] = {"error": f"left out: MOKD.TEACHER.IMAGE_SIZE is {side}"}
+    else:
+        other = random_model(with_options(logits, *FIXED))
+        try:
+            steps["torchdistill"] = torchdistill_step(cfg, other, batch)
+            check_equal(steps["torchdistill"], other, batch)
+        except ImportError as error:
+            result["torchdistill"] = {"error": f"not installed ({error}): pip install torchdistill"}
     with EventStorage():
-        seconds = time_rounds(steps, args.rounds, model.device)
+        seconds = time_rounds(steps, rounds, model.device)
     for name, values in seconds.items():
         median = statistics.median(values)
-        result[name] = {"seconds": median, "images_per_second": args.batch / median}
+        result[name] = {"seconds": median, "images_per_second": count / median}
         if "torchdistill" in seconds:
-            ratios = [a / b for a, b in zip(values, seconds["torchdistill"])]
-            result[name]["vs_torchdistill"] = statistics.median(ratios)
+            result[name]["vs_torchdistill"] = ratio(values, seconds["torchdistill"])
     return result
 
 
@@ -211,21 +196,28 @@ def check_equal(step, model, batch):
         )
 
 
-def measure_loader(args, cfg):
+def measure_loader(cfg, rounds):
     """Return images a second of the training loader alone, after its workers have started."""
     register_datasets(cfg)
     check_datasets(cfg.DATASETS.TRAIN, "DATASETS.TRAIN")
-    loader = iter(build_train_loader(cfg))
+    loader = iter(task_of(cfg).build_train_loader(cfg))
     count = max(cfg.DATALOADER.NUM_WORKERS, 1) * 4  # what workers have prefetched, and more
     for _ in itertools.islice(loader, count):
         pass
     start = time.perf_counter()
-    images = sum(len(batch) for batch in itertools.islice(loader, args.rounds))
+    images = sum(len(batch) for batch in itertools.islice(loader, rounds))
     seconds = time.perf_counter() - start
     return {"images_per_second": images / seconds, "workers": cfg.DATALOADER.NUM_WORKERS}
 
 
-def main():
+COLUMNS = {
+    "seconds": (8, lambda e: f"{e['seconds']:.3f}"),
+    "images/s": (9, lambda e: f"{e['images_per_second']:.1f}"),
+    "x torchdistill": (14, lambda e: f"{e.get('vs_torchdistill', float('nan')):.3f}"),
+}
+
+
+def argument_parser():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -236,31 +228,28 @@ def main():
     parser.add_argument("--rounds", type=int, default=20, help="or batches (%(default)s)")
     parser.add_argument("--output", default="", help="JSON file to write")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides KEY VALUE ...")
-    args = parser.parse_args()
+    return parser
+
+
+def main():
+    args = argument_parser().parse_args()
     cfg = load_config(args.config_file, args.opts)
-    if not is_classifier(cfg) or not (args.loader or cfg.MOKD.ENABLED):
+    if task_of(cfg).name != "classification" or not (args.loader or cfg.MOKD.ENABLED):
         raise ValueError(
             f"--config-file '{args.config_file}' must be of a classifier with MOKD.ENABLED True "
             "(with --loader: of any classifier)."
         )
-    if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
-        cfg.MODEL.DEVICE = "cpu"
+    use_cpu_if_there_is_no_gpu(cfg)
     seed_all_rng(0)
     result = {"machine": machine(torch.device(cfg.MODEL.DEVICE)), "config": args.config_file}
     print(result["machine"])
     if args.loader:
-        result["loader"] = measure_loader(args, cfg)
+        result["loader"] = measure_loader(cfg, args.rounds)
         print(f"{result['loader']['images_per_second']:.0f} images/s, {result['loader']}")
     else:
         result |= {"size": args.size, "batch": args.batch, "rounds": args.rounds}
-        result["steps"] = compare_steps(args, cfg)
-        print(f"{'variant':<13} {'seconds':>8} {'images/s':>9} {'x torchdistill':>14}")
-        for name, entry in result["steps"].items():
-            if "error" in entry:
-                print(f"{name:<13} {entry['error']}")
-                continue
-            ratio = f"{entry['vs_torchdistill']:14.3f}" if "vs_torchdistill" in entry else ""
-            print(f"{name:<13} {entry['seconds']:8.3f} {entry['images_per_second']:9.1f} {ratio}")
+        result["steps"] = compare_steps(cfg, args.size, args.batch, args.rounds)
+        print_table("variant", COLUMNS, result["steps"])
     if args.output:
         with open(args.output, "w") as f:
             json.dump(result, f, indent=1)

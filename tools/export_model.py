@@ -37,6 +37,7 @@ import mokd_det.compat  # noqa: F401  (first: patches Detectron2 where it needs 
 from detectron2.utils.logger import setup_logger
 
 from mokd_det.config import check_device, load_config, split_overrides
+from mokd_det.engine import errors_as_messages
 from mokd_det.export import (
     DEFAULT_TOLERANCE,
     FORMATS,
@@ -81,6 +82,7 @@ def argument_parser():
     parser.add_argument(
         "--benchmark", action="store_true", help="latency and size beside the teacher's"
     )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides: KEY VALUE ...")
     return parser
 
@@ -111,8 +113,8 @@ def report(result):
     return "\n".join(lines)
 
 
-def main():
-    args = argument_parser().parse_args()
+def export(args):
+    """Export as the arguments say; print and return the results."""
     args.images, overrides = split_overrides(args.images)
     args.opts = overrides + args.opts
     check_options(args.format, args.method, args.half, args.freeze)
@@ -128,7 +130,7 @@ def main():
     result = export_model(task, cfg, args.output, options, args.images)
     if args.format == "checkpoint":
         print(json.dumps(result))
-        return
+        return result
     if args.benchmark:
         result["benchmark"] = benchmark(task, cfg, result, args.output, options, args.images)
         with open(os.path.join(args.output, "export.json"), "w") as f:
@@ -137,7 +139,14 @@ def main():
     if args.benchmark:
         print(format_benchmark(result["benchmark"]))
     print(json.dumps({key: value for key, value in result.items() if key != "metadata"}))
-    if not result["parity"]["passed"]:
+    return result
+
+
+def main():
+    args = argument_parser().parse_args()
+    with errors_as_messages(args.debug):
+        result = export(args)
+    if args.format != "checkpoint" and not result["parity"]["passed"]:
         nothing = result["parity"].get("detections") == 0
         sys.exit(
             "export_model.py: the model found nothing in any image, so nothing was compared. Give "

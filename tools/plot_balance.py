@@ -5,11 +5,11 @@ Draw conflict, dominance, weights and shares of one or several runs, side by sid
 
 Example:
   python tools/plot_balance.py output/quick_start/student_mokd --output balance.png
-  python tools/plot_balance.py output/min_norm output/anchored --output both.png
+  python tools/plot_balance.py output/loss_ratio output/min_norm --output both.png
 
 Reads balance.json of each run: every step as it was computed. Thin lines are steps, thick ones
-their running median. "seen" is what the rule saw, where that is not the batch: smoothed, or the
-signal. Each title counts the steps in which the rule was not asked.
+their running median. "seen" is what the rule saw, where that is not the batch: smoothed. Each title
+counts the steps in which the rule was not asked.
 """
 
 import argparse
@@ -77,12 +77,12 @@ def running_median(values, window=25):
 
 
 def _series(run, prefixes):
-    """Sorted (name with its place, iterations, values) of the scalars with one of the prefixes."""
+    """Sorted (name and where it is measured, iterations, values) of scalars with these prefixes."""
     found = []
     for full, (iterations, values) in sorted(run.items()):
-        _, place, name = full.split("/")
+        _, measured_at, name = full.split("/")
         if name.startswith(prefixes):
-            found.append((f"{name} (at {place})", iterations, values))
+            found.append((f"{name} (at {measured_at})", iterations, values))
     return found
 
 

@@ -46,6 +46,7 @@ from mokd_det.engine import (
     DistillationTrainer,
     Trainer,
     build_trainer,
+    errors_as_messages,
     launch,
     prepare_datasets,
     validate,
@@ -80,12 +81,12 @@ def check_arguments(args, cfg):
 def setup(args):
     """Read the config, check all that can be checked before data and weights, start logging."""
     cfg = load_config(args.config_file, args.opts)
+    check_arguments(args, cfg)
     if args.eval_only and not args.with_teacher:
         task = task_of(cfg)  # neither the teacher nor the training's options matter
     else:
         task = validate(cfg)
     prepare_datasets(cfg, task, is_training=not args.eval_only)
-    check_arguments(args, cfg)
     check_device(cfg)
     cfg.freeze()
     default_setup(cfg, args)
@@ -106,13 +107,15 @@ def evaluate(args, cfg):
     last = Checkpointer(torch.nn.Module(), cfg.OUTPUT_DIR)
     if args.resume and last.has_checkpoint():
         cfg = with_weights(cfg, last.get_checkpoint_file())
-    if args.with_teacher:  # what may be wrong with it is found before the student is evaluated
-        teacher_cfg = task.teacher_config(cfg)
-        teacher_cfg.DATASETS = cfg.DATASETS
-        teacher_cfg.OUTPUT_DIR = f"{cfg.OUTPUT_DIR}/teacher"
-        PathManager.mkdirs(teacher_cfg.OUTPUT_DIR)
-        teacher = task.load_trained(teacher_cfg, "MOKD.TEACHER.WEIGHTS")
-    results = Trainer.test(cfg, task.load_trained(cfg))
+    with errors_as_messages(args.debug):
+        student = task.load_trained(cfg)
+        if args.with_teacher:  # what may be wrong with it is found before the student is evaluated
+            teacher_cfg = task.teacher_config(cfg)
+            teacher_cfg.DATASETS = cfg.DATASETS
+            teacher_cfg.OUTPUT_DIR = f"{cfg.OUTPUT_DIR}/teacher"
+            PathManager.mkdirs(teacher_cfg.OUTPUT_DIR)
+            teacher = task.load_trained(teacher_cfg, "MOKD.TEACHER.WEIGHTS")
+    results = Trainer.test(cfg, student)
     if args.with_teacher:
         teacher_results = Trainer.test(teacher_cfg, teacher)
         if comm.is_main_process():
@@ -123,12 +126,13 @@ def evaluate(args, cfg):
 
 def train(args, cfg):
     """Train, and evaluate as the config says."""
-    trainer = build_trainer(cfg)
-    if comm.is_main_process() and isinstance(trainer, DistillationTrainer):
-        # What stock Detectron2 needs to use the student.
-        with PathManager.open(f"{cfg.OUTPUT_DIR}/student.yaml", "w") as f:
-            f.write(task_of(cfg).stock_config(trainer.cfg).dump())
-    trainer.resume_or_load(resume=args.resume)
+    with errors_as_messages(args.debug):
+        trainer = build_trainer(cfg)
+        if comm.is_main_process() and isinstance(trainer, DistillationTrainer):
+            # What stock Detectron2 needs to use the student.
+            with PathManager.open(f"{cfg.OUTPUT_DIR}/student.yaml", "w") as f:
+                f.write(task_of(cfg).stock_config(trainer.cfg).dump())
+        trainer.resume_or_load(resume=args.resume)
     trainer.train()
     results = getattr(trainer, "_last_eval_results", {})
     return results, with_weights(cfg, f"{cfg.OUTPUT_DIR}/model_final.pth")
@@ -146,7 +150,8 @@ def write_zoo_row(args, cfg, results):
 
 
 def main(args):
-    cfg = setup(args)
+    with errors_as_messages(args.debug):
+        cfg = setup(args)
     results, cfg = evaluate(args, cfg) if args.eval_only else train(args, cfg)
     if comm.is_main_process() and results:
         print(f"Results: {write_results(results, cfg.OUTPUT_DIR)}")
@@ -160,6 +165,7 @@ def argument_parser():
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--with-teacher", action="store_true", help="evaluate the teacher as well")
     parser.add_argument("--zoo-row", action="store_true", help="print a row for a model zoo")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 

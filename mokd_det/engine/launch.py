@@ -29,7 +29,7 @@ def errors_as_messages(debug: bool) -> Iterator[None]:
     except (ValueError, FileNotFoundError, ImportError) as error:
         if debug:
             raise
-        sys.exit(f"{os.path.basename(sys.argv[0])}: {error} (--debug shows where.)")
+        sys.exit(f"{os.path.basename(sys.argv[0])}: {error}\n(--debug shows where)")
 
 
 def launch(main, args):
