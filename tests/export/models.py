@@ -11,7 +11,9 @@ from detectron2.utils.env import seed_all_rng
 from torch import nn
 
 from mokd_det.config import load_config
+from mokd_det.export import ExportOptions, export_model
 from mokd_det.export.detector import detect
+from mokd_det.tasks import task_of
 
 from ..conftest import CONFIGS, ROOT, TREE_OPTS, TREES
 from ..modeling.families import FAMILIES
@@ -30,6 +32,17 @@ ALL = {**FAMILIES, **MORE}
 TILE = TREES / "train" / "2.jpg"  # 192 x 160
 # Not the tile's own size, so that boxes are scaled back.
 RESIZE = ["INPUT.MIN_SIZE_TEST", 224, "INPUT.MAX_SIZE_TEST", 260]
+
+
+def export(cfg, folder, format="torchscript", method="tracing", images=(), **options):
+    """Export the model of a config, by its task."""
+    options = ExportOptions(format, method, **options)
+    return export_model(task_of(cfg), cfg, str(folder), options, images)
+
+
+def load(cfg):
+    """Return the trained model of a config."""
+    return task_of(cfg).load_trained(cfg)
 
 
 def tile(name="0.jpg", size=None):

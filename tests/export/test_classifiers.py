@@ -5,11 +5,10 @@ import pytest
 import torch
 
 from mokd_det.config import load_config, merge_overrides
-from mokd_det.export import export_model
-from mokd_det.modeling import load_trained_model
-from mokd_det.modeling.classification import Classifier
+from mokd_det.modeling import Classifier
 
 from ..conftest import DIGIT_OPTS, ROOT
+from .models import export, load
 
 # Network -> whether it takes other sizes than that of its training.
 NETWORKS = {"shufflenet_v2_x0_5": True, "mobilenet_v3_small": True, "vit_tiny_16": False}
@@ -40,19 +39,20 @@ def logits(model, images):
     return model.network(model.preprocess(images.float()))
 
 
+@pytest.mark.slow
 def test_networks_by_both_methods(tmp_path, run_fresh):
     cases = tmp_path / "cases"
     cases.mkdir()
     for name, any_size in NETWORKS.items():
         cfg = classifier(name, tmp_path)
-        model = load_trained_model(cfg)
+        model = load(cfg)
         sizes = [(3, 32), (1, 32), *([(2, 48), (1, 57)] if any_size else [])]
         inputs = [torch.randint(0, 256, (n, 3, s, s), dtype=torch.uint8) for n, s in sizes]
         inputs[1] = inputs[1].float()
         outputs = [{"logits": logits(model, x)} for x in inputs]
         assert outputs[0]["logits"].std() > 1e-3  # the network tells images apart
         for method in ("tracing", "scripting"):
-            result = export_model(cfg, tmp_path / f"{name}-{method}", "torchscript", method)
+            result = export(cfg, tmp_path / f"{name}-{method}", method=method)
             assert result["parity"]["passed"], result["parity"]
             assert result["images"] == "the first 3 of DATASETS.TEST 'tests_digits_val'"
             assert result["metadata"]["image_size"] == ("any" if any_size else 32)
@@ -68,9 +68,9 @@ def test_networks_by_both_methods(tmp_path, run_fresh):
 
 def test_half_and_freeze(tmp_path):
     cfg = classifier("shufflenet_v2_x0_5", tmp_path)
-    plain = export_model(cfg, tmp_path / "plain")
-    half = export_model(cfg, tmp_path / "half", half=True)
-    frozen = export_model(cfg, tmp_path / "frozen", freeze=True)
+    plain = export(cfg, tmp_path / "plain")
+    half = export(cfg, tmp_path / "half", half=True)
+    frozen = export(cfg, tmp_path / "frozen", freeze=True)
     assert half["bytes"] < 0.7 * plain["bytes"]
     assert all(result["parity"]["passed"] for result in (plain, half, frozen))
     assert 0 < half["parity"]["float32"]["max_outputs_difference"] < 0.1
@@ -79,13 +79,14 @@ def test_half_and_freeze(tmp_path):
     assert not list(torch.jit.load(frozen["file"]).parameters())
 
 
+@pytest.mark.slow
 def test_torch_export(tmp_path):
     cfg = classifier("shufflenet_v2_x0_5", tmp_path)
-    result = export_model(cfg, tmp_path / "out", "torch_export")
+    result = export(cfg, tmp_path / "out", "torch_export")
     assert result["parity"]["passed"] and result["metadata"]["image_size"] == 32
     images = torch.rand(5, 3, 32, 32) * 255
     program = torch.export.load(result["file"]).module()
-    torch.testing.assert_close(program(images), logits(load_trained_model(cfg), images))
+    torch.testing.assert_close(program(images), logits(load(cfg), images))
 
 
 @pytest.mark.parametrize("name", ["mobilenet_v3_small", "vit_tiny_16"])
@@ -93,17 +94,17 @@ def test_onnx(tmp_path, name):
     pytest.importorskip("onnx")
     onnxruntime = pytest.importorskip("onnxruntime")
     cfg = classifier(name, tmp_path)
-    result = export_model(cfg, tmp_path / "out", "onnx")
+    result = export(cfg, tmp_path / "out", "onnx")
     assert result["parity"]["passed"], result["parity"]
     images = torch.rand(5, 3, 32, 32) * 255
     session = onnxruntime.InferenceSession(result["file"], providers=["CPUExecutionProvider"])
     found = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
-    torch.testing.assert_close(found, logits(load_trained_model(cfg), images), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found, logits(load(cfg), images), atol=1e-4, rtol=1e-4)
     assert "metadata.json" in session.get_modelmeta().custom_metadata_map
 
 
 def test_networks_that_cannot_be_scripted_are_refused(tmp_path):
     cfg = classifier("googlenet", tmp_path)
     with pytest.raises(ValueError, match="--method scripting: TorchScript cannot compile"):
-        export_model(cfg, tmp_path / "out", "torchscript", "scripting")
+        export(cfg, tmp_path / "out", method="scripting")
     assert not (tmp_path / "out" / "export.json").exists()

@@ -15,22 +15,22 @@ from detectron2.modeling import build_model
 import mokd_det
 from mokd_det.config import get_cfg, load_config
 from mokd_det.export import (
+    ExportOptions,
     benchmark,
     check_benchmark,
     check_options,
     export_checkpoint,
-    export_model,
     format_benchmark,
 )
 from mokd_det.export.detector import check_tracing, detect, paste_masks
 from mokd_det.export.images import read_images, sized
 from mokd_det.export.parity import compare_detections, parity
 from mokd_det.export.torchscript import _scripted_nms, load_torchscript, save_torchscript
-from mokd_det.modeling import load_trained_model
+from mokd_det.tasks import task_of
 
 from ..conftest import CONFIGS, ROOT
 from ..test_tools import load_script
-from .models import TILE, TORCHVISION, detector, three_sizes, tile
+from .models import TILE, TORCHVISION, detector, export, load, three_sizes, tile
 
 IMAGES = [str(TILE)]
 
@@ -57,9 +57,8 @@ def test_checkpoint_needs_no_pretrained_weights(tmp_path):
     model = build_model(cfg)
     torch.save({"model": model.state_dict()}, tmp_path / "trained.pth")
     opts += ["not/there.pth", "MODEL.WEIGHTS", str(tmp_path / "trained.pth")]
-    written = export_checkpoint(
-        load_config("configs/Quick-Start/teacher.yaml", opts), str(tmp_path / "out")
-    )
+    cfg = load_config("configs/Quick-Start/teacher.yaml", opts)
+    written = export_checkpoint(task_of(cfg), cfg, str(tmp_path / "out"))
     cfg = get_cfg()
     cfg.merge_from_file(written["config"])
     again = build_model(cfg)
@@ -71,16 +70,17 @@ def test_checkpoint_is_not_exported_into_its_run(rcnn, tmp_path):
     (tmp_path / "last_checkpoint").write_text("model_final.pth")
     (tmp_path / "config.yaml").write_text("the run's")
     with pytest.raises(ValueError, match="--output is .*the OUTPUT_DIR of a run.*choose another"):
-        export_model(rcnn, str(tmp_path), "checkpoint")
+        export(rcnn, str(tmp_path), "checkpoint")
     assert {p.name for p in tmp_path.iterdir()} == {"last_checkpoint", "config.yaml"}
     assert (tmp_path / "config.yaml").read_text() == "the run's"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, method", [("rcnn", "scripting"), ("retinanet", "tracing")])
 def test_half_and_freeze(request, tmp_path, name, method):
     cfg = request.getfixturevalue(name)
     plain, frozen, half = (
-        export_model(cfg, tmp_path / str(i), "torchscript", method, images=IMAGES, **options)
+        export(cfg, tmp_path / str(i), method=method, images=IMAGES, **options)
         for i, options in enumerate([{}, {"freeze": True}, {"half": True}])
     )
     assert all(result["parity"]["passed"] for result in (plain, frozen, half))
@@ -93,16 +93,16 @@ def test_half_and_freeze(request, tmp_path, name, method):
     assert metadata == half["metadata"]
 
 
-@pytest.mark.parametrize("name", ["rcnn", "retinanet"])
+@pytest.mark.parametrize("name", ["rcnn", pytest.param("retinanet", marks=pytest.mark.slow)])
 def test_onnx(request, tmp_path, name):
     pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
     from mokd_det.export.onnx import load_onnx
 
     cfg = request.getfixturevalue(name)
-    result = export_model(cfg, tmp_path, "onnx", images=IMAGES)
+    result = export(cfg, tmp_path, "onnx", images=IMAGES)
     assert result["parity"]["passed"] and result["parity"]["without_detections"]
-    model, run = load_trained_model(cfg), load_onnx(result["file"])
+    model, run = load(cfg), load_onnx(result["file"])
     for image in three_sizes():
         differences = compare_detections(detect(model, image), run(image))
         assert differences.pop("unmatched") == 0 and max(differences.values()) < 1e-2
@@ -120,12 +120,13 @@ def test_onnx_refuses_keypoints(tmp_path):
         check_onnx(build_model(cfg))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["rcnn", "retinanet"])
 def test_torch_export(request, tmp_path, name):
     cfg = request.getfixturevalue(name)
-    result = export_model(cfg, tmp_path, "torch_export", images=IMAGES)
+    result = export(cfg, tmp_path, "torch_export", images=IMAGES)
     assert result["parity"]["passed"] and "detections" not in result["parity"]
-    model, program = load_trained_model(cfg), torch.export.load(result["file"]).module()
+    model, program = load(cfg), torch.export.load(result["file"]).module()
     images = torch.rand(1, 3, 192, 288) * 255
     with torch.no_grad():
         features = model.backbone((images - model.pixel_mean) / model.pixel_std)
@@ -135,7 +136,7 @@ def test_torch_export(request, tmp_path, name):
 
 
 def test_metadata_says_what_the_archive_needs(rcnn, tmp_path):
-    result = export_model(rcnn, tmp_path, "torchscript", images=IMAGES)
+    result = export(rcnn, tmp_path, images=IMAGES)
     assert json.loads((tmp_path / "export.json").read_text()) == json.loads(json.dumps(result))
     module, metadata = load_torchscript(result["file"])
     assert metadata["task"] == "detection" and metadata["class_names"] == ["Tree"]
@@ -150,7 +151,7 @@ def test_metadata_says_what_the_archive_needs(rcnn, tmp_path):
     assert metadata["weights_sha256"] == hashlib.sha256(weights).hexdigest()
     other = rcnn.clone()
     other.INPUT.MIN_SIZE_TEST = 200
-    again = export_model(other, tmp_path / "other", "torchscript", images=IMAGES)["metadata"]
+    again = task_of(other).exporter(other).metadata(load(other))
     assert again["config_sha256"] != metadata["config_sha256"]
     assert again["weights_sha256"] == metadata["weights_sha256"]
     image = tile()
@@ -233,14 +234,14 @@ def test_wrong_weights_are_errors_before_anything_is_written(rcnn, retinanet, tm
     cfg = rcnn.clone()
     cfg.MODEL.WEIGHTS = retinanet.MODEL.WEIGHTS  # of another student
     with pytest.raises(ValueError, match="MODEL.WEIGHTS.*does not fit the model of its config"):
-        export_model(cfg, tmp_path / "out", "torchscript", images=IMAGES)
+        export(cfg, tmp_path / "out", images=IMAGES)
     cfg = rcnn.clone()
     cfg.MODEL.FPN.OUT_CHANNELS = 32  # another config
     with pytest.raises(ValueError, match="of another shape: backbone.fpn_lateral"):
-        export_model(cfg, tmp_path / "out", "torchscript", images=IMAGES)
+        export(cfg, tmp_path / "out", images=IMAGES)
     cfg.MODEL.WEIGHTS = ""
     with pytest.raises(ValueError, match="MODEL.WEIGHTS is empty"):
-        export_model(cfg, tmp_path / "out", "torchscript", images=IMAGES)
+        export(cfg, tmp_path / "out", images=IMAGES)
     assert not (tmp_path / "out").exists()
 
 
@@ -266,7 +267,7 @@ def test_models_that_cannot_be_deployed_are_refused(tmp_path):
     cfg.MODEL.WEIGHTS = str(tmp_path / "weights.pth")
     torch.save({"model": build_model(cfg).state_dict()}, cfg.MODEL.WEIGHTS)
     with pytest.raises(ValueError, match="'ProposalNetwork'.*--format checkpoint"):
-        export_model(cfg, tmp_path / "out", "torchscript", images=IMAGES)
+        export(cfg, tmp_path / "out", images=IMAGES)
 
 
 def test_windows_of_swin_cannot_be_traced():
@@ -292,30 +293,31 @@ def test_half_where_an_operator_is_missing():
         check_half(other)
 
 
-def test_benchmark_and_the_twin(folder, rcnn, tmp_path):
+@pytest.mark.slow
+def test_benchmark_beside_the_teacher_and_from_scratch(folder, rcnn, tmp_path):
     teacher = detector("faster_rcnn_MobileNetV2", folder)
     (folder / "teacher.yaml").write_text(teacher.dump())
     cfg = rcnn.clone()
     cfg.MOKD.ENABLED = True
     cfg.MOKD.TEACHER.CONFIG_FILE = str(folder / "teacher.yaml")
     cfg.MOKD.TEACHER.WEIGHTS = teacher.MODEL.WEIGHTS
-    options = {"images": IMAGES, "tolerance": 1e-3}
-    check_benchmark(cfg, "torchscript")
-    exported = export_model(cfg, tmp_path, "torchscript", **options)
-    result = benchmark(cfg, exported, tmp_path, "tracing", options)
+    task = task_of(cfg)
+    check_benchmark(task, cfg, "torchscript")
+    exported = export(cfg, tmp_path, images=IMAGES)
+    result = benchmark(task, cfg, exported, str(tmp_path), ExportOptions(), IMAGES)
     assert result["bytes"]["teacher"] > 2 * result["bytes"]["student"]
     assert result["latency"]["teacher_ratio"] > 1
-    twin = result["twin"]
-    assert twin["keys_equal"] and twin["parameters"] == [971_712, 971_712]
-    assert twin["gflops"][0] == twin["gflops"][1] > 0
-    assert 0.5 < twin["eager_twin_ratio"] < 2  # the same code; other programs may disturb it
+    scratch = result["scratch"]
+    assert scratch["keys_equal"] and scratch["parameters"] == [971_712, 971_712]
+    assert scratch["gflops"][0] == scratch["gflops"][1] > 0
+    assert 0.5 < scratch["eager_scratch_ratio"] < 2  # the same code; other programs may disturb it
     text = format_benchmark(result)
     assert "state-dict keys and shapes: equal" in text and "| teacher / student |" in text
     cfg.MOKD.TEACHER.WEIGHTS = "gone.pth"
     with pytest.raises(FileNotFoundError, match="gone.pth"):
-        check_benchmark(cfg, "torchscript")
+        check_benchmark(task, cfg, "torchscript")
     with pytest.raises(ValueError, match="--benchmark times files of"):
-        check_benchmark(cfg, "torch_export")
+        check_benchmark(task, cfg, "torch_export")
 
 
 def run_tool(monkeypatch, path, *args):
@@ -344,8 +346,10 @@ def test_the_tools_on_the_command_line(rcnn, tmp_path, monkeypatch, capsys):
     assert "DIFFERS" in run_tool(monkeypatch, *start, "--tolerance", "1e-12", "--freeze", *end)
     assert run_tool(monkeypatch, *start, "--method", "guessing", *end) == 2
     assert "invalid choice: 'guessing'" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="--tolerance is -1.0: expected a number > 0"):
-        run_tool(monkeypatch, *start, "--tolerance", "-1", *end)
+    error = run_tool(monkeypatch, *start, "--tolerance", "-1", *end)
+    assert error.startswith("export_model.py: --tolerance is -1.0: expected a number > 0")
+    with pytest.raises(ValueError, match="--tolerance is -1.0"):
+        run_tool(monkeypatch, *start, "--debug", "--tolerance", "-1", *end)
 
     picture, model = tmp_path / "found.png", tmp_path / "out" / "model.ts"
     use = "tools/run_exported.py"
