@@ -168,6 +168,10 @@ class TestMistakes:
         with pytest.raises(ValueError, match="PIXEL_MEAN has 3 entries for the student and 1 for"):
             DistillationTrainer(make_cfg("mokd", opts))
 
+    def test_a_level_that_is_not_there(self, make_cfg):
+        with pytest.raises(ValueError, match=r"MOKD.FEATURES.STUDENT has \['p2'\]"):
+            DistillationTrainer(make_cfg("mokd", ["MOKD.FEATURES.STUDENT", ["p2"]]))
+
     def test_a_classifier(self, make_cfg):
         cfg = make_cfg("mokd", ["MOKD.TEACHER.CLASSIFIER", "resnet18"])
         with pytest.raises(ValueError, match="CLASSIFIER is 'resnet18', but the student is no cla"):
