@@ -2,6 +2,7 @@
 """Less memory or time for the student's training, without a trace in the trained model."""
 
 import contextlib
+from collections.abc import Callable
 
 import torch
 from detectron2.config import CfgNode
@@ -46,13 +47,12 @@ def accelerate_student(cfg: CfgNode, student: nn.Module) -> None:
         student: with ``backbone``, if one of the first two is set.
     """
     if cfg.MODEL.BACKBONE.CHECKPOINTING:
-        checkpoint_stages(student.backbone)
+        checkpoint_stages(student.get_submodule("backbone"))
     if cfg.MODEL.BACKBONE.COMPILE:
         # The function, not the module: its hooks, one of which is new in every step, stay
         # outside the compiled part, and keys of the state dict keep their names.
-        student.backbone.forward = torch.compile(
-            student.backbone.forward, backend=cfg.MODEL.BACKBONE.COMPILE
-        )
+        backbone = student.get_submodule("backbone")
+        backbone.forward = torch.compile(backbone.forward, backend=cfg.MODEL.BACKBONE.COMPILE)
     if cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.AMP.PRECISION == "bfloat16":
         pool_in_float32(student)
 
@@ -76,7 +76,7 @@ def checkpoint_stages(backbone: nn.Module) -> None:
         stage.forward = _checkpointed(stage)
 
 
-def _checkpointed(stage):
+def _checkpointed(stage: nn.Module) -> Callable:
     forward = stage.forward
 
     def run(x):

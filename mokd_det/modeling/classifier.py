@@ -1,12 +1,16 @@
 # Copyright (c) The mokd_det authors.
 """The meta-architecture of a classifier: a stock network with its preprocessing and loss."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
-from torch import nn
+from torch import Tensor, nn
 
+from ..data.classification import Batch
 from ..teachers import PRE_LOGITS
 from .loading import StrictCheckpointer
 from .networks import build_network
@@ -27,19 +31,31 @@ class Classifier(nn.Module):
     (or timm) builds, under the same keys, and the other way round.
 
     Attributes:
-        network (nn.Module): stock.
-        head (nn.Module): its last part, whose output are the logits.
+        network: stock.
+        head: its last part, whose output are the logits.
     """
 
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
     @configurable
-    def __init__(self, *, network, pixel_mean, pixel_std, num_classes, head="", label_smoothing=0):
+    def __init__(
+        self,
+        *,
+        network: nn.Module,
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
+        num_classes: int,
+        head: str = "",
+        label_smoothing: float = 0,
+    ):
         """
         Args:
-            network (nn.Module): maps (N, 3, H, W) to (N, C) logits.
-            pixel_mean, pixel_std (sequence[float]): of R, G and B in [0, 255].
-            num_classes (int): C.
-            head (str): see ``MODEL.CLASSIFIER.HEAD``.
-            label_smoothing (float): in [0, 1).
+            network: maps (N, 3, H, W) to (N, C) logits.
+            pixel_mean, pixel_std: of R, G and B in [0, 255].
+            num_classes: C.
+            head: see ``MODEL.CLASSIFIER.HEAD``.
+            label_smoothing: in [0, 1).
 
         Raises:
             ValueError: an option out of its range, or a network without such a head.
@@ -61,10 +77,10 @@ class Classifier(nn.Module):
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
 
     @classmethod
-    def from_config(cls, cfg, strict=False):
+    def from_config(cls, cfg: CfgNode, strict: bool = False) -> dict[str, Any]:
         """
         Args:
-            strict (bool): MODEL.CLASSIFIER.WEIGHTS must be for this number of classes.
+            strict: MODEL.CLASSIFIER.WEIGHTS must be for this number of classes.
         """
         options = cfg.MODEL.CLASSIFIER
         if cfg.INPUT.FORMAT != "RGB":
@@ -89,18 +105,18 @@ class Classifier(nn.Module):
         }
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
         return self.pixel_mean.device
 
     @property
-    def head(self):
+    def head(self) -> nn.Module:
         return self.network.get_submodule(self.head_name)
 
     # The two buffers are the config's, so the network's state is all.
-    def state_dict(self, *args, **kwargs):
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         return self.network.state_dict(*args, **kwargs)
 
-    def load_state_dict(self, *args, **kwargs):
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         return self.network.load_state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
@@ -109,16 +125,13 @@ class Classifier(nn.Module):
             state_dict[f"{prefix}network.{key[len(prefix) :]}"] = state_dict.pop(key)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def preprocess(self, images):
+    def preprocess(self, images: Tensor) -> Tensor:
         """Return float32 images, normalised, of (N, 3, H, W) in [0, 255] on any device."""
         images = images.to(self.device, non_blocking=True)
         return (images - self.pixel_mean).div_(self.pixel_std)
 
-    def forward(self, batch):
+    def forward(self, batch: Batch) -> Any:
         """
-        Args:
-            batch (Batch):
-
         Returns:
             In training dict[str, Tensor]: ``loss_cls``, the mean cross-entropy; and of networks
             with heads for training only ``loss_auxiliary``, 0.3 times theirs.
@@ -135,11 +148,11 @@ class Classifier(nn.Module):
         logits, *auxiliary = (x for x in outputs if x is not None)
         losses = {"loss_cls": self._cross_entropy(logits, targets)}
         if auxiliary:
-            rest = sum(self._cross_entropy(x, targets) for x in auxiliary)
+            rest: Any = sum(self._cross_entropy(x, targets) for x in auxiliary)
             losses["loss_auxiliary"] = AUXILIARY * rest
         return losses
 
-    def _cross_entropy(self, logits, targets):
+    def _cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
 
 

@@ -4,11 +4,16 @@
 import contextlib
 import dataclasses
 import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from ..teachers import PRE_LOGITS
+from .classifier import Classifier
 
 __all__ = ["TapShape", "as_map", "common_grid", "find_taps", "replace_taps"]
 
@@ -17,9 +22,9 @@ __all__ = ["TapShape", "as_map", "common_grid", "find_taps", "replace_taps"]
 class TapShape:
     """
     Attributes:
-        kind (str): "vector" (N, C), "map" (N, C, H, W), "map_channels_last" (N, H, W, C; Swin), or
+        kind: "vector" (N, C), "map" (N, C, H, W), "map_channels_last" (N, H, W, C; Swin), or
             "tokens" (N, L, C; vision transformers).
-        channels (int): C.
+        channels: C.
     """
 
     kind: str
@@ -27,24 +32,28 @@ class TapShape:
 
 
 @contextlib.contextmanager
-def replace_taps(classifier, names, function):
+def replace_taps(
+    classifier: Classifier,
+    names: Sequence[str],
+    function: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+) -> Iterator[None]:
     """
     While the context lasts, the tapped features of a forward pass go through ``function``, and its
     replacement of the last one goes on through the network.
 
     Args:
-        classifier (Classifier):
-        names (sequence[str]): of submodules, whose output is tapped, or ``PRE_LOGITS``; in the
-            order in which they run.
-        function (callable): from dict[str, Tensor] of all taps to such a dict.
+        classifier: whose forward pass it is.
+        names: of submodules, whose output is tapped, or ``PRE_LOGITS``; in the order in which they
+            run.
+        function: from all taps to what they are replaced by.
 
     Raises:
         RuntimeError: a tapped module did not run exactly once. A distillation that is silently
             absent, or counts a feature twice, would go unnoticed otherwise.
     """
-    found = {}
+    found: dict[str, Any] = {}
 
-    def take(name, value):
+    def take(name: str, value: Any) -> Any:
         if name in found:
             raise RuntimeError(
                 f"'{name}' of the classifier ran more than once in one forward pass; distillation "
@@ -57,15 +66,7 @@ def replace_taps(classifier, names, function):
         # ReLU), which must not change the feature that is read, and cannot work on a view.
         return value.clone()
 
-    handles = []
-    for name in names:
-        if name == PRE_LOGITS:
-            hook = lambda _module, args: (take(PRE_LOGITS, args[0]),)  # noqa: E731
-            handles.append(classifier.head.register_forward_pre_hook(hook))
-        else:
-            hook = lambda _module, _args, output, name=name: take(name, output)  # noqa: E731
-            module = classifier.network.get_submodule(name)
-            handles.append(module.register_forward_hook(hook))
+    handles = [_hooked(classifier, name, take) for name in names]
     try:
         yield
     finally:
@@ -75,38 +76,38 @@ def replace_taps(classifier, names, function):
         raise RuntimeError(f"{missing} of the classifier did not run in its forward pass.")
 
 
+def _hooked(classifier: Classifier, name: str, take: Callable[[str, Any], Any]) -> RemovableHandle:
+    if name == PRE_LOGITS:
+        return classifier.head.register_forward_pre_hook(
+            lambda _module, args: (take(name, args[0]),)
+        )
+    module = classifier.network.get_submodule(name)
+    return module.register_forward_hook(lambda _module, _args, output: take(name, output))
+
+
 @torch.no_grad()
-def find_taps(classifier, names, size, option):
+def find_taps(
+    classifier: Classifier, names: Sequence[str], size: int, option: str
+) -> dict[str, TapShape]:
     """
     Look at the features with an image of zeros.
 
     Args:
-        classifier (Classifier):
-        names (sequence[str]): submodules or ``PRE_LOGITS``.
-        size (int): side of the image in pixels.
-        option (str): the config key of the names, for messages.
+        classifier: its network is run.
+        names: submodules or ``PRE_LOGITS``.
+        size: side of the image in pixels.
+        option: the config key of the names, for messages.
 
     Returns:
-        dict[str, TapShape]: in the order in which they run.
+        In the order in which they run.
 
     Raises:
         ValueError: a name that does not exist, runs more than once, or is no features.
     """
-    modules = dict(classifier.network.named_modules())
-    for name in names:
-        if name != PRE_LOGITS and (not name or name not in modules):
-            raise ValueError(
-                f"{option} has '{name}', which {type(classifier.network).__name__} does not have. "
-                f"Use '{PRE_LOGITS}' or a submodule: {_listed(modules)}."
-            )
-        if f"{name}.".startswith(f"{classifier.head_name}."):
-            raise ValueError(
-                f"{option} has '{name}', which is in the head '{classifier.head_name}': tap what "
-                "comes before it, or name a smaller head in MODEL.CLASSIFIER.HEAD."
-            )
-    found = {}  # in the order of insertion, which is that of running
+    _check_names(classifier, names, option)
+    found: dict[str, Any] = {}  # in the order of insertion, which is that of running
 
-    def keep(features):
+    def keep(features: dict[str, Tensor]) -> dict[str, Tensor]:
         found.update(features)
         return features
 
@@ -127,7 +128,22 @@ def find_taps(classifier, names, size, option):
     return {name: _shape_of(name, value, option) for name, value in found.items()}
 
 
-def _shape_of(name, value, option):
+def _check_names(classifier: Classifier, names: Sequence[str], option: str) -> None:
+    modules = dict(classifier.network.named_modules())
+    for name in names:
+        if name != PRE_LOGITS and (not name or name not in modules):
+            raise ValueError(
+                f"{option} has '{name}', which {type(classifier.network).__name__} does not have. "
+                f"Use '{PRE_LOGITS}' or a submodule: {_listed(modules)}."
+            )
+        if f"{name}.".startswith(f"{classifier.head_name}."):
+            raise ValueError(
+                f"{option} has '{name}', which is in the head '{classifier.head_name}': tap what "
+                "comes before it, or name a smaller head in MODEL.CLASSIFIER.HEAD."
+            )
+
+
+def _shape_of(name: str, value: Any, option: str) -> TapShape:
     if isinstance(value, torch.Tensor) and value.dim() == 2:
         return TapShape("vector", value.shape[1])
     if isinstance(value, torch.Tensor) and value.dim() == 3:
@@ -149,14 +165,14 @@ def _listed(modules, most=40):
     return ", ".join(shallow[:most]) + (", ..." if len(shallow) > most else "")
 
 
-def as_map(features, shape):
+def as_map(features: Tensor, shape: TapShape) -> Tensor:
     """
     Args:
-        features (Tensor): as the tap gives them.
-        shape (TapShape): of the tap.
+        features: as the tap gives them.
+        shape: of the tap.
 
     Returns:
-        Tensor: (N, C, H, W). A vector has H = W = 1. Tokens are those of the patches, on their
+        (N, C, H, W). A vector has H = W = 1. Tokens are those of the patches, on their
         square grid; a class token before them is left out.
     """
     if shape.kind == "vector":
@@ -170,19 +186,21 @@ def as_map(features, shape):
     return patches.transpose(1, 2).unflatten(2, (side, side))
 
 
-def common_grid(student, teacher):
+def common_grid(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """
     Average two maps to the coarser grid of both, in each direction. So a map beside a vector is
     pooled.
 
     Args:
-        student, teacher (Tensor): (N, C_s, H_s, W_s) and (N, C_t, H_t, W_t) of the same images.
+        student, teacher: (N, C_s, H_s, W_s) and (N, C_t, H_t, W_t) of the same images.
 
     Returns:
-        tuple[Tensor]: (N, C_s, H, W) and (N, C_t, H, W).
+        (N, C_s, H, W) and (N, C_t, H, W).
     """
-    size = [min(student.shape[d], teacher.shape[d]) for d in (-2, -1)]
-    return tuple(
-        x if list(x.shape[-2:]) == size else F.adaptive_avg_pool2d(x, size)
-        for x in (student, teacher)
-    )
+    height, width = (min(student.shape[d], teacher.shape[d]) for d in (-2, -1))
+
+    def pooled(x: Tensor) -> Tensor:
+        is_coarse = x.shape[-2:] == (height, width)
+        return x if is_coarse else F.adaptive_avg_pool2d(x, (height, width))
+
+    return pooled(student), pooled(teacher)

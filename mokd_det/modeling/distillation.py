@@ -2,7 +2,8 @@
 """The meta-architecture that trains a stock model with the help of a frozen one."""
 
 import math
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -19,6 +20,9 @@ from ..balancing import (
 )
 from ..objectives import OBJECTIVES, Objective
 from ..teachers import Teacher, TeacherOutputs
+
+if TYPE_CHECKING:
+    from ..tasks import Task
 
 __all__ = ["DistillationModel", "boundary_of", "check_balancing"]
 
@@ -38,7 +42,7 @@ class DistillationModel(nn.Module):
 
     Attributes:
         objectives: by name, without the task itself.
-        inference (callable): what evaluation runs; the student, unless the trainer exchanges it.
+        inference: what evaluation runs; the student, unless the trainer exchanges it.
         teacher_outputs: of the latest forward pass, for a second one on the same batch; only kept
             if the rule asks for that.
     """
@@ -47,7 +51,7 @@ class DistillationModel(nn.Module):
     def __init__(
         self,
         *,
-        task,
+        task: "Task",
         student: nn.Module,
         teacher: Teacher,
         boundary: Boundary,
@@ -57,7 +61,7 @@ class DistillationModel(nn.Module):
     ):
         """
         Args:
-            task (mokd_det.tasks.Task): knows where the student's features are.
+            task: knows where the student's features are.
             student, teacher: both sides.
             boundary: balances the gradients at the student's features.
             objectives: by name; at least one.
@@ -86,11 +90,11 @@ class DistillationModel(nn.Module):
                     f"MOKD.{name.upper()}.LOSS_WEIGHT is {weight}: expected a finite number > 0. "
                     f"To go without this objective take it out of MOKD.OBJECTIVES."
                 )
-        self.inference = student.__call__
+        self.inference: Callable[..., Any] = student.__call__
         self.teacher_outputs: TeacherOutputs | None = None
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, task) -> dict[str, Any]:
+    def from_config(cls, cfg: CfgNode, task: "Task") -> dict[str, Any]:
         # The student comes before the teacher, so that a seed gives it the same initial weights
         # as without distillation.
         student = task.build_student(cfg)
@@ -121,7 +125,7 @@ class DistillationModel(nn.Module):
         """Of all objectives, the task first."""
         return [TASK, *self.objectives]
 
-    def forward(self, batch: Any, teacher_outputs: TeacherOutputs | None = None):
+    def forward(self, batch: Any, teacher_outputs: TeacherOutputs | None = None) -> Any:
         """
         Args:
             batch: as the student takes it: Detectron2's list of dicts, or a classifier's Batch.
@@ -159,7 +163,7 @@ class DistillationModel(nn.Module):
             task_losses = self.student(batch)
         return {TASK: task_losses, **losses}
 
-    def _objectives(self):
+    def _objectives(self) -> Iterable[tuple[str, Any]]:
         return self.objectives.items()
 
 

@@ -2,30 +2,32 @@
 """Starting parts of the student from the teacher's weights."""
 
 import logging
+from collections.abc import Sequence
 
 import torch
+from torch import nn
 
 __all__ = ["copy_weights", "inheritable_names"]
 
 logger = logging.getLogger(__name__)
 
 
-def inheritable_names(student, teacher, prefixes):
+def inheritable_names(student: nn.Module, teacher: nn.Module, prefixes: Sequence[str]) -> list[str]:
     """
     Args:
-        student, teacher (nn.Module):
-        prefixes (sequence[str]): of names in the state dict, e.g. "backbone.fpn_".
+        student, teacher: both sides.
+        prefixes: of names in the state dict, e.g. "backbone.fpn_".
 
     Returns:
-        list[str]: parameters and buffers of the student with such a name for which the teacher
-        has one of the same name and shape. They are logged, and so is what does not fit.
+        Parameters and buffers of the student with such a name for which the teacher has one of the
+        same name and shape. They are logged, and so is what does not fit.
 
     Raises:
         ValueError: nothing of a prefix fits, or it has the layer that sees the images, and those
             are normalised in different ways.
     """
     source, target = teacher.state_dict(), student.state_dict()
-    inherited = []
+    inherited: list[str] = []
     for prefix in prefixes:
         wanted = [name for name in target if name.startswith(prefix)]
         fits = [n for n in wanted if n in source and source[n].shape == target[n].shape]
@@ -55,19 +57,19 @@ def inheritable_names(student, teacher, prefixes):
     return inherited
 
 
-def _same_input(student, teacher):
+def _same_input(student: nn.Module, teacher: nn.Module) -> bool:
     # Where a model does not say what it sees, nothing can be compared.
     formats = {getattr(model, "input_format", None) for model in (student, teacher)} - {None}
     means = [getattr(model, "pixel_mean", None) for model in (student, teacher)]
     stds = [getattr(model, "pixel_std", None) for model in (student, teacher)]
     return len(formats) < 2 and all(
-        any(x is None for x in pair) or torch.equal(*pair) for pair in (means, stds)
+        a is None or b is None or torch.equal(a, b) for a, b in (means, stds)
     )
 
 
 @torch.no_grad()
-def copy_weights(source, target, names):
+def copy_weights(source: nn.Module, target: nn.Module, names: Sequence[str]) -> None:
     """Copy parameters and buffers by name from one module to another."""
-    source, target = source.state_dict(), target.state_dict()
+    given, taken = source.state_dict(), target.state_dict()
     for name in names:
-        target[name].copy_(source[name])
+        taken[name].copy_(given[name])

@@ -1,8 +1,12 @@
 # Copyright (c) The mokd_det authors.
 """Detectors that Detectron2 describes by Python configs only (FCOS, ViTDet), in a YAML config."""
 
-from detectron2.config import LazyConfig, instantiate
+from collections.abc import Sequence
+
+from detectron2.config import CfgNode, LazyConfig, instantiate
 from detectron2.modeling import META_ARCH_REGISTRY
+from omegaconf import DictConfig
+from torch import nn
 
 from ..config import find_config
 
@@ -10,14 +14,14 @@ __all__ = ["LazyConfigDetector", "load_lazy_config"]
 
 
 @META_ARCH_REGISTRY.register()
-def LazyConfigDetector(cfg):
+def LazyConfigDetector(cfg: CfgNode) -> nn.Module:
     """
     Build ``model`` of the Python config ``cfg.MODEL.LAZY_CONFIG.FILE``, with the overrides of
     ``cfg.MODEL.LAZY_CONFIG.OVERRIDES`` ("model.num_classes=3"). Everything else (solver, input,
     data sets) is the YAML config's.
 
     Returns:
-        nn.Module: the stock detector.
+        The stock detector.
 
     Raises:
         ValueError, FileNotFoundError: no such file, or it holds no ``model``.
@@ -38,15 +42,15 @@ def LazyConfigDetector(cfg):
     return instantiate(lazy.model)
 
 
-def load_lazy_config(name, overrides, option):
+def load_lazy_config(name: str, overrides: Sequence[str], option: str) -> DictConfig:
     """
     Args:
-        name (str): a Python config, or its name in Detectron2's model zoo.
-        overrides (sequence[str]): "model.num_classes=3", ...
-        option (str): where it was given, for messages.
+        name: a Python config, or its name in Detectron2's model zoo.
+        overrides: "model.num_classes=3", ...
+        option: where it was given, for messages.
 
     Returns:
-        omegaconf.DictConfig: with ``model``.
+        With ``model``.
 
     Raises:
         ValueError, FileNotFoundError: no such file, or it holds no ``model``.

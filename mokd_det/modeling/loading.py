@@ -1,8 +1,11 @@
 # Copyright (c) The mokd_det authors.
 """Loading weights so that all of them fit, or none are used."""
 
+from typing import Any
+
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from torch import nn
 
 __all__ = ["StrictCheckpointer"]
 
@@ -13,15 +16,15 @@ class StrictCheckpointer(DetectionCheckpointer):
     lists them. Detectron2 only warns, and a half-random model then ruins a run silently.
     """
 
-    def __init__(self, model, *args, option="MODEL.WEIGHTS", **kwargs):
+    def __init__(self, model: nn.Module, *args: Any, option: str = "MODEL.WEIGHTS", **kwargs: Any):
         """
         Args:
-            option (str): the config key of the weights, for the message. Others: Detectron2's.
+            option: the config key of the weights, for the message. Others: Detectron2's.
         """
         super().__init__(model, *args, **kwargs)
         self.option = option
 
-    def load(self, path, *args, **kwargs):
+    def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         self._path = path
         return super().load(path, *args, **kwargs)
 

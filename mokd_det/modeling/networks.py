@@ -4,10 +4,12 @@
 import functools
 import logging
 import warnings
+from typing import Any
 
 import torch
 import torchvision
 from detectron2.utils.file_io import PathManager
+from torch import nn
 
 from ..registry import Registry
 
@@ -29,7 +31,7 @@ IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
 
 @CLASSIFIERS.register("vit_tiny_16")
-def vit_tiny_16(num_classes, image_size=224, **options):
+def vit_tiny_16(num_classes: int, image_size: int = 224, **options: Any) -> nn.Module:
     """torchvision's vision transformer at the size of DeiT-Ti (Touvron et al. 2021): 5.7 M."""
     return torchvision.models.VisionTransformer(
         image_size=image_size,
@@ -43,19 +45,26 @@ def vit_tiny_16(num_classes, image_size=224, **options):
     )
 
 
-def build_network(name, num_classes, weights="", strict=True, options=None, option=None):
+def build_network(
+    name: str,
+    num_classes: int,
+    weights: str = "",
+    strict: bool = True,
+    options: dict[str, Any] | None = None,
+    option: str | None = None,
+) -> nn.Module:
     """
     Args:
-        name (str): see ``MODEL.CLASSIFIER.NAME``.
-        num_classes (int): C.
-        weights (str): see ``MODEL.CLASSIFIER.WEIGHTS``.
-        strict (bool): False: weights for another number of classes are fine; the layer for them
-            stays random, and is logged.
-        options (dict): for the network's constructor.
-        option (str): the config key of the weights, for messages.
+        name: see ``MODEL.CLASSIFIER.NAME``.
+        num_classes: C.
+        weights: see ``MODEL.CLASSIFIER.WEIGHTS``.
+        strict: False: weights for another number of classes are fine; the layer for them stays
+            random, and is logged.
+        options: for the network's constructor.
+        option: the config key of the weights, for messages.
 
     Returns:
-        nn.Module: the stock network.
+        The stock network.
 
     Raises:
         ValueError: unknown name, options or weights, or weights that do not fit.
@@ -99,14 +108,14 @@ def _resolve(name, weights, option, named_by="MODEL.CLASSIFIER.NAME"):
     return functools.partial(_make_torchvision, name, implied_options(name, weights)), state
 
 
-def implied_options(name, weights):
+def implied_options(name: str, weights: str) -> dict[str, Any]:
     """
     Args:
-        name, weights (str): as for :func:`build_network`.
+        name, weights: as for :func:`build_network`.
 
     Returns:
-        dict: options of the constructor that torchvision's builders set for these weights, and that
-        are not in a state dict: a network that was trained from them needs them as well.
+        Options of the constructor that torchvision's builders set for these weights, and that are
+        not in a state dict: a network that was trained from them needs them as well.
     """
     if not weights or name in CLASSIFIERS or name.startswith(TIMM_PREFIX):
         return {}
@@ -204,13 +213,13 @@ def _shortened(keys, most=6):
     return (", ".join(keys[:most]) or "none") + (f", ... ({len(keys)})" if len(keys) > most else "")
 
 
-def input_normalisation(name, weights):
+def input_normalisation(name: str, weights: str) -> tuple[list[float], list[float]]:
     """
     Args:
-        name, weights (str): ``MOKD.TEACHER.CLASSIFIER`` and ``.WEIGHTS``.
+        name, weights: ``MOKD.TEACHER.CLASSIFIER`` and ``.WEIGHTS``.
 
     Returns:
-        tuple: mean and standard deviation of each of R, G, B in [0, 255] that these weights want;
+        Mean and standard deviation of each of R, G, B in [0, 255] that these weights want;
         ImageNet's where they do not say, and for a file.
 
     Raises:

@@ -2,22 +2,23 @@
 """What a forward pass in training mode changes in a module besides its outputs."""
 
 import torch
+from torch import Tensor, nn
 
 __all__ = ["RestoredState", "module_numbers", "set_module_numbers"]
 
 
-def module_numbers(model):
+def module_numbers(model: nn.Module) -> dict[str, dict[str, int | float]]:
     """
     Plain numbers that modules keep, e.g. the running mean of positives by which Detectron2's
     RetinaNet divides its loss. They are in no state dict.
 
     Returns:
-        dict[str, dict[str, int or float]]: by the module's name.
+        By the module's name.
     """
     return {name: _numbers(module) for name, module in model.named_modules()}
 
 
-def set_module_numbers(model, numbers):
+def set_module_numbers(model: nn.Module, numbers: dict[str, dict[str, int | float]]) -> None:
     """Put the values of :func:`module_numbers` back; a number that was not there goes."""
     for name, module in model.named_modules():
         for key in _numbers(module).keys() - numbers[name].keys():
@@ -25,7 +26,7 @@ def set_module_numbers(model, numbers):
         vars(module).update(numbers[name])
 
 
-def _numbers(module):
+def _numbers(module: nn.Module) -> dict[str, int | float]:
     return {
         key: value
         for key, value in vars(module).items()
@@ -39,16 +40,17 @@ class RestoredState:
     Can be entered again and again, as activation checkpointing does.
     """
 
-    def __init__(self, model):
+    def __init__(self, model: nn.Module):
         self.model = model
+        self._buffers: list[tuple[Tensor, Tensor]] = []
 
-    def __enter__(self):
+    def __enter__(self) -> None:
         self._buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         self._numbers = module_numbers(self.model)
 
-    def __exit__(self, *error):
+    def __exit__(self, *error: object) -> None:
         with torch.no_grad():
             for buffer, value in self._buffers:
                 buffer.copy_(value)
         set_module_numbers(self.model, self._numbers)
-        self._buffers = None
+        self._buffers = []

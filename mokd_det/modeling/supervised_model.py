@@ -1,7 +1,7 @@
 # Copyright (c) The mokd_det authors.
 """A student without a teacher, for the same training step."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ class SupervisedModel(nn.Module):
         self.student = student
         self.objectives = nn.ModuleDict()
         self.boundary = NoBalancing()
-        self.inference = student.__call__
+        self.inference: Callable[..., Any] = student.__call__
 
     @property
     def device(self) -> torch.device:

@@ -4,10 +4,12 @@
 import contextlib
 import logging
 import warnings
-from typing import Dict, List  # noqa: UP035  (TorchScript)
+from collections.abc import Sequence
+from typing import Any, Dict, List  # noqa: UP035  (TorchScript)
 
 import torch
 import torchvision
+from detectron2.config import CfgNode
 from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
@@ -36,17 +38,26 @@ class TorchvisionBackbone(Backbone):
 
     _channels_last: List[str]  # noqa: UP006  (TorchScript cannot infer it of an empty list)
 
-    def __init__(self, name, *, weights="", out_features=(), nodes=(), norm="BN", freeze_at=0):
+    def __init__(
+        self,
+        name: str,
+        *,
+        weights: str = "",
+        out_features: Sequence[str] = (),
+        nodes: Sequence[str] = (),
+        norm: str = "BN",
+        freeze_at: int = 0,
+    ):
         """
         Args:
-            name (str): as in ``torchvision.models.list_models(torchvision.models)``.
-            weights (str): "" for random; a weight enum's name or "DEFAULT", which torchvision
+            name: as in ``torchvision.models.list_models(torchvision.models)``.
+            weights: "" for random; a weight enum's name or "DEFAULT", which torchvision
                 downloads; or a file with a state dict of the whole classification model.
-            out_features (sequence[str]): wanted stages, among "res2" ... "res5". Empty: all.
-            nodes (sequence[str]): graph nodes to read the wanted stages at, one for each of
-                ``out_features``. Empty: the last four-dimensional node of each stride.
-            norm (str): "BN", or "FrozenBN" to keep the statistics and affine of the weights.
-            freeze_at (int): as Detectron2's ``MODEL.BACKBONE.FREEZE_AT``: stages up to
+            out_features: wanted stages, among "res2" ... "res5". Empty: all.
+            nodes: graph nodes to read the wanted stages at, one for each of ``out_features``.
+                Empty: the last four-dimensional node of each stride.
+            norm: "BN", or "FrozenBN" to keep the statistics and affine of the weights.
+            freeze_at: as Detectron2's ``MODEL.BACKBONE.FREEZE_AT``: stages up to
                 ``res{freeze_at}`` do not train, and their BatchNorm keeps its statistics (1: the
                 layers of stride 2 before the stage of stride 4; the first layer, if it has that
                 stride itself). 0 trains all.
@@ -59,30 +70,30 @@ class TorchvisionBackbone(Backbone):
             raise ValueError(f"MODEL.TORCHVISION.NORM is '{norm}': expected 'BN' or 'FrozenBN'.")
         model = _build_model(name, weights)
         automatic = _nodes_by_stride(model)
-        nodes = _choose_nodes(model, name, automatic, tuple(out_features), tuple(nodes))
-        shapes = _shapes(model, list(nodes.values()))
-        frozen = _freeze(model, {**automatic, **nodes}, freeze_at, name) if freeze_at else []
+        chosen = _choose_nodes(model, name, automatic, tuple(out_features), tuple(nodes))
+        shapes = _shapes(model, list(chosen.values()))
+        frozen = _freeze(model, {**automatic, **chosen}, freeze_at, name) if freeze_at else []
         self.body = create_feature_extractor(
-            model, return_nodes={node: stage for stage, node in nodes.items()}
+            model, return_nodes={node: stage for stage, node in chosen.items()}
         )
-        _check_nodes_stay(self.body, nodes)
+        _check_nodes_stay(self.body, chosen)
         if norm == "FrozenBN":
             # After tracing: the tracer takes torch's own normalisation only as one node.
             self.body = FrozenBatchNorm2d.convert_frozen_batchnorm(self.body)
         for path in frozen:
             _freeze_norm(self.body, path)
-        self._channels_last = [n for n, s in zip(nodes, shapes) if s["channels_last"]]
-        self._out_features = list(nodes)
-        self._out_feature_channels = {n: s["channels"] for n, s in zip(nodes, shapes)}
-        self._out_feature_strides = {n: s["stride"] for n, s in zip(nodes, shapes)}
+        self._channels_last = [n for n, s in zip(chosen, shapes) if s["channels_last"]]
+        self._out_features = list(chosen)
+        self._out_feature_channels = {n: s["channels"] for n, s in zip(chosen, shapes)}
+        self._out_feature_strides = {n: s["stride"] for n, s in zip(chosen, shapes)}
 
     def forward(self, x: Tensor) -> Dict[str, Tensor]:  # noqa: UP006  (TorchScript)
         """
         Args:
-            x (Tensor): (N, 3, H, W), normalised images.
+            x: (N, 3, H, W), normalised images.
 
         Returns:
-            dict[str, Tensor]: stage name -> (N, C, H / stride, W / stride).
+            Stage name -> (N, C, H / stride, W / stride).
         """
         features: Dict[str, Tensor] = self.body(x)  # noqa: UP006
         for stage in self._channels_last:
@@ -91,7 +102,7 @@ class TorchvisionBackbone(Backbone):
         return features
 
     @property
-    def size_divisibility(self):
+    def size_divisibility(self) -> int:
         return 32
 
 
@@ -164,7 +175,7 @@ def _shapes(model, nodes):
                 f"{type(model).__name__} of MODEL.TORCHVISION.NAME does not take images of "
                 f"{size} x {size} ({error}). A detector needs a model for any image size."
             ) from error
-    found = []
+    found: list[dict[str, Any] | None] = []
     for node in nodes:
         feature = features[node]
         if not isinstance(feature, torch.Tensor) or feature.dim() != 4:
@@ -313,7 +324,9 @@ def _eval_mode(model):
 
 
 @BACKBONE_REGISTRY.register()
-def build_torchvision_backbone(cfg, input_shape, out_features=None):
+def build_torchvision_backbone(
+    cfg: CfgNode, input_shape: ShapeSpec, out_features: Sequence[str] | None = None
+) -> TorchvisionBackbone:
     """
     Build a :class:`TorchvisionBackbone` from ``cfg.MODEL.TORCHVISION``. For ``input_shape`` see
     Detectron2's ``build_backbone``; ``out_features`` defaults to
@@ -348,13 +361,13 @@ def _build_fpn(cfg, input_shape, top_block):
 
 
 @BACKBONE_REGISTRY.register()
-def build_torchvision_fpn_backbone(cfg, input_shape: ShapeSpec):
+def build_torchvision_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """FPN over ``cfg.MODEL.FPN.IN_FEATURES`` of a torchvision model, as R-CNNs use it (p2-p6)."""
     return _build_fpn(cfg, input_shape, lambda bottom_up: LastLevelMaxPool())
 
 
 @BACKBONE_REGISTRY.register()
-def build_retinanet_torchvision_fpn_backbone(cfg, input_shape: ShapeSpec):
+def build_retinanet_torchvision_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """FPN over ``cfg.MODEL.FPN.IN_FEATURES`` of a torchvision model, for RetinaNet (p3-p7)."""
 
     def top_block(bottom_up):
