@@ -13,15 +13,15 @@ __all__ = ["RandomChannelGain", "build_train_mapper", "check_augmentation"]
 class RandomChannelGain(T.Augmentation):
     """Multiplies each channel by a number of its own: another sun, another camera."""
 
-    def __init__(self, low, high):
+    def __init__(self, low: float, high: float):
         """
         Args:
-            low, high (float): the factors are uniform in this range.
+            low, high: the factors are uniform in this range.
         """
         super().__init__()
         self._init(locals())
 
-    def get_transform(self, image):
+    def get_transform(self, image: np.ndarray) -> T.Transform:
         gain = np.random.uniform(self.low, self.high, size=image.shape[-1])
         return BlendTransform(src_image=0, src_weight=0, dst_weight=gain)
 

@@ -5,7 +5,9 @@ import difflib
 import json
 import logging
 import os
+from collections.abc import Sequence
 
+from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.utils.file_io import PathManager
@@ -20,7 +22,7 @@ logger = logging.getLogger(__name__)
 IMAGENET = [[f"imagenet_{split}", f"datasets://imagenet/{split}"] for split in ("train", "val")]
 
 
-def register_datasets(cfg):
+def register_datasets(cfg: CfgNode) -> None:
     """
     Register every set of ``cfg.DATASETS.COCO`` and ``cfg.DATASETS.CLASSIFICATION`` under its name,
     and ImageNet, unless the user has sets of these names. The same name may be registered again
@@ -76,13 +78,13 @@ def _register_classification(entry):
     MetadataCatalog.get(name).set(evaluator_type="classification", image_path=path)
 
 
-def check_classes(cfg, options=("TRAIN", "TEST")):
+def check_classes(cfg: CfgNode, options: Sequence[str] = ("TRAIN", "TEST")) -> None:
     """
     Check the data sets of a classifier against it, by the names of their classes.
 
     Args:
-        cfg (CfgNode): of a classifier.
-        options (sequence[str]): keys of ``cfg.DATASETS`` with names of sets that exist.
+        cfg: of a classifier.
+        options: keys of ``cfg.DATASETS`` with names of sets that exist.
 
     Raises:
         ValueError: a set for detection, sets of different classes, or another number of classes
@@ -113,13 +115,13 @@ def check_classes(cfg, options=("TRAIN", "TEST")):
                 )
 
 
-def check_teacher_classes(cfg, teacher_cfg):
+def check_teacher_classes(cfg: CfgNode, teacher_cfg: CfgNode) -> None:
     """
     Outputs are compared class by class, so both sides must number the classes alike. Checked by
     the names in the training sets of both configs, where these are known without reading images.
 
     Args:
-        cfg, teacher_cfg (CfgNode): the student's and the teacher's config.
+        cfg, teacher_cfg: the student's and the teacher's config.
 
     Raises:
         ValueError: the same names in another order.
@@ -192,13 +194,13 @@ def _set_keypoint_metadata(name, json_file):
     metadata.keypoint_flip_map = [pair for pair in mirrored if pair[1] in names[0]]
 
 
-def check_datasets(names, option):
+def check_datasets(names: Sequence[str], option: str) -> None:
     """
     Check that data sets are registered and their files exist, without reading any of them.
 
     Args:
-        names (sequence[str]): of data sets.
-        option (str): the config key that holds them, for the message.
+        names: of data sets.
+        option: the config key that holds them, for the message.
 
     Raises:
         ValueError: no name at all, or one that is not registered.

@@ -13,9 +13,12 @@ import copy
 import functools
 import itertools
 import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from detectron2.config import CfgNode
 from detectron2.data import DatasetFromList, DatasetMapper, get_detection_dataset_dicts
 from detectron2.data.build import trivial_batch_collator
 from detectron2.data.samplers import (
@@ -30,12 +33,12 @@ __all__ = ["ResumableLoader", "build_resumable_train_loader", "isolated_rng"]
 
 
 @contextlib.contextmanager
-def isolated_rng(seed=None):
+def isolated_rng(seed: int | None = None) -> Iterator[None]:
     """
     Restore the random states of Python, NumPy and torch (CPU and CUDA) afterwards.
 
     Args:
-        seed (int or None): seed the three of them (torch: CPU only) inside.
+        seed: seed the three of them (torch: CPU only) inside.
     """
     state = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
@@ -89,7 +92,7 @@ class _BatchStream(Sampler):
 
     def _batches(self):
         rank, ranks = comm.get_rank(), comm.get_world_size()
-        waiting = {}
+        waiting: dict[Any, list] = {}
         for count, index in enumerate(self.sampler):
             group = waiting.setdefault(self.groups[index] if self.groups else 0, [])
             group.append((count * ranks + rank, index))
@@ -106,33 +109,33 @@ class ResumableLoader:
     checkpoint loaded after the loader was built still decides where it starts.
 
     Attributes:
-        start (int): number of batches to skip, without loading them, when iterating starts.
+        start: number of batches to skip, without loading them, when iterating starts.
     """
 
     def __init__(
         self,
-        elements,
-        mapper,
-        make_sampler,
-        seed,
-        batch_size,
-        groups=None,
-        num_workers=0,
-        collate=trivial_batch_collator,
-        pin_memory=False,
+        elements: Any,
+        mapper: Callable[[Any], Any],
+        make_sampler: Callable[[int], Iterable[int]],
+        seed: int,
+        batch_size: int,
+        groups: Sequence | None = None,
+        num_workers: int = 0,
+        collate: Callable[[list], Any] = trivial_batch_collator,
+        pin_memory: bool = False,
     ):
         """
         Args:
-            elements (Sequence): data set dicts.
-            mapper (callable): from an element (a copy) to a sample; None drops it.
-            make_sampler (callable): from a seed to an infinite iterable of indices.
-            seed (int): of the order and the augmentations; equal on all ranks.
-            batch_size (int): of this rank.
-            groups (list or None): a group for each element; a batch holds one group only.
-            num_workers (int): of processes.
-            collate (callable): from a list of samples to a batch; whatever it draws at random it
+            elements: a sequence of data set dicts.
+            mapper: from an element (a copy) to a sample; None drops it.
+            make_sampler: from a seed to an infinite iterable of indices.
+            seed: of the order and the augmentations; equal on all ranks.
+            batch_size: of this rank.
+            groups: a group for each element; a batch holds one group only.
+            num_workers: of processes.
+            collate: from a list of samples to a batch; whatever it draws at random it
                 must take from the samples.
-            pin_memory (bool): of the batches, which a GPU then reads by itself.
+            pin_memory: of the batches, which a GPU then reads by itself.
         """
         self.elements = elements
         self.mapper = mapper
@@ -145,7 +148,7 @@ class ResumableLoader:
         self.pin_memory = pin_memory
         self.start = 0
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Any]:
         sampler = self.make_sampler(self.seed)
         yield from DataLoader(
             _SeededDataset(self.elements, self.mapper, self.seed),
@@ -157,25 +160,24 @@ class ResumableLoader:
             generator=torch.Generator(),
         )
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         """The position is the trainer's iteration, so the seed is all there is to keep."""
         return {"seed": self.seed}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.seed = state["seed"]
 
 
-def build_resumable_train_loader(cfg, mapper=None):
+def build_resumable_train_loader(
+    cfg: CfgNode, mapper: Callable[[dict], Any] | None = None
+) -> ResumableLoader:
     """
     Build the training loader of a Detectron2 config, with its samplers, filters, mapper and
     aspect-ratio grouping.
 
     Args:
-        cfg (CfgNode): Detectron2's ``DATASETS``, ``DATALOADER``, ``INPUT``, ``SOLVER``.
-        mapper (callable): default ``DatasetMapper(cfg, is_train=True)``.
-
-    Returns:
-        ResumableLoader
+        cfg: Detectron2's ``DATASETS``, ``DATALOADER``, ``INPUT``, ``SOLVER``.
+        mapper: default ``DatasetMapper(cfg, is_train=True)``.
 
     Raises:
         ValueError: a sampler that Detectron2 does not have, or a batch that the ranks cannot
@@ -197,7 +199,7 @@ def build_resumable_train_loader(cfg, mapper=None):
     )
 
 
-def images_per_process(cfg):
+def images_per_process(cfg: CfgNode) -> int:
     """Return the part of ``SOLVER.IMS_PER_BATCH`` of each process; ValueError if it is no whole
     number."""
     ranks = comm.get_world_size()
@@ -209,7 +211,7 @@ def images_per_process(cfg):
     return cfg.SOLVER.IMS_PER_BATCH // ranks
 
 
-def training_elements(cfg):
+def training_elements(cfg: CfgNode) -> list[dict[str, Any]]:
     """Return Detectron2's dicts of the images in ``DATASETS.TRAIN``, after its filters."""
     return get_detection_dataset_dicts(
         cfg.DATASETS.TRAIN,

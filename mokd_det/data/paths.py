@@ -10,12 +10,12 @@ from iopath.common.file_io import PathHandler
 __all__ = ["datasets_root", "local_path"]
 
 
-def datasets_root():
+def datasets_root() -> Path:
     """Return the folder of all data sets: ``$DETECTRON2_DATASETS``, ``./datasets`` by default."""
     return Path(os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets")))
 
 
-def local_path(path):
+def local_path(path: str) -> str:
     """Return ``path`` as a file of this machine; it may have any prefix that Detectron2 knows."""
     return PathManager.get_local_path(os.path.expanduser(path))
 

@@ -1,21 +1,26 @@
 # Copyright (c) The mokd_det authors.
 """Cutting large annotated photos into tiles."""
 
+from collections.abc import Iterator, Sequence
+from typing import Any
+
 from .voc import clip_box
 
 __all__ = ["tile_windows", "objects_in_window"]
 
 
-def tile_windows(width, height, size, stride):
+def tile_windows(
+    width: int, height: int, size: int, stride: int
+) -> Iterator[tuple[int, int, int, int]]:
     """
     Args:
-        width, height (int): of the photo in pixels.
-        size, stride (int): of the tiles in pixels. ``stride == size`` gives tiles that share no
+        width, height: of the photo in pixels.
+        size, stride: of the tiles in pixels. ``stride == size`` gives tiles that share no
             pixel and cover the photo, those at the right and bottom borders being smaller.
             With a smaller stride (overlap), border tiles are moved inside to keep their size.
 
     Yields:
-        tuple[int]: x0, y0, x1, y1 of each tile.
+        x0, y0, x1, y1 of each tile.
 
     Raises:
         ValueError: unless ``0 < stride <= size``.
@@ -27,24 +32,25 @@ def tile_windows(width, height, size, stride):
             yield x0, y0, x1, y1
 
 
-def _spans(length, size, stride):
-    if stride == size:
-        starts = range(0, length, stride)
-    else:
+def _spans(length: int, size: int, stride: int) -> list[tuple[int, int]]:
+    starts = [*range(0, length, stride)]
+    if stride != size:
         last = max(length - size, 0)
         starts = [*range(0, last, stride), last]
     return [(start, min(start + size, length)) for start in starts]
 
 
-def objects_in_window(objects, window, min_visible):
+def objects_in_window(
+    objects: Sequence[dict[str, Any]], window: tuple[int, int, int, int], min_visible: float
+) -> list[dict[str, Any]]:
     """
     Args:
-        objects (list[dict]): with ``box`` (x0, y0, x1, y1) in the photo's pixels.
-        window (tuple[int]): x0, y0, x1, y1 of a tile.
-        min_visible (float): keep an object if at least this share of its area is in the tile.
+        objects: with ``box`` (x0, y0, x1, y1) in the photo's pixels.
+        window: x0, y0, x1, y1 of a tile.
+        min_visible: keep an object if at least this share of its area is in the tile.
 
     Returns:
-        list[dict]: the objects kept, boxes clipped and in the tile's pixels.
+        The objects kept, boxes clipped and in the tile's pixels.
     """
     wx0, wy0, wx1, wy1 = window
     kept = []

@@ -4,7 +4,9 @@
 import json
 import logging
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import ExifTags, Image
 
@@ -12,26 +14,28 @@ __all__ = ["read_voc_xml", "clip_box", "coco_dict", "check_replaceable"]
 
 logger = logging.getLogger(__name__)
 
+Box = tuple[float, float, float, float]
+
 MADE_BY = "made by mokd_det"
 # EXIF orientations of an image that lies on its side.
 SIDEWAYS = (5, 6, 7, 8)
+CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 
-def read_voc_xml(xml_file, image_file):
+def read_voc_xml(xml_file: str | Path, image_file: str | Path) -> dict[str, Any]:
     """
     Read one annotation file and check it against its image.
 
     Args:
-        xml_file (str or Path): a Pascal-VOC annotation.
-        image_file (str or Path): the image that it describes. Its size on disk counts, not the
-            size written in the XML; turned as EXIF says, as Detectron2 reads it.
+        xml_file: a Pascal-VOC annotation.
+        image_file: the image that it describes. Its size on disk counts, not the size written in
+            the XML; turned as EXIF says, as Detectron2 reads it.
 
     Returns:
-        dict: ``width`` and ``height`` in pixels, and ``objects``, a list of dicts with ``name``,
-        ``box`` (x0, y0, x1, y1) in absolute pixels with 0 at the image's left or top border, and
-        ``difficult`` (bool). VOC counts pixels from 1 and includes the last, so the minimum
-        moves by one; a box is clipped to the image, and dropped with a warning if nothing of it
-        is left.
+        ``width`` and ``height`` in pixels, and ``objects``, a list of dicts with ``name``, ``box``
+        (x0, y0, x1, y1) in absolute pixels with 0 at the image's left or top border, and
+        ``difficult`` (bool). VOC counts pixels from 1 and includes the last: the minimum moves by
+        one. A box is clipped to the image, and dropped with a warning if nothing of it is left.
 
     Raises:
         FileNotFoundError: the image is missing.
@@ -40,24 +44,17 @@ def read_voc_xml(xml_file, image_file):
     xml_file, image_file = Path(xml_file), Path(image_file)
     if not image_file.is_file():
         raise FileNotFoundError(f"{xml_file}: its image {image_file} does not exist.")
-    with Image.open(image_file) as image:
-        width, height = image.size
-        # Not by ImageOps.exif_transpose, which would decode every image.
-        if image.getexif().get(ExifTags.Base.Orientation) in SIDEWAYS:
-            width, height = height, width
+    width, height = _size_of(image_file)
     try:
         root = ElementTree.parse(xml_file).getroot()
     except ElementTree.ParseError as error:
         raise ValueError(f"{xml_file} is not well-formed XML: {error}.") from error
-
     objects = []
     for index, node in enumerate(root.iter("object")):
         name = (node.findtext("name") or "").strip()
         try:
-            x0, y0, x1, y1 = (
-                float(node.findtext(f"bndbox/{key}")) for key in ("xmin", "ymin", "xmax", "ymax")
-            )
-        except (TypeError, ValueError) as error:
+            x0, y0, x1, y1 = (float(node.findtext(f"bndbox/{key}") or "") for key in CORNERS)
+        except ValueError as error:
             raise ValueError(
                 f"{xml_file}: object {index} ('{name}') needs numbers in "
                 "bndbox/xmin, ymin, xmax, ymax."
@@ -76,36 +73,44 @@ def read_voc_xml(xml_file, image_file):
     return {"width": width, "height": height, "objects": objects}
 
 
-def clip_box(box, width, height):
+def _size_of(image_file: Path) -> tuple[int, int]:
+    with Image.open(image_file) as image:
+        width, height = image.size
+        # Not by ImageOps.exif_transpose, which would decode every image.
+        is_sideways = image.getexif().get(ExifTags.Base.Orientation) in SIDEWAYS
+    return (height, width) if is_sideways else (width, height)
+
+
+def clip_box(box: Box, width: int, height: int) -> Box | None:
     """
     Args:
-        box (tuple[float]): x0, y0, x1, y1 in absolute pixels.
-        width, height (int): of the image in pixels.
+        box: x0, y0, x1, y1 in absolute pixels.
+        width, height: of the image in pixels.
 
     Returns:
-        tuple[float] or None: the part of the box inside the image; None if it has no area.
+        The part of the box inside the image; None if it has no area.
     """
     x0, y0, x1, y1 = box
     x0, y0, x1, y1 = max(x0, 0), max(y0, 0), min(x1, width), min(y1, height)
     return (x0, y0, x1, y1) if x1 > x0 and y1 > y0 else None
 
 
-def coco_dict(images, class_names):
+def coco_dict(images: Sequence[dict[str, Any]], class_names: Sequence[str]) -> dict[str, Any]:
     """
     Args:
-        images (list[dict]): each with ``file_name`` (relative to the image folder), ``width``,
+        images: each with ``file_name`` (relative to the image folder), ``width``,
             ``height`` and ``objects`` as from :func:`read_voc_xml`.
-        class_names (list[str]): in the order of their category ids, which count from 1.
+        class_names: in the order of their category ids, which count from 1.
 
     Returns:
-        dict: COCO's JSON; ``difficult`` objects are marked ``iscrowd``, so they are neither
-        trained on nor counted as misses.
+        COCO's JSON; ``difficult`` objects are marked ``iscrowd``, so they are neither trained on
+        nor counted as misses.
 
     Raises:
         ValueError: an object's class is not in ``class_names``.
     """
     ids = {name: index for index, name in enumerate(class_names, start=1)}
-    coco = {
+    coco: dict[str, Any] = {
         "info": {"description": MADE_BY},
         "categories": [{"id": ids[name], "name": name} for name in class_names],
         "images": [],
@@ -139,10 +144,10 @@ def coco_dict(images, class_names):
     return coco
 
 
-def check_replaceable(json_file):
+def check_replaceable(json_file: str | Path) -> None:
     """
     Args:
-        json_file (str or Path): in the folder ``--output``, to be written.
+        json_file: in the folder ``--output``, to be written.
 
     Raises:
         FileExistsError: there is such a file, and it is none of :func:`coco_dict`.

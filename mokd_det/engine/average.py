@@ -1,8 +1,12 @@
 # Copyright (c) The mokd_det authors.
 """A running mean of the student's weights."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 __all__ = ["AverageCheckpointer", "WeightAverage"]
@@ -16,11 +20,11 @@ class WeightAverage:
     the random initial weights are forgotten in short runs as well.
     """
 
-    def __init__(self, student, decay):
+    def __init__(self, student: nn.Module, decay: float):
         """
         Args:
-            student (nn.Module): is copied.
-            decay (float): in (0, 1).
+            student: is copied.
+            decay: in (0, 1).
         """
 
         @torch.no_grad()
@@ -36,15 +40,15 @@ class WeightAverage:
         self._average = AveragedModel(student, multi_avg_fn=update, use_buffers=True)
         self.model = self._average.module.eval().requires_grad_(False)
 
-    def update(self, student):
+    def update(self, student: nn.Module) -> None:
         self._average.update_parameters(student)
         self.steps += 1
 
     # The averaged weights themselves are the checkpoint's "model".
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         return {"steps": self.steps}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.steps = state["steps"]
         self._average.n_averaged.fill_(self.steps)
 
@@ -56,12 +60,20 @@ class AverageCheckpointer(DetectionCheckpointer):
     weights, if a checkpoint to resume from has them, follow).
     """
 
-    def __init__(self, student, average, save_dir, stock_module=lambda model: model, **others):
+    def __init__(
+        self,
+        student: nn.Module,
+        average: WeightAverage | None,
+        save_dir: str,
+        stock_module: Callable[[nn.Module], nn.Module] = lambda model: model,
+        **others: Any,
+    ):
         """
         Args:
-            student (nn.Module): that trains.
-            average (WeightAverage or None): of it.
-            stock_module (callable): see :meth:`mokd_det.tasks.Task.stock_module`.
+            student: that trains.
+            average: of it.
+            save_dir: folder.
+            stock_module: see :meth:`mokd_det.tasks.Task.stock_module`.
             others: what else is saved.
         """
         self.student, self.average = stock_module(student), average
@@ -71,7 +83,7 @@ class AverageCheckpointer(DetectionCheckpointer):
             others["student"] = self.student
         super().__init__(model, save_dir, **others)
 
-    def load(self, path, checkpointables=None):
+    def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         self._resumes = checkpointables is None
         return super().load(path, checkpointables)
 

@@ -3,8 +3,12 @@
 
 import collections
 import logging
+from collections.abc import Sequence
+from typing import Any
 
-from ..balancing import cosine, dominance, share, update_cosine
+from torch import Tensor
+
+from ..balancing import Decision, cosine, dominance, share, update_cosine
 
 __all__ = ["BalanceDiagnostics"]
 
@@ -22,38 +26,45 @@ class BalanceDiagnostics:
     objective had no weight at all in more than half of them.
     """
 
-    def __init__(self, measured_at):
+    def __init__(self, measured_at: str | None):
         self.prefix = f"balance/{measured_at}"
         self.degenerate = 0
         self.non_finite = 0
-        self.starved = collections.deque(maxlen=WINDOW)
+        self.starved: collections.deque[bool] = collections.deque(maxlen=WINDOW)
         self.warned = False
-        self.idle = {}  # objective -> whether it had no weight, of the last steps
-        self.warned_idle = set()
+        # Objective -> whether it had no weight, of the last steps.
+        self.idle: dict[str, collections.deque[bool]] = {}
+        self.warned_idle: set[str] = set()
 
-    def scalars(self, names, decision, parts=()):
+    def scalars(
+        self, names: Sequence[str], decision: Decision, parts: Sequence[str] = ()
+    ) -> dict[str, float]:
         """
         Args:
-            names (list[str]): of the objectives, the task first.
-            decision (Decision): of one step.
-            parts (list[str]): names of ``decision.parts``.
+            names: of the objectives, the task first.
+            decision: of one step.
+            parts: names of ``decision.parts``.
 
         Returns:
-            dict[str, float]: by the scalar's name.
+            By the scalar's name.
         """
         self.non_finite += decision.fallback == "non_finite"
         self.degenerate += decision.fallback in ("vanished", "undefined")
-        values = {"fallbacks_degenerate": self.degenerate, "fallbacks_non_finite": self.non_finite}
+        values: dict[str, float] = {
+            "fallbacks_degenerate": self.degenerate,
+            "fallbacks_non_finite": self.non_finite,
+        }
         for i, name in enumerate(names):
             values[f"weight_{name}"] = float(decision.weights[i])
             if i > 0:
                 self._count_idle(name, values[f"weight_{name}"] == 0)
         if decision.gram is not None and decision.gram.isfinite().all():
-            values |= self._measured(names, decision, parts)
+            values |= self._measured(names, decision, decision.gram, parts)
         return {f"{self.prefix}/{name}": value for name, value in values.items()}
 
-    def _measured(self, names, decision, parts):
-        gram = decision.gram
+    def _measured(
+        self, names: Sequence[str], decision: Decision, gram: Tensor, parts: Sequence[str]
+    ) -> dict[str, float]:
         values = {
             "share_task": share(gram, decision.weights, 0),
             "update_cosine": update_cosine(gram, decision.weights, 0),
@@ -76,7 +87,7 @@ class BalanceDiagnostics:
         self._warn(values["starved"])
         return values
 
-    def _count_idle(self, name, idle):
+    def _count_idle(self, name: str, idle: bool) -> None:
         steps = self.idle.setdefault(name, collections.deque(maxlen=WINDOW))
         steps.append(idle)
         if name not in self.warned_idle and sum(steps) > WINDOW / 2:
@@ -88,7 +99,7 @@ class BalanceDiagnostics:
             )
             self.warned_idle.add(name)
 
-    def _warn(self, starved):
+    def _warn(self, starved: float) -> None:
         if len(self.starved) < WINDOW or starved <= 0.5:
             self.warned = self.warned and starved > 0.5
             return
@@ -102,14 +113,14 @@ class BalanceDiagnostics:
             )
             self.warned = True
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         return {
             "degenerate": self.degenerate,
             "non_finite": self.non_finite,
             "starved": list(self.starved),
         }
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.degenerate = state["degenerate"]
         self.non_finite = state["non_finite"]
         self.starved = collections.deque(state["starved"], maxlen=WINDOW)

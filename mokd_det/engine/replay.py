@@ -1,11 +1,16 @@
 # Copyright (c) The mokd_det authors.
 """The losses of a step's batch again, under the parameters after the step."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
 import torch
 from detectron2.utils.events import EventStorage, get_event_storage
+from torch import Tensor
 
 from ..data import isolated_rng
-from ..modeling import RestoredState, module_numbers, set_module_numbers
+from ..modeling import DistillationModel, RestoredState, module_numbers, set_module_numbers
 
 __all__ = ["Replay"]
 
@@ -17,34 +22,34 @@ class Replay:
     gradient, no BatchNorm statistics, no random state, no log.
     """
 
-    def __init__(self, model):
+    def __init__(self, model: DistillationModel):
         """
         Args:
-            model (DistillationModel): not wrapped.
+            model: not wrapped.
         """
         self.model = model
-        self.calls = []
+        self.calls: list[list[Any]] = []
 
-    def before(self, batch):
+    def before(self, batch: Any) -> None:
         """Call before a forward pass on ``batch``."""
         device = self.model.device
         cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         numbers = module_numbers(self.model.student)
         self.calls.append([batch, torch.get_rng_state(), cuda, numbers, None])
 
-    def after(self):
+    def after(self) -> None:
         """Call after it."""
         self.calls[-1][-1] = self.model.teacher_outputs
         self.model.teacher_outputs = None
 
     @torch.no_grad()
-    def losses(self, context):
+    def losses(self, context: Callable[[], AbstractContextManager]) -> Tensor:
         """
         Args:
-            context (callable): makes the context manager that the first pass ran in (autocast).
+            context: makes the context manager that the first pass ran in (autocast).
 
         Returns:
-            Tensor: (K,) mean over the recorded passes.
+            (K,) mean over the recorded passes.
         """
         results = []
         # A storage of its own, at this iteration: no log of the second pass, no pictures of it.

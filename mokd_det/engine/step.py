@@ -4,15 +4,21 @@
 import contextlib
 import functools
 import time
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from detectron2.engine import SimpleTrainer
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..balancing import Decision
+from ..data import ResumableLoader
 from ..modeling import module_numbers
+from .average import WeightAverage
 from .diagnostics import BalanceDiagnostics
 from .replay import Replay
 
@@ -35,36 +41,37 @@ class BalancedTrainer(SimpleTrainer):
 
     def __init__(
         self,
-        model,
-        data_loader,
-        optimizer,
-        seed,
-        micro_batches=1,
-        precision=None,
-        grad_scaler=None,
-        average=None,
+        model: nn.Module,
+        data_loader: ResumableLoader,
+        optimizer: torch.optim.Optimizer,
+        seed: int,
+        micro_batches: int = 1,
+        precision: str | None = None,
+        grad_scaler: torch.amp.GradScaler | None = None,
+        average: WeightAverage | None = None,
     ):
         """
         Args:
-            model (nn.Module): a :class:`DistillationModel` or :class:`SupervisedModel`, maybe in
+            model: a :class:`DistillationModel` or :class:`SupervisedModel`, maybe in
                 DistributedDataParallel.
-            data_loader (ResumableLoader): gets this trainer's seed.
-            optimizer (Optimizer): of the model's parameters.
-            seed (int): equal on all ranks.
-            micro_batches (int): M; a batch of the loader (a list) is processed in M equal parts.
-            precision (str or None): a key of ``PRECISIONS`` for autocast; None: float32.
-            grad_scaler (torch.amp.GradScaler or None): default one for "float16".
-            average (WeightAverage or None): of the student.
+            data_loader: gets this trainer's seed.
+            optimizer: of the model's parameters.
+            seed: equal on all ranks.
+            micro_batches: M; a batch of the loader (a list) is processed in M equal parts.
+            precision: a key of ``PRECISIONS`` for autocast; None: float32.
+            grad_scaler: default one for "float16".
+            average: of the student.
         """
         super().__init__(model, data_loader, optimizer)
-        self.inner = getattr(model, "module", model)
+        # A DistillationModel, a SupervisedModel, or one's own in META_ARCH_REGISTRY.
+        self.inner: Any = getattr(model, "module", model)
         self.boundary = self.inner.boundary
         self.seed = seed
         self.micro_batches = micro_batches
         self.average = average
         device = self.inner.device.type
         self.autocast = functools.partial(
-            torch.autocast, device, PRECISIONS.get(precision), enabled=precision is not None
+            torch.autocast, device, PRECISIONS.get(precision or ""), enabled=precision is not None
         )
         if grad_scaler is None and precision == "float16":
             grad_scaler = torch.amp.GradScaler(device)
@@ -72,7 +79,7 @@ class BalancedTrainer(SimpleTrainer):
         self.diagnostics = BalanceDiagnostics(self.boundary.measured_at)
         self._built_numbers = module_numbers(self.inner.student)
 
-    def run_step(self):
+    def run_step(self) -> None:
         assert self.model.training, "[BalancedTrainer] model was changed to eval mode!"
         start = time.perf_counter()
         data = next(self._data_loader_iter)
@@ -113,7 +120,9 @@ class BalancedTrainer(SimpleTrainer):
             if self.average is not None:
                 self.average.update(self.inner.student)
 
-    def _micro_batches_of(self, data):
+    def _micro_batches_of(
+        self, data: Any
+    ) -> Iterator[tuple[Any, contextlib.AbstractContextManager]]:
         """Yield (part of the batch, context in which its gradients are averaged over ranks)."""
         size, rest = divmod(len(data), self.micro_batches)
         if rest:
@@ -123,18 +132,16 @@ class BalancedTrainer(SimpleTrainer):
             )
         for i in range(self.micro_batches):
             wait = i < self.micro_batches - 1 or self.boundary.reduces_gradients
-            if wait and isinstance(self.model, DistributedDataParallel):
-                context = self.model.no_sync()
-            else:
-                context = contextlib.nullcontext()
+            waits = wait and isinstance(self.model, DistributedDataParallel)
+            context = self.model.no_sync() if waits else contextlib.nullcontext()
             yield data[i * size : (i + 1) * size], context
 
-    def _loss_scale(self):
+    def _loss_scale(self) -> Tensor | None:
         if self.grad_scaler is None:
             return None
         return self.grad_scaler.scale(torch.ones((), device=self.inner.device))
 
-    def _optimizer_step(self):
+    def _optimizer_step(self) -> bool:
         """Return False if the loss scaling skipped the step because a gradient overflowed."""
         if self.grad_scaler is None:
             self.optimizer.step()
@@ -144,13 +151,13 @@ class BalancedTrainer(SimpleTrainer):
         self.grad_scaler.update()
         return self.grad_scaler.get_scale() >= before
 
-    def _write_balance(self, names, decision):
+    def _write_balance(self, names: Sequence[str], decision: Decision) -> None:
         """Diagnostics go to the event storage: Detectron2 adds up all that is in the losses."""
         scalars = self.diagnostics.scalars(names, decision, self.boundary.names)
         if comm.is_main_process():
             get_event_storage().put_scalars(**scalars)
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         state = {
             **super().state_dict(),
             "seed": self.seed,
@@ -174,7 +181,7 @@ class BalancedTrainer(SimpleTrainer):
                 changed[name] = new
         return changed
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """
         Raises:
             ValueError: the checkpoint is of another kind of step, or of other objectives.
@@ -202,7 +209,7 @@ class BalancedTrainer(SimpleTrainer):
         super().load_state_dict(state)
         self.seed = self.data_loader.seed = state["seed"]
         self.diagnostics.load_state_dict(state["diagnostics"])
-        modules = dict(self.inner.student.named_modules())
+        modules: dict[str, nn.Module] = dict(self.inner.student.named_modules())
         for name, numbers in state["numbers"].items():
             vars(modules[name]).update(numbers)
         if self.boundary.balancer is not None:
@@ -224,7 +231,7 @@ def _mean_losses(passes):
     return {name: sum(losses[name].detach() for losses in flat) / len(flat) for name in flat[0]}
 
 
-def _mean_over_ranks(values):
+def _mean_over_ranks(values: Tensor) -> Tensor:
     if comm.get_world_size() > 1:
         dist.all_reduce(values)
         values = values / comm.get_world_size()

@@ -4,17 +4,23 @@
 import logging
 import os
 import weakref
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_train_loader
-from detectron2.engine import DefaultTrainer, create_ddp_model
+from detectron2.engine import DefaultTrainer, TrainerBase, create_ddp_model
+from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils import comm
+from detectron2.utils.events import EventWriter
 from detectron2.utils.logger import setup_logger
+from torch import nn
+from torch.utils.data import DataLoader
 
 from ..data import (
+    ResumableLoader,
     build_train_mapper,
     check_datasets,
     check_teacher_classes,
@@ -22,7 +28,13 @@ from ..data import (
     schedule_in_iterations,
 )
 from ..evaluation import build_evaluator, check_evaluators
-from ..modeling import SupervisedModel, accelerate_student, copy_weights, inheritable_names
+from ..modeling import (
+    DistillationModel,
+    SupervisedModel,
+    accelerate_student,
+    copy_weights,
+    inheritable_names,
+)
 from ..objectives import OBJECTIVES
 from ..tasks import Task, task_of
 from .average import AverageCheckpointer, WeightAverage
@@ -43,38 +55,38 @@ class Trainer(DefaultTrainer):
     bit.
     """
 
-    def __init__(self, cfg):
+    def __init__(self, cfg: CfgNode):
         prepare_datasets(cfg, validate(cfg))
         self.check_evaluators(cfg)
         super().__init__(schedule_in_iterations(cfg))
 
     @classmethod
-    def build_train_loader(cls, cfg):
+    def build_train_loader(cls, cfg: CfgNode) -> Any:
         return build_detection_train_loader(cfg, mapper=build_train_mapper(cfg))
 
     @classmethod
-    def build_test_loader(cls, cfg, dataset_name):
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> DataLoader:
         return task_of(cfg).build_test_loader(cfg, dataset_name)
 
     @classmethod
-    def build_optimizer(cls, cfg, model):
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         return build_optimizer(cfg, model)
 
     @classmethod
-    def build_evaluator(cls, cfg, dataset_name):
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         return build_evaluator(cfg, dataset_name)
 
-    def check_evaluators(self, cfg):
+    def check_evaluators(self, cfg: CfgNode) -> None:
         """Raise ValueError for a data set without an evaluator, before training, not after it."""
         used = getattr(self.build_evaluator, "__func__", None)  # a static method of one's own: None
-        if used is Trainer.build_evaluator.__func__:
+        if used is vars(Trainer)["build_evaluator"].__func__:
             check_evaluators(cfg.DATASETS.TEST)
 
     # Detectron2 0.6 forgets its inner trainer here, and with it the optimizer's momentum.
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "_trainer": self._trainer.state_dict()}
 
-    def load_state_dict(self, state_dict):
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """
         Raises:
             ValueError: the checkpoint is of another kind of step.
@@ -102,9 +114,9 @@ class DistillationTrainer(Trainer):
     besides it (projectors) has an entry of its own, the teacher has none.
     """
 
-    def __init__(self, cfg):
+    def __init__(self, cfg: CfgNode):
         # As DefaultTrainer.__init__, which leaves no other way to exchange its parts.
-        super(DefaultTrainer, self).__init__()
+        TrainerBase.__init__(self)
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
             setup_logger()
         task = validate(cfg)
@@ -117,7 +129,7 @@ class DistillationTrainer(Trainer):
         cfg = schedule_in_iterations(cfg)
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
 
-        model = self.build_model(cfg)
+        model: Any = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
         if not (hasattr(data_loader, "seed") and hasattr(data_loader, "start")):
@@ -128,12 +140,12 @@ class DistillationTrainer(Trainer):
                 "mapper=your_mapper), or a mokd_det.data.ResumableLoader."
             )
         ddp_model = wrap_distributed(model)
-        self.average = None
+        self.average: WeightAverage | None = None
         if cfg.SOLVER.EMA_DECAY:
             self.average = WeightAverage(model.student, cfg.SOLVER.EMA_DECAY)
             # Bound, because a module as attribute would become a part of the model.
             model.inference = self.average.model.__call__
-        self.inherited = []
+        self.inherited: list[str] = []
         if cfg.MOKD.ENABLED and cfg.MOKD.INHERIT:
             teacher = model.teacher.model
             self.inherited = inheritable_names(model.student, teacher, cfg.MOKD.INHERIT)
@@ -162,7 +174,7 @@ class DistillationTrainer(Trainer):
         self.register_hooks(self.build_hooks())
 
     @classmethod
-    def build_model(cls, cfg):
+    def build_model(cls, cfg: CfgNode) -> DistillationModel | SupervisedModel:
         task = task_of(cfg)
         if not cfg.MOKD.ENABLED:
             model = SupervisedModel(task.build_student(cfg))
@@ -178,14 +190,14 @@ class DistillationTrainer(Trainer):
         return model
 
     @classmethod
-    def build_train_loader(cls, cfg):
+    def build_train_loader(cls, cfg: CfgNode) -> ResumableLoader:
         return task_of(cfg).build_train_loader(cfg)
 
-    def build_writers(self):
+    def build_writers(self) -> list[EventWriter]:
         path = os.path.join(self.cfg.OUTPUT_DIR, "balance.json")
         return [*super().build_writers(), BalanceWriter(path)]
 
-    def resume_or_load(self, resume=True):
+    def resume_or_load(self, resume: bool = True) -> None:
         super().resume_or_load(resume)
         self._trainer.data_loader.start = self.start_iter
         if self.inherited and not (resume and self.checkpointer.has_checkpoint()):
@@ -195,15 +207,15 @@ class DistillationTrainer(Trainer):
                 self.average.model.load_state_dict(model.student.state_dict())
 
 
-def wrap_distributed(model):
+def wrap_distributed(model: Any) -> nn.Module:
     """
     As Detectron2's ``create_ddp_model``, with equal buffers on all ranks to start with.
 
     Args:
-        model (nn.Module): with ``device``.
+        model: with ``device``.
 
     Returns:
-        nn.Module: in DistributedDataParallel if there are several processes.
+        In DistributedDataParallel if there are several processes.
     """
     for buffer in model.buffers() if comm.get_world_size() > 1 else ():
         # DistributedDataParallel does that for parameters only if buffers are not broadcast in
@@ -213,13 +225,13 @@ def wrap_distributed(model):
     return create_ddp_model(model, broadcast_buffers=False, device_ids=device_ids)
 
 
-def build_trainer(cfg):
+def build_trainer(cfg: CfgNode) -> Trainer:
     """
     Args:
-        cfg (CfgNode): of :func:`mokd_det.config.load_config`.
+        cfg: of :func:`mokd_det.config.load_config`.
 
     Returns:
-        Trainer: a :class:`DistillationTrainer` if ``cfg.MOKD.ENABLED`` or if the config asks for
+        A :class:`DistillationTrainer` if ``cfg.MOKD.ENABLED`` or if the config asks for
         a step that Detectron2 does not have, else Detectron2's own.
     """
     return (DistillationTrainer if needs_own_step(cfg) else Trainer)(cfg)

@@ -15,16 +15,16 @@ class BalanceWriter(EventWriter):
     as it was computed.
     """
 
-    def __init__(self, json_file):
+    def __init__(self, json_file: str):
         """
         Args:
-            json_file (str): path; lines are appended if it exists.
+            json_file: path; lines are appended if it exists.
         """
         self._file = PathManager.open(json_file, "a")
         self._last = -1
 
-    def write(self):
-        steps = {}
+    def write(self) -> None:
+        steps: dict[int, dict[str, float]] = {}
         for name, history in get_event_storage().histories().items():
             if not name.startswith("balance/"):
                 continue
@@ -38,5 +38,5 @@ class BalanceWriter(EventWriter):
         self._file.flush()
         self._last = max(steps, default=self._last)
 
-    def close(self):
+    def close(self) -> None:
         self._file.close()

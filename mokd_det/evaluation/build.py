@@ -2,11 +2,14 @@
 """The evaluators of a data set, as in Detectron2's own tools/train_net.py."""
 
 import os
+from collections.abc import Callable, Sequence
 
+from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import (
     COCOEvaluator,
     COCOPanopticEvaluator,
+    DatasetEvaluator,
     DatasetEvaluators,
     LVISEvaluator,
     PascalVOCDetectionEvaluator,
@@ -19,7 +22,7 @@ __all__ = ["build_evaluator", "check_evaluators"]
 
 
 # By evaluator_type: from config, name of the data set and folder to evaluators.
-EVALUATORS = {
+EVALUATORS: dict[str, Callable[[CfgNode, str, str], list[DatasetEvaluator]]] = {
     "classification": lambda cfg, name, folder: [
         ClassificationEvaluator(name, folder, cfg.TEST.PER_CLASS)
     ],
@@ -37,7 +40,7 @@ EVALUATORS = {
 }
 
 
-def check_evaluators(dataset_names):
+def check_evaluators(dataset_names: Sequence[str]) -> None:
     """
     Args:
         dataset_names (sequence[str]): registered data sets.
@@ -56,14 +59,14 @@ def check_evaluators(dataset_names):
             )
 
 
-def build_evaluator(cfg, dataset_name):
+def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
     """
     Args:
-        cfg (CfgNode): for ``OUTPUT_DIR`` and ``TEST``.
-        dataset_name (str): a registered data set.
+        cfg: for ``OUTPUT_DIR`` and ``TEST``.
+        dataset_name: a registered data set.
 
     Returns:
-        DatasetEvaluator: for its ``evaluator_type``; its files go to a folder of its own.
+        For its ``evaluator_type``; its files go to a folder of its own.
 
     Raises:
         ValueError: there is no evaluator for this type here.

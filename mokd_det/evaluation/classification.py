@@ -5,11 +5,15 @@ import itertools
 import json
 import logging
 import os
+from typing import Any
 
 import torch
 from detectron2.data import DatasetCatalog
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
+from torch import Tensor
+
+from ..data.classification import Batch
 
 __all__ = ["ClassificationEvaluator"]
 
@@ -24,28 +28,28 @@ class ClassificationEvaluator(DatasetEvaluator):
     its own share of them, and predictions are gathered.
     """
 
-    def __init__(self, dataset_name, output_dir=None, per_class=False):
+    def __init__(self, dataset_name: str, output_dir: str | None = None, per_class: bool = False):
         """
         Args:
-            dataset_name (str): a registered set for classification.
-            output_dir (str or None): folder for ``predictions.json``, a list with ``name``,
+            dataset_name: a registered set for classification.
+            output_dir: folder for ``predictions.json``, a list with ``name``,
                 ``label``, ``classes`` (the most probable first) and their ``scores`` for every
                 image.
-            per_class (bool): also ``top1-<class>`` for every class.
+            per_class: also ``top1-<class>`` for every class.
         """
         self.dataset_name = dataset_name
         self.output_dir = output_dir
         self.per_class = per_class
         self.reset()
 
-    def reset(self):
-        self._predictions = []
+    def reset(self) -> None:
+        self._predictions: list[dict[str, Any]] = []
 
-    def process(self, inputs, outputs):
+    def process(self, inputs: Batch, outputs: Tensor) -> None:
         """
         Args:
-            inputs (Batch): with names; targets are labels.
-            outputs (Tensor): (N, C) logits.
+            inputs: with names; targets are labels.
+            outputs: (N, C) logits.
         """
         # Of the logits: their softmax rounds close ones to ties.
         classes = outputs.topk(min(TOP, outputs.shape[1]), dim=1).indices
@@ -54,10 +58,10 @@ class ClassificationEvaluator(DatasetEvaluator):
         keys = ("name", "label", "classes", "scores")
         self._predictions += [dict(zip(keys, row)) for row in rows]
 
-    def evaluate(self):
+    def evaluate(self) -> dict[str, dict[str, float]]:
         """
         Returns:
-            dict: ``{"classification": {"top1", "top5" (with more than 5 classes), "images",
+            ``{"classification": {"top1", "top5" (with more than 5 classes), "images",
             "skipped"}}``, in the first process; ``images`` counts those evaluated, ``skipped``
             those that could not be read.
 
@@ -75,7 +79,7 @@ class ClassificationEvaluator(DatasetEvaluator):
         right = torch.tensor([p["classes"] for p in predictions]) == labels[:, None]
         top1 = right[:, 0].double()
         source = DatasetCatalog.get(self.dataset_name)
-        results = {"top1": 100 * top1.mean().item()}
+        results: dict[str, float] = {"top1": 100 * top1.mean().item()}
         if len(source.classes) > TOP:
             results["top5"] = 100 * right.any(dim=1).double().mean().item()
         results["images"] = len(predictions)

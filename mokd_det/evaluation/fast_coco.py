@@ -1,6 +1,9 @@
 # Copyright (c) The mokd_det authors.
 """COCO's evaluation by a compiled library, where Detectron2's own compiled one is absent."""
 
+from typing import Any
+
+from pycocotools.coco import COCO as StockCOCO
 from pycocotools.cocoeval import COCOeval
 
 try:
@@ -11,14 +14,14 @@ except ImportError:  # an optional extra: pycocotools gives the same numbers, sl
 __all__ = ["fast_coco_eval"]
 
 
-def fast_coco_eval(coco_gt, coco_dt, iou_type):
+def fast_coco_eval(coco_gt: StockCOCO, coco_dt: StockCOCO, iou_type: str) -> Any:
     """
     Args:
-        coco_gt, coco_dt (pycocotools.coco.COCO): ground truth and detections.
-        iou_type (str): "bbox", "segm" or "keypoints".
+        coco_gt, coco_dt: ground truth and detections.
+        iou_type: "bbox", "segm" or "keypoints".
 
     Returns:
-        COCOeval or COCOeval_faster: with ``evaluate``, ``accumulate``, ``summarize``, ``stats``
+        A COCOeval or COCOeval_faster, with ``evaluate``, ``accumulate``, ``summarize``, ``stats``
         and ``eval``; of faster-coco-eval if that is installed, else of pycocotools.
     """
     if COCOeval_faster is None:

@@ -6,7 +6,11 @@ import json
 import math
 import numbers
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from torch import nn
 
 __all__ = [
     "count_parameters",
@@ -21,23 +25,23 @@ METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 CLASSIFICATION_METRICS = ("top1", "top5")
 
 
-def count_parameters(model):
+def count_parameters(model: nn.Module) -> int:
     """Return the number of a module's parameters (trainable or not; buffers do not count)."""
     return sum(p.numel() for p in model.parameters())
 
 
-def write_results(results, output_dir):
+def write_results(results: Mapping[str, Any], output_dir: str) -> str:
     """
     Write evaluation results to ``results.json``.
 
     Args:
-        results (dict): of Detectron2's ``DefaultTrainer.test``: for one data set
+        results: of Detectron2's ``DefaultTrainer.test``: for one data set
             ``{task: {metric: value}}``, for several ``{data set: {task: {metric: value}}}``.
             Metrics without a value (NaN, as AP of a size that does not occur) become null.
-        output_dir (str): folder.
+        output_dir: folder.
 
     Returns:
-        str: the file.
+        The file.
     """
     path = os.path.join(output_dir, "results.json")
     with open(path, "w") as f:
@@ -45,14 +49,13 @@ def write_results(results, output_dir):
     return path
 
 
-def read_json_lines(path):
+def read_json_lines(path: str) -> list[dict[str, Any]]:
     """
     Args:
-        path (str): ``metrics.json`` or ``balance.json`` of a run.
+        path: ``metrics.json`` or ``balance.json`` of a run.
 
     Returns:
-        list[dict]: its lines, without one that was cut off because the run was killed there (and
-        resumed).
+        Its lines, without one that was cut off because the run was killed there (and resumed).
     """
     records = []
     with open(path) as f:
@@ -64,16 +67,16 @@ def read_json_lines(path):
     return records
 
 
-def set_aside(folder):
+def set_aside(folder: str | Path) -> Path | None:
     """
     Rename a folder, so that new results do not mix with what is in it.
 
     Args:
-        folder (str or Path): need not exist.
+        folder: need not exist.
 
     Returns:
-        Path or None: its new name, the first free one of ``folder.1``, ``folder.2``, ...; None if
-        there was nothing to rename.
+        Its new name, the first free one of ``folder.1``, ``folder.2``, ...; None if there was
+        nothing to rename.
     """
     folder = Path(folder)
     if not folder.exists():
@@ -82,14 +85,14 @@ def set_aside(folder):
     return folder.rename(next(name for name in names if not name.exists()))
 
 
-def format_comparison(results_by_model):
+def format_comparison(results_by_model: Mapping[str, Mapping[str, Any]]) -> str:
     """
     Args:
-        results_by_model (dict[str, dict]): name of a model -> its results, all of the same data
-            sets, in either form of :func:`write_results`.
+        results_by_model: name of a model -> its results, all of the same data sets, in either form
+            of :func:`write_results`.
 
     Returns:
-        str: a Markdown table with a line for each data set, task and model.
+        A Markdown table with a line for each data set, task and model.
     """
     rows = []
     for model, results in results_by_model.items():
@@ -104,7 +107,7 @@ def format_comparison(results_by_model):
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def finite(value):
+def finite(value: Any) -> Any:
     """Return nested dicts with null (None) for every number that JSON does not have."""
     if isinstance(value, dict):
         return {key: finite(v) for key, v in value.items()}

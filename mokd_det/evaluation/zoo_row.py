@@ -6,9 +6,13 @@ import os
 import re
 import statistics
 import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
+from detectron2.config import CfgNode
 from detectron2.utils.analysis import FlopCountAnalysis
+from torch import nn
 
 from ..data.packages import sha256_of
 from .results import count_parameters, read_json_lines
@@ -26,18 +30,25 @@ TASKS = {
 
 
 @torch.no_grad()
-def zoo_row(cfg, model, results, config_file, data_loader, images=10):
+def zoo_row(
+    cfg: CfgNode,
+    model: nn.Module,
+    results: Mapping[str, Any],
+    config_file: str,
+    data_loader: Iterable,
+    images: int = 10,
+) -> dict[str, Any]:
     """
     Args:
-        cfg (CfgNode): of the run; its ``OUTPUT_DIR`` holds the logs of training, if there was any.
-        model (nn.Module): the plain detector or classifier, on its device.
-        results (dict): of its evaluation, see :func:`write_results`.
-        config_file (str): for the record.
-        data_loader (iterable): of ``DATASETS.TEST``, one image at a time.
-        images (int): that many of it are timed and counted.
+        cfg: of the run; its ``OUTPUT_DIR`` holds the logs of training, if there was any.
+        model: the plain detector or classifier, on its device.
+        results: of its evaluation, see :func:`write_results`.
+        config_file: for the record.
+        data_loader: of ``DATASETS.TEST``, one image at a time.
+        images: that many of it are timed and counted.
 
     Returns:
-        dict: ``name``, ``schedule``; ``train_seconds_per_iteration`` (median) and
+        ``name``, ``schedule``; ``train_seconds_per_iteration`` (median) and
         ``train_memory_gb`` (GPU only), None if not known; ``inference_seconds_per_image``
         (median), ``parameters``, ``gflops`` (multiply-adds, as fvcore counts; mean over images),
         ``accuracy``, AP for each task and data set or top-1, ``config``, ``weights`` and their
@@ -63,7 +74,7 @@ def zoo_row(cfg, model, results, config_file, data_loader, images=10):
     }
 
 
-def format_zoo_row(row):
+def format_zoo_row(row: Mapping[str, Any]) -> str:
     """Return the row as a Markdown table with its head, a string of three lines."""
     number = lambda value, form: "" if value is None else format(value, form)  # noqa: E731
     cells = {
@@ -77,11 +88,11 @@ def format_zoo_row(row):
         **{key: number(value, ".1f") for key, value in row["accuracy"].items()},
         "weights": row["weights"],
     }
-    lines = [cells.keys(), [":---:"] * len(cells), cells.values()]
+    lines: list[Iterable[str]] = [cells.keys(), [":---:"] * len(cells), cells.values()]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _accuracies(results):
+def _accuracies(results: Mapping[str, Any]) -> dict[str, float]:
     """By task, and by data set if there are several."""
     by_set = results if not set(results) & set(TASKS) else {"": results}
     return {
@@ -92,7 +103,7 @@ def _accuracies(results):
     }
 
 
-def _training_log(folder):
+def _training_log(folder: str) -> dict[str, Any]:
     """Median seconds of an iteration, and most MiB on a GPU; None where Detectron2 logged none."""
     seconds, memory = [], []
     path = os.path.join(folder, "metrics.json")
@@ -108,8 +119,10 @@ def _training_log(folder):
     }
 
 
-def _inference_seconds(model, batches):
-    synchronise = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+def _inference_seconds(model: nn.Module, batches: list) -> float:
+    synchronise: Callable[[], None] = (
+        torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    )
     seconds = []
     for batch in batches:
         synchronise()
@@ -120,7 +133,7 @@ def _inference_seconds(model, batches):
     return statistics.median(seconds[min(WARM_UP, len(seconds) - 1) :])
 
 
-def _gflops(model, batch):
+def _gflops(model: nn.Module, batch: Any) -> float:
     analysis = FlopCountAnalysis(model, batch)
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     return analysis.total() / 1e9

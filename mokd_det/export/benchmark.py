@@ -5,24 +5,27 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.utils.analysis import FlopCountAnalysis
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..evaluation import count_parameters
 from .export import export_model
-from .exporter import ExportOptions
+from .exporter import Exporter, ExportOptions
 from .images import read_images
 from .onnx import load_onnx
 from .torchscript import load_torchscript
 
+if TYPE_CHECKING:
+    from ..tasks import Task
+
 __all__ = ["benchmark", "check_benchmark", "compare_with_scratch", "format_benchmark", "latencies"]
 
 
-def check_benchmark(task, cfg: CfgNode, format: str) -> None:
+def check_benchmark(task: "Task", cfg: CfgNode, format: str) -> None:
     """
     Raises:
         ValueError, FileNotFoundError: a format whose files do no whole work, or the config's
@@ -42,7 +45,7 @@ def check_benchmark(task, cfg: CfgNode, format: str) -> None:
 
 
 def benchmark(
-    task,
+    task: "Task",
     cfg: CfgNode,
     exported: dict[str, Any],
     output_dir: str,
@@ -54,7 +57,7 @@ def benchmark(
     on one image at batch 1.
 
     Args:
-        task (mokd_det.tasks.Task): of the student.
+        task: of the student.
         cfg: the student's.
         exported: of :func:`mokd_det.export.export.export_model`.
         output_dir: the teacher goes to ``teacher/`` in it.
@@ -92,7 +95,7 @@ def benchmark(
     }
 
 
-def _runner(exporter, exported: dict[str, Any], image: Tensor) -> Callable[[], Any]:
+def _runner(exporter: Exporter, exported: dict[str, Any], image: Tensor) -> Callable[[], Any]:
     given = exporter.exported_input(image)
     if exported["format"] == "onnx":
         run = load_onnx(exported["file"])
@@ -122,26 +125,29 @@ def format_benchmark(result: dict[str, Any]) -> str:
         f"  parameters: {scratch['parameters'][0]:,} and {scratch['parameters'][1]:,}",
         f"  GFLOPs (multiply-adds): {flops[0]} and {flops[1]}",
         f"  ms an image: {1e3 * scratch['eager_student_seconds']:.1f} and "
-        f"{1e3 * scratch['eager_scratch_seconds']:.1f} (ratio {scratch['eager_scratch_ratio']:.3f})",
+        f"{1e3 * scratch['eager_scratch_seconds']:.1f} "
+        f"(ratio {scratch['eager_scratch_ratio']:.3f})",
     ]
     return "\n".join(lines)
 
 
 @torch.no_grad()
-def latencies(models, rounds=15, warm_up=3):
+def latencies(
+    models: dict[str, Callable[[], Any]], rounds: int = 15, warm_up: int = 3
+) -> dict[str, float]:
     """
     Time models in turns, so that whatever else the machine does hits all of them.
 
     Args:
-        models (dict[str, callable]): name -> function without arguments that runs the model once.
-        rounds (int): timed runs of each.
-        warm_up (int): runs before, in which TorchScript optimises.
+        models: name -> function that runs the model once.
+        rounds: timed runs of each.
+        warm_up: runs before, in which TorchScript optimises.
 
     Returns:
-        dict[str, float]: ``{name}_seconds``, medians; and ``{name}_ratio`` to the first, the median
-        of the ratios within a round, for the others.
+        ``{name}_seconds``, medians; and ``{name}_ratio`` to the first, the median of the ratios
+        within a round, for the others.
     """
-    seconds = {name: [] for name in models}
+    seconds: dict[str, list[float]] = {name: [] for name in models}
     for i in range(warm_up + rounds):
         for name, run in models.items():
             _synchronise()
@@ -158,20 +164,20 @@ def latencies(models, rounds=15, warm_up=3):
     return result
 
 
-def _synchronise():
+def _synchronise() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 @torch.no_grad()
-def compare_with_scratch(task, cfg: CfgNode, image: Tensor) -> dict[str, Any]:
+def compare_with_scratch(task: "Task", cfg: CfgNode, image: Tensor) -> dict[str, Any]:
     """
     Show that distillation leaves nothing in the student: beside the model that Detectron2 builds
     from the student's stock config, without MOKD, as training from scratch does. That model gets
     the student's weights, as the work of an R-CNN's heads depends on what it finds.
 
     Args:
-        task (mokd_det.tasks.Task): of the student.
+        task: of the student.
         cfg: the student's, with its trained ``MODEL.WEIGHTS``.
         image: (3, H, W) uint8, as the model takes it.
 
@@ -199,7 +205,7 @@ def compare_with_scratch(task, cfg: CfgNode, image: Tensor) -> dict[str, Any]:
     }
 
 
-def _gflops(model, inputs):
+def _gflops(model: nn.Module, inputs: Any) -> float:
     analysis = FlopCountAnalysis(model, inputs)
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     return analysis.total() / 1e9

@@ -2,20 +2,24 @@
 """The student as a checkpoint and a config that stock Detectron2 loads."""
 
 import os
+from typing import TYPE_CHECKING
 
 import torch
 from detectron2.config import CfgNode
 
+if TYPE_CHECKING:
+    from ..tasks import Task
+
 __all__ = ["export_checkpoint"]
 
 
-def export_checkpoint(task, cfg: CfgNode, output_dir: str) -> dict[str, str]:
+def export_checkpoint(task: "Task", cfg: CfgNode, output_dir: str) -> dict[str, str]:
     """
     Write ``model.pth`` (weights only: no optimizer, no projector) and ``config.yaml`` (the keys of
     :func:`~mokd_det.config.stock_config`, ``MODEL.WEIGHTS`` pointing to the file beside it).
 
     Args:
-        task (mokd_det.tasks.Task): of the student.
+        task: of the student.
         cfg: the student's config with its trained ``MODEL.WEIGHTS``.
         output_dir: folder.
 

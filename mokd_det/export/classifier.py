@@ -9,16 +9,21 @@ resizing and cropping are not. It returns (N, C) float32 logits; their softmax a
 import torch
 from torch import Tensor, nn
 
+from ..modeling import Classifier
+
 __all__ = ["DeployedClassifier"]
 
 
 class DeployedClassifier(nn.Module):
     """A classification network with its normalisation."""
 
-    def __init__(self, model):
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
+    def __init__(self, model: Classifier):
         """
         Args:
-            model (Classifier): in eval mode.
+            model: in eval mode.
         """
         super().__init__()
         self.network = model.network
@@ -33,7 +38,7 @@ class DeployedClassifier(nn.Module):
 class HalfClassifier(DeployedClassifier):
     """The same with the network in float16; normalisation and logits stay float32."""
 
-    def __init__(self, model):
+    def __init__(self, model: Classifier):
         super().__init__(model)
         self.network.half()
 

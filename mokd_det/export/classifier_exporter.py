@@ -2,9 +2,12 @@
 """Classifiers as files."""
 
 import copy
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from detectron2.config import CfgNode
 from PIL import Image
 from torch import Tensor, nn
 
@@ -28,7 +31,7 @@ INPUT = "images (N, 3, H, W), uint8 or float32 in [0, 255], channels in the orde
 class ClassifierExporter(Exporter):
     """See :mod:`mokd_det.export.classifier` for what a deployed classifier takes and returns."""
 
-    def __init__(self, cfg, stock_options=()):
+    def __init__(self, cfg: CfgNode, stock_options: Sequence[str] = ()):
         super().__init__(cfg)
         self.stock_options = stock_options
 
@@ -36,7 +39,7 @@ class ClassifierExporter(Exporter):
         if options.format == "onnx":
             check_onnx(model)
 
-    def metadata(self, model: nn.Module) -> dict:
+    def metadata(self, model: Any) -> dict[str, Any]:
         options = self.cfg.INPUT.CLASSIFICATION
         stock_cfg = stock_config(self.cfg, self.stock_options)
         return {
@@ -63,7 +66,14 @@ class ClassifierExporter(Exporter):
         return image[None]
 
     @torch.no_grad()
-    def write(self, model, pictures, path, metadata, options) -> dict:
+    def write(
+        self,
+        model: Any,
+        pictures: list[Tensor],
+        path: str,
+        metadata: dict[str, Any],
+        options: ExportOptions,
+    ) -> dict[str, Any]:
         in_float32 = DeployedClassifier(copy.deepcopy(model)).eval()
         module = HalfClassifier(model).eval() if options.half else in_float32
         device, side = model.device, pictures[0].shape[-1]
@@ -73,7 +83,7 @@ class ClassifierExporter(Exporter):
         inputs = [batch, batch[:1].to(torch.uint8)]
         others = [stack(pictures, more, more)[:2].to(device) for more in (side + 32, side * 3 // 2)]
         any_size = options.format != "torch_export" and _takes(module, others)
-        exported = None
+        exported: Any = None
         if options.format != "torch_export":
             is_scripted = options.method == "scripting"
             exported = script_network(module) if is_scripted else trace_network(module, batch)

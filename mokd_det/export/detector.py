@@ -16,7 +16,7 @@ dict[str, Tensor] for its R detections, sorted by score:
 ==============  ===========================================================================
 """
 
-from typing import Dict, List  # noqa: UP035  (TorchScript knows these, and not dict[...] everywhere)
+from typing import Any, Dict, List  # noqa: UP035  (TorchScript knows these, and not dict[...] everywhere)
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +48,7 @@ __all__ = [
 ]
 
 
-def check_detector(model, name):
+def check_detector(model: nn.Module, name: str) -> None:
     """
     Raises:
         ValueError: not a detector of a family that can be deployed.
@@ -70,7 +70,7 @@ def check_detector(model, name):
         )
 
 
-def check_tracing(model):
+def check_tracing(model: nn.Module) -> None:
     """
     Raises:
         ValueError: a model whose trace would hold for the size of its example only.
@@ -83,7 +83,7 @@ def check_tracing(model):
             )
 
 
-def check_scripting(model):
+def check_scripting(model: nn.Module) -> None:
     """
     Raises:
         ValueError: Detectron2's code of this model has parts that TorchScript cannot compile.
@@ -106,8 +106,8 @@ def check_scripting(model):
         )
 
 
-def output_names(model):
-    """Return the keys of a detector's output, a list of str in this module's order."""
+def output_names(model: nn.Module) -> list[str]:
+    """Return the keys of a detector's output, in this module's order."""
     names = ["boxes", "scores", "classes"]
     if getattr(getattr(model, "roi_heads", None), "mask_on", False):
         names.append("masks")
@@ -118,39 +118,39 @@ def output_names(model):
     return names
 
 
-def num_classes(model):
+def num_classes(model: Any) -> int:
     """Return the number of classes of a detector's boxes."""
     return model.num_classes if isinstance(model, DenseDetector) else model.roi_heads.num_classes
 
 
-def score_threshold(model):
+def score_threshold(model: Any) -> float:
     """Return the score that the detections of a detector exceed."""
     if isinstance(model, DenseDetector):
         return float(model.test_score_thresh)
     return float(_last_predictor(model).test_score_thresh)
 
 
-def _last_predictor(model):
+def _last_predictor(model: Any) -> Any:
     predictor = model.roi_heads.box_predictor
     return predictor[-1] if isinstance(predictor, nn.ModuleList) else predictor
 
 
-def detect(model, image):
+def detect(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
     """Return what :func:`detect_batch` does for one image."""
     return detect_batch(model, [image])[0]
 
 
 @torch.no_grad()
-def detect_batch(model, images):
+def detect_batch(model: Any, images: list[Tensor]) -> list[dict[str, Tensor]]:
     """
     Run a detector as Detectron2 does, without its resizing to another size.
 
     Args:
-        model (nn.Module): in eval mode.
-        images (list[Tensor]): see above; they are padded to one size.
+        model: in eval mode.
+        images: see above; they are padded to one size.
 
     Returns:
-        list[dict[str, Tensor]]: see above.
+        See above.
     """
     inputs = [{"image": image.to(torch.float32)} for image in images]
     sem_seg = [None] * len(images)
@@ -181,17 +181,17 @@ def detect_batch(model, images):
 class TraceableDetector(nn.Module):
     """:func:`detect` as a module that torch.jit.trace and ONNX's exporter take."""
 
-    def __init__(self, model, as_tuple=False):
+    def __init__(self, model: nn.Module, as_tuple: bool = False):
         """
         Args:
-            model (nn.Module): the detector.
-            as_tuple (bool): return the values alone, in the order of :func:`output_names`.
+            model: the detector.
+            as_tuple: return the values alone, in the order of :func:`output_names`.
         """
         super().__init__()
         self.model = model
         self.as_tuple = as_tuple
 
-    def forward(self, image):
+    def forward(self, image: Tensor) -> Any:
         # Lengths that depend on the image must stay tensors while tracing.
         with patch_builtin_len():
             outputs = detect(self.model, image)
@@ -203,12 +203,12 @@ def paste_masks(masks: Tensor, boxes: Tensor, height: int, width: int) -> Tensor
     Sample masks at the centres of an image's pixels.
 
     Args:
-        masks (Tensor): (R, M, M) probabilities over the boxes.
-        boxes (Tensor): (R, 4) XYXY, in pixels of that image.
-        height, width (int): of the image.
+        masks: (R, M, M) probabilities over the boxes.
+        boxes: (R, 4) XYXY, in pixels of that image.
+        height, width: of the image.
 
     Returns:
-        Tensor: (R, height, width) bool, probability of at least 0.5.
+        (R, height, width) bool, probability of at least 0.5.
     """
     pasted = torch.zeros([masks.size(0), height, width], dtype=torch.bool, device=masks.device)
     rows = torch.arange(height, device=masks.device, dtype=torch.float32) + 0.5
@@ -227,10 +227,10 @@ def paste_masks(masks: Tensor, boxes: Tensor, height: int, width: int) -> Tensor
 class TracedDetector(nn.Module):
     """What a traced detector is saved as: any input type, and masks can be pasted."""
 
-    def __init__(self, traced):
+    def __init__(self, traced: torch.jit.ScriptModule):
         """
         Args:
-            traced (torch.jit.ScriptModule): of a :class:`TraceableDetector`.
+            traced: of a :class:`TraceableDetector`.
         """
         super().__init__()
         self.model = traced
@@ -251,9 +251,9 @@ class _ScriptableDetector(nn.Module):
     has_keypoints: torch.jit.Final[bool]
     is_dense: torch.jit.Final[bool]
 
-    def __init__(self, model):
+    def __init__(self, model: nn.Module):
         super().__init__()
-        self.model = model
+        self.model: Any = model
         self.has_masks = "masks" in output_names(model)
         self.has_keypoints = "keypoints" in output_names(model)
         self.is_dense = isinstance(model, DenseDetector)
@@ -295,12 +295,12 @@ class _ScriptableDetector(nn.Module):
         return paste_masks(masks, boxes, height, width)
 
 
-def scriptable_detector(model):
+def scriptable_detector(model: nn.Module) -> nn.Module:
     """Return a detector as a module for Detectron2's ``scripting_with_instances``."""
     return _ScriptableDetector(model).eval()
 
 
-def instances_fields(model):
+def instances_fields(model: nn.Module) -> dict[str, type]:
     """Return the fields of Instances that a detector uses, as ``scripting_with_instances`` asks."""
     fields = {"pred_boxes": Boxes, "scores": Tensor, "pred_classes": Tensor}
     if not isinstance(model, DenseDetector):

@@ -1,6 +1,8 @@
 # Copyright (c) The mokd_det authors.
 """Detectors as files."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -57,7 +59,7 @@ class DetectorExporter(Exporter):
         elif options.format != "torch_export":
             check_tracing(model)
 
-    def metadata(self, model: nn.Module) -> dict:
+    def metadata(self, model: nn.Module) -> dict[str, Any]:
         cfg = self.cfg
         return {
             "task": "detection",
@@ -96,7 +98,14 @@ class DetectorExporter(Exporter):
     def exported_input(self, image: Tensor) -> Tensor:
         return image
 
-    def write(self, model, pictures, path, metadata, options) -> dict:
+    def write(
+        self,
+        model: Any,
+        pictures: list[Tensor],
+        path: str,
+        metadata: dict[str, Any],
+        options: ExportOptions,
+    ) -> dict[str, Any]:
         if options.format == "torch_export":
             return _write_backbone_and_head(model, pictures, path, metadata, options.tolerance)
         device = model.pixel_mean.device

@@ -4,7 +4,7 @@
 import json
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from detectron2.config import CfgNode
 
@@ -12,6 +12,9 @@ from ..data import register_datasets
 from .checkpoint import export_checkpoint
 from .exporter import ExportOptions
 from .images import read_images
+
+if TYPE_CHECKING:
+    from ..tasks import Task
 
 __all__ = ["FORMATS", "METHODS", "check_options", "export_model"]
 
@@ -47,15 +50,15 @@ def check_options(
             "--half and --freeze exclude each other: folding BatchNorm into weights of float16 "
             "rounds them once more, and the file would not return what the model returns."
         )
-    for option, value in (("half", half), ("freeze", freeze)):
-        if value and format != "torchscript":
+    for option, is_set in (("half", half), ("freeze", freeze)):
+        if is_set and format != "torchscript":
             raise ValueError(
                 f"--{option} is for --format torchscript, not for '{format}': leave it out."
             )
 
 
 def export_model(
-    task,
+    task: "Task",
     cfg: CfgNode,
     output_dir: str,
     options: ExportOptions = DEFAULT_OPTIONS,
@@ -66,7 +69,7 @@ def export_model(
     Write a trained model for deployment, read the file again and compare it with the model.
 
     Args:
-        task (mokd_det.tasks.Task): of the model.
+        task: of the model.
         cfg: the student's config with its trained ``MODEL.WEIGHTS``.
         output_dir: folder; gets the file of ``FORMATS`` and ``export.json``.
         options: of the file.

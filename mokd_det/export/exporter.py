@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from detectron2.config import CfgNode
 from torch import Tensor, nn
 
-from .parity import DEFAULT_TOLERANCE, parity
+from .parity import DEFAULT_TOLERANCE, Compare, parity
 from .torchscript import freeze, load_torchscript, save_torchscript
 
 __all__ = ["ExportOptions", "Exporter"]
@@ -94,7 +94,7 @@ class Exporter(abc.ABC):
         """Return what a written file takes for an image of :meth:`to_tensor`."""
 
 
-def differences(expected: list, found: list, compare) -> dict[str, Any]:
+def differences(expected: list, found: list, compare: Compare) -> dict[str, Any]:
     """What float16 costs: for information, so without a tolerance."""
     result = parity(expected, found, [], float("inf"), compare)
     return {
@@ -102,7 +102,13 @@ def differences(expected: list, found: list, compare) -> dict[str, Any]:
     }
 
 
-def save_and_load(module, path: str, metadata: dict[str, Any], frozen: bool, device):
+def save_and_load(
+    module: torch.jit.ScriptModule,
+    path: str,
+    metadata: dict[str, Any],
+    frozen: bool,
+    device: torch.device,
+) -> torch.jit.ScriptModule:
     """Write a TorchScript module, and return it as it is read again."""
     save_torchscript(freeze(module) if frozen else module, path, metadata)
     # Not by ``to``, which leaves constants where they are: those of a frozen file are its weights.

@@ -3,12 +3,16 @@
 
 import itertools
 import os
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from detectron2.data.detection_utils import read_image
 from PIL import Image
+from torch import Tensor
 
 __all__ = ["SCALES", "read_images", "sized"]
 
@@ -16,16 +20,18 @@ SCALES = (1.0, 0.75, 0.5)
 """Sizes of the comparison, as parts of the test size."""
 
 
-def read_images(cfg, files=(), count=3):
+def read_images(
+    cfg: CfgNode, files: Sequence[str] = (), count: int = 3
+) -> tuple[list[np.ndarray], str]:
     """
     Args:
-        cfg (CfgNode): its data sets registered.
-        files (sequence[str]): images; empty: the first of ``DATASETS.TEST``.
-        count (int): of images from a data set.
+        cfg: its data sets registered.
+        files: images; empty: the first of ``DATASETS.TEST``.
+        count: of images from a data set.
 
     Returns:
-        tuple: list of (H, W, 3) uint8 RGB arrays, and str, where they come from. Without files
-        and data sets they are drawn at random, and the second says that.
+        (H, W, 3) uint8 RGB arrays, and where they come from. Without files and data sets they are
+        drawn at random, and the second says that.
 
     Raises:
         FileNotFoundError: one of ``files`` is missing.
@@ -51,33 +57,33 @@ def read_images(cfg, files=(), count=3):
     )
 
 
-def _image_of(element):
+def _image_of(element: dict[str, Any]) -> np.ndarray:
     if "file_name" in element:
         return read_image(element["file_name"], "RGB")
     image = np.asarray(element["image"])  # packed, grey or RGB
     return np.stack([image] * 3, axis=2) if image.ndim == 2 else image
 
 
-def _random_image(seed, height=480, width=640):
+def _random_image(seed: int, height: int = 480, width: int = 640) -> np.ndarray:
     """Coloured blotches: low frequencies, as photos have, so that features differ over places."""
     noise = np.random.default_rng(seed).integers(0, 256, (12, 16, 3), dtype=np.uint8)
-    return np.asarray(Image.fromarray(noise).resize((width, height), Image.BICUBIC))
+    return np.asarray(Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC))
 
 
-def sized(image, scale):
+def sized(image: Tensor, scale: float) -> Tensor:
     """
     Args:
-        image (Tensor): (3, H, W) uint8.
-        scale (float): 1 is the image itself; of others a side is cut besides, so that the two
+        image: (3, H, W) uint8.
+        scale: 1 is the image itself; of others a side is cut besides, so that the two
             sides are no multiples of each other or of a stride.
 
     Returns:
-        Tensor: (3, H', W') uint8.
+        (3, H', W') uint8.
     """
     if scale == 1:
         return image
     height, width = (max(round(side * scale), 32) for side in image.shape[1:])
     array = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
-    small = np.asarray(Image.fromarray(array).resize((width, height), Image.BILINEAR))
+    small = np.asarray(Image.fromarray(array).resize((width, height), Image.Resampling.BILINEAR))
     small = small[: height - height // 5 + 1]
     return torch.from_numpy(np.ascontiguousarray(small.transpose(2, 0, 1)))

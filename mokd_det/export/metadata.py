@@ -10,7 +10,6 @@ import torch
 import torchvision
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from torch import nn
 
 import mokd_det
 
@@ -22,7 +21,7 @@ METADATA_FILE = "metadata.json"
 """Name of the extra file inside a TorchScript archive, and of the entry in an ONNX or .pt2 file."""
 
 
-def common_metadata(cfg: CfgNode, model: nn.Module, stock_cfg: CfgNode) -> dict[str, Any]:
+def common_metadata(cfg: CfgNode, model: Any, stock_cfg: CfgNode) -> dict[str, Any]:
     """
     Args:
         cfg: of the model.

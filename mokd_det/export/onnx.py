@@ -5,8 +5,11 @@ import contextlib
 import io
 import json
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from .detector import TraceableDetector, output_names
 from .metadata import METADATA_FILE
@@ -17,7 +20,7 @@ OPSET = 17
 """The version of ONNX's operators: the newest that torch's tracing exporter writes in full."""
 
 
-def check_onnx(model):
+def check_onnx(model: nn.Module) -> None:
     """
     Raises:
         ImportError: onnx or onnxruntime are not installed.
@@ -38,19 +41,19 @@ def check_onnx(model):
         raise ValueError(f"--format onnx: {reason}. Use --format torchscript.")
 
 
-def export_onnx(model, image, path, metadata):
+def export_onnx(model: nn.Module, image: Tensor, path: str, metadata: dict[str, Any]) -> None:
     """
     Args:
-        model (nn.Module): a detector, or a deployed classifier, in eval mode.
-        image (Tensor): its input as documented.
-        path (str): of the file.
-        metadata (dict): goes into the file's own.
+        model: a detector, or a deployed classifier, in eval mode.
+        image: its input as documented.
+        path: of the file.
+        metadata: goes into the file's own.
     """
     import onnx
 
     is_detector = hasattr(model, "backbone")
     if is_detector:
-        traceable = TraceableDetector(model, as_tuple=True).eval()
+        traceable: nn.Module = TraceableDetector(model, as_tuple=True).eval()
         input_name, names = "image", output_names(model)
         axes = {"image": {1: "height", 2: "width"}, **{name: {0: "detections"} for name in names}}
     else:
@@ -78,11 +81,11 @@ def export_onnx(model, image, path, metadata):
     onnx.save(file, path)
 
 
-def load_onnx(path):
+def load_onnx(path: str) -> Callable[[Tensor], Any]:
     """
     Returns:
-        callable: runs the file with onnxruntime on the CPU, from an image to dict[str, Tensor] (a
-        detector) or from images to logits.
+        A function that runs the file with onnxruntime on the CPU, from an image to dict[str,
+        Tensor] (a detector) or from images to logits.
     """
     import onnxruntime
 
@@ -93,7 +96,7 @@ def load_onnx(path):
     names = [output.name for output in session.get_outputs()]
     input_name = session.get_inputs()[0].name
 
-    def run(image):
+    def run(image: Tensor) -> Any:
         found = session.run(None, {input_name: image.to(torch.float32).cpu().numpy()})
         tensors = [torch.from_numpy(x) for x in found]
         return tensors[0] if names == ["logits"] else dict(zip(names, tensors))

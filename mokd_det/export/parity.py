@@ -1,9 +1,15 @@
 # Copyright (c) The mokd_det authors.
 """Whether an exported model returns what its source returns."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
+from torch import Tensor
 
 __all__ = ["DEFAULT_TOLERANCE", "PIXELS", "compare_detections", "compare_tensors", "parity"]
+
+Compare = Callable[[Any, Any], dict[str, float]]
 
 DEFAULT_TOLERANCE = 1e-3
 """Largest difference of a score, probability or logit (of logits beyond 1: relative)."""
@@ -11,22 +17,22 @@ PIXELS = 10
 """A box or keypoint may differ by this many times the tolerance, in pixels."""
 
 
-def compare_detections(expected, found):
+def compare_detections(expected: dict[str, Tensor], found: dict[str, Tensor]) -> dict[str, float]:
     """
     Match the detections of one image: each with the closest box of its class.
 
     Args:
-        expected, found (dict[str, Tensor]): see :mod:`mokd_det.export.detector`.
+        expected, found: see :mod:`mokd_det.export.detector`.
 
     Returns:
-        dict[str, float]: ``unmatched``, the number of detections that only one side has, and the
-        largest difference of each output in the matched ones; of ``classes`` none.
+        ``unmatched``, the number of detections that only one side has, and the largest difference
+        of each output in the matched ones; of ``classes`` none.
     """
     expected, found = ({k: v.cpu() for k, v in side.items()} for side in (expected, found))
     pairs = _match(expected, found)
     mine, theirs = (torch.tensor(side, dtype=torch.long) for side in pairs)
     count = max(len(expected["scores"]), len(found["scores"]))
-    differences = {"unmatched": count - len(mine)}
+    differences: dict[str, float] = {"unmatched": count - len(mine)}
     for name in expected:
         if name == "classes":
             continue
@@ -37,13 +43,15 @@ def compare_detections(expected, found):
     return differences
 
 
-def _match(expected, found):
+def _match(expected: dict[str, Tensor], found: dict[str, Tensor]) -> tuple[list[int], list[int]]:
+    """Return indices of detections that belong together, of both sides."""
     if expected["classes"].tolist() == found["classes"].tolist():
         # In order, unless equal scores changed places.
         if _largest(expected["boxes"], found["boxes"]) < 1:
             everything = list(range(len(found["classes"])))
             return everything, everything
-    pairs = ([], [])
+    mine: list[int] = []
+    theirs: list[int] = []
     free = torch.ones(len(found["classes"]), dtype=torch.bool)
     for i, (box, label) in enumerate(zip(expected["boxes"], expected["classes"])):
         candidates = (free & (found["classes"] == label)).nonzero()[:, 0]
@@ -54,19 +62,19 @@ def _match(expected, found):
         # Farther away it is another object's.
         if distances[best] <= 0.25 * (box[2:] - box[:2]).min():
             free[candidates[best]] = False
-            pairs[0].append(i)
-            pairs[1].append(int(candidates[best]))
-    return pairs
+            mine.append(i)
+            theirs.append(int(candidates[best]))
+    return mine, theirs
 
 
-def compare_tensors(expected, found):
+def compare_tensors(expected: Any, found: Any) -> dict[str, float]:
     """
     Args:
         expected, found: the same nesting of dicts, lists and tuples of tensors.
 
     Returns:
-        dict[str, float]: ``outputs``, the largest difference of any element, relative to the
-        tensor's largest absolute value where that exceeds 1 (float32 has seven digits).
+        ``outputs``, the largest difference of any element, relative to the tensor's largest
+        absolute value where that exceeds 1 (float32 has seven digits).
     """
     mine, theirs = (torch.utils._pytree.tree_leaves(side) for side in (expected, found))
     if len(mine) != len(theirs):
@@ -75,7 +83,7 @@ def compare_tensors(expected, found):
     return {"outputs": max(relative)}
 
 
-def _largest(a, b):
+def _largest(a: Tensor, b: Tensor) -> float:
     if a.shape != b.shape:
         return float("inf")
     if not a.numel():
@@ -85,21 +93,24 @@ def _largest(a, b):
     return float(difference) if difference.isfinite() else float("inf")
 
 
-def parity(expected, found, inputs, tolerance, compare):
+def parity(
+    expected: list, found: list, inputs: Sequence[Tensor], tolerance: float, compare: Compare
+) -> dict[str, Any]:
     """
     Args:
-        expected, found (list): outputs of the model and of its export, for each input.
-        inputs (list[Tensor]): of several sizes.
-        tolerance (float): see ``DEFAULT_TOLERANCE`` and ``PIXELS``.
-        compare (callable): :func:`compare_detections` or :func:`compare_tensors`.
+        expected, found: outputs of the model and of its export, for each input.
+        inputs: of several sizes.
+        tolerance: see ``DEFAULT_TOLERANCE`` and ``PIXELS``.
+        compare: :func:`compare_detections` or :func:`compare_tensors`.
 
     Returns:
-        dict: ``passed`` (bool), ``tolerance``, ``sizes`` of the inputs, and the largest
+        ``passed`` (bool), ``tolerance``, ``sizes`` of the inputs, and the largest
         ``max_..._difference`` of each output over them. For detections also their number, how many
         are ``unmatched`` and whether there was an image ``without_detections``. Without any
         detection nothing was compared, and it is not passed.
     """
-    worst, unmatched = {}, 0
+    worst: dict[str, float] = {}
+    unmatched: float = 0
     for mine, theirs in zip(expected, found):
         differences = compare(mine, theirs)
         unmatched += differences.pop("unmatched", 0)
@@ -109,7 +120,7 @@ def parity(expected, found, inputs, tolerance, compare):
         value <= tolerance * (PIXELS if name in ("boxes", "keypoints") else 1)
         for name, value in worst.items()
     )
-    result = {"tolerance": tolerance, "sizes": [list(x.shape) for x in inputs]}
+    result: dict[str, Any] = {"tolerance": tolerance, "sizes": [list(x.shape) for x in inputs]}
     result.update({f"max_{name}_difference": value for name, value in worst.items()})
     if compare is compare_detections:
         counts = [len(outputs["scores"]) for outputs in expected]

@@ -1,9 +1,11 @@
 # Copyright (c) The mokd_det authors.
 """Half the size: what of a model runs in float16."""
 
-from typing import Dict  # noqa: UP035  (TorchScript)
+from collections.abc import Callable
+from typing import Any, Dict  # noqa: UP035  (TorchScript)
 
 import torch
+from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone
 from torch import Tensor
 
@@ -13,10 +15,10 @@ __all__ = ["check_half", "halve_backbone"]
 class HalfBackbone(Backbone):
     """A backbone (with its FPN) in float16 that takes and returns float32."""
 
-    def __init__(self, backbone):
+    def __init__(self, backbone: Backbone):
         """
         Args:
-            backbone (Backbone): becomes float16.
+            backbone: becomes float16.
         """
         super().__init__()
         self.backbone = backbone.half()
@@ -28,11 +30,11 @@ class HalfBackbone(Backbone):
             converted[name] = feature.to(torch.float32)
         return converted
 
-    def output_shape(self):
+    def output_shape(self) -> Dict[str, ShapeSpec]:  # noqa: UP006
         return self.backbone.output_shape()
 
     @property
-    def size_divisibility(self):
+    def size_divisibility(self) -> int:
         return self.backbone.size_divisibility
 
     if hasattr(Backbone, "padding_constraints"):  # since Detectron2 0.6
@@ -42,21 +44,21 @@ class HalfBackbone(Backbone):
             return self.backbone.padding_constraints
 
 
-def halve_backbone(model):
+def halve_backbone(model: Any) -> None:
     """
     Run a detector's backbone in float16, in place. Heads stay float32: float16 counts pixels in
     steps of 0.5 from 512 on, and the CPU's NMS and ROIAlign have none.
 
     Args:
-        model (nn.Module): a detector.
+        model: a detector.
     """
     model.backbone = HalfBackbone(model.backbone)
 
 
-def check_half(run):
+def check_half(run: Callable[[], Any]) -> None:
     """
     Args:
-        run (callable): the model in float16 on an image.
+        run: the model in float16 on an image.
 
     Raises:
         ValueError: an operator of it does not exist in float16 on this device.

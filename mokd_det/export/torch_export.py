@@ -7,11 +7,12 @@ convolutions but those on RoIs. Decoding and NMS are the caller's.
 
 import copy
 import json
+from typing import Any
 
 import torch
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
-from torch import nn
+from torch import Tensor, nn
 from torch.export import Dim
 
 from .metadata import METADATA_FILE
@@ -25,21 +26,24 @@ class EverySecondPixel(nn.Module):
     whether the map's height is odd.
     """
 
-    def __init__(self, top_block):
+    def __init__(self, top_block: LastLevelMaxPool):
         super().__init__()
         self.num_levels, self.in_feature = top_block.num_levels, top_block.in_feature
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> list[Tensor]:
         return [x[:, :, ::2, ::2]]
 
 
 class BackboneAndHead(nn.Module):
     """Backbone and dense head of a detector, with its normalisation."""
 
-    def __init__(self, model):
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
+    def __init__(self, model: Any):
         """
         Args:
-            model (nn.Module): a detector.
+            model: a detector.
         """
         super().__init__()
         self.backbone = copy.deepcopy(model.backbone)
@@ -54,15 +58,15 @@ class BackboneAndHead(nn.Module):
         self.register_buffer("pixel_mean", model.pixel_mean.clone())
         self.register_buffer("pixel_std", model.pixel_std.clone())
 
-    def forward(self, images):
+    def forward(self, images: Tensor) -> dict[str, Any]:
         """
         Args:
-            images (Tensor): (N, 3, H, W) float32 in [0, 255], both sides multiples of the
-                backbone's ``size_divisibility``. Padding, if any, has the value of pixel_mean.
+            images: (N, 3, H, W) float32 in [0, 255], both sides multiples of the backbone's
+                ``size_divisibility``. Padding, if any, has the value of pixel_mean.
 
         Returns:
-            dict: ``features``, dict[str, Tensor]; ``head``, what the head returns: a tuple of
-            lists with an (N, ., H / stride, W / stride) tensor for each level.
+            ``features``, dict[str, Tensor]; ``head``, what the head returns: a tuple of lists with
+            an (N, ., H / stride, W / stride) tensor for each level.
         """
         features = self.backbone((images - self.pixel_mean) / self.pixel_std)
         return {
@@ -71,14 +75,16 @@ class BackboneAndHead(nn.Module):
         }
 
 
-def export_program(module, images, path, metadata, multiple=1):
+def export_program(
+    module: nn.Module, images: Tensor, path: str, metadata: dict[str, Any], multiple: int = 1
+) -> None:
     """
     Args:
-        module (nn.Module): a :class:`BackboneAndHead` or a deployed classifier, in eval mode.
-        images (Tensor): (N, 3, H, W) example, N > 1.
-        path (str): of the .pt2 file.
-        metadata (dict): goes into the file.
-        multiple (int): sides of images are multiples of this; 0: they are fixed.
+        module: a :class:`BackboneAndHead` or a deployed classifier, in eval mode.
+        images: (N, 3, H, W) example, N > 1.
+        path: of the .pt2 file.
+        metadata: goes into the file.
+        multiple: sides of images are multiples of this; 0: they are fixed.
 
     Raises:
         ValueError: torch.export does not take this model.
@@ -102,9 +108,6 @@ def export_program(module, images, path, metadata, multiple=1):
     torch.export.save(program, path, extra_files={METADATA_FILE: json.dumps(metadata, indent=2)})
 
 
-def load_program(path):
-    """
-    Returns:
-        nn.Module: of a .pt2 file.
-    """
+def load_program(path: str) -> nn.Module:
+    """Return the module of a .pt2 file."""
     return torch.export.load(path).module()

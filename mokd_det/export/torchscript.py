@@ -6,6 +6,8 @@ import copy
 import json
 import warnings
 import zipfile
+from collections.abc import Iterator
+from typing import Any
 from unittest import mock
 
 import torch
@@ -51,7 +53,7 @@ def trace_network(model: nn.Module, images: Tensor) -> torch.jit.ScriptModule:
     return _script(_AnyType(_trace(model, images)).eval())
 
 
-def _trace(model, example):
+def _trace(model: nn.Module, example: Tensor) -> Any:
     with torch.no_grad(), warnings.catch_warnings():
         # Of tensors that become Python numbers or constants, and of TorchScript's deprecation:
         # what the trace computes is compared with the model in any case.
@@ -59,13 +61,13 @@ def _trace(model, example):
         return torch.jit.trace(model, (example.to(torch.float32),), strict=False, check_trace=False)
 
 
-def _script(module):
+def _script(module: nn.Module) -> torch.jit.ScriptModule:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # as in _trace()
         return torch.jit.script(module)
 
 
-def _scripted_nms():
+def _scripted_nms() -> Any:
     """
     torchvision's NMS by class (or level) takes another way for more than 1000 boxes, with other
     rounding, but never while tracing. Scripted, the choice stays in the trace.
@@ -73,7 +75,7 @@ def _scripted_nms():
     return mock.patch.object(boxes, "batched_nms", torch.jit.script(boxes.batched_nms))
 
 
-def _without_gradient_scaling():
+def _without_gradient_scaling() -> Any:
     """
     Cascade R-CNN of Detectron2 0.6 scales gradients in inference too, by Python code that an
     archive cannot hold and that leaves values as they are. Later versions do it in training only.
@@ -117,7 +119,7 @@ def script_network(model: nn.Module) -> torch.jit.ScriptModule:
 
 
 @contextlib.contextmanager
-def _refusals_explained():
+def _refusals_explained() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # as in _trace()
@@ -130,7 +132,7 @@ def _refusals_explained():
         ) from error
 
 
-def _with_scripted_graphs(model):
+def _with_scripted_graphs(model: nn.Module) -> nn.Module:
     """
     Return a copy in which each torch.fx graph (the body of a torchvision backbone) is scripted for
     itself: as parts of other modules, their layers would be scripted in training mode.
@@ -145,33 +147,35 @@ def _with_scripted_graphs(model):
     return model
 
 
-def freeze(module):
+def freeze(module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
     """
     Args:
-        module (torch.jit.ScriptModule): of :func:`trace` or :func:`script`.
+        module: of :func:`trace` or :func:`script`.
 
     Returns:
-        torch.jit.ScriptModule: weights are constants, BatchNorm is folded into convolutions.
+        Weights are constants, BatchNorm is folded into convolutions.
     """
     methods = [name for name in ("batch", "paste_masks") if hasattr(module, name)]
     return torch.jit.freeze(module, preserved_attrs=methods)
 
 
-def save_torchscript(module, path, metadata):
-    """Write the archive with ``metadata`` (dict) as JSON inside."""
+def save_torchscript(module: torch.jit.ScriptModule, path: str, metadata: dict[str, Any]) -> None:
+    """Write the archive with ``metadata`` as JSON inside."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*torch.jit.* is deprecated")
         torch.jit.save(module, path, _extra_files={METADATA_FILE: json.dumps(metadata, indent=2)})
 
 
-def load_torchscript(path, device="cpu"):
+def load_torchscript(
+    path: str, device: str | torch.device = "cpu"
+) -> tuple[torch.jit.ScriptModule, dict[str, Any]]:
     """
     Args:
-        path (str): a file of :func:`save_torchscript`.
-        device (str or torch.device): of a traced detector, that of its export.
+        path: a file of :func:`save_torchscript`.
+        device: of a traced detector, that of its export.
 
     Returns:
-        tuple: the module, on ``device``, and its metadata (dict).
+        The module, on ``device``, and its metadata.
 
     Raises:
         ValueError: a detector that was traced on another kind of device.

@@ -4,6 +4,7 @@
 import dataclasses
 
 import torch
+from torch import Tensor
 
 __all__ = ["Batch"]
 
@@ -12,27 +13,27 @@ __all__ = ["Batch"]
 class Batch:
     """
     Attributes:
-        images (Tensor): (N, 3, H, W), RGB in [0, 255]; uint8, or float32 if they were mixed.
-        targets (Tensor): (N,) int64 labels, or (N, C) float32 probabilities.
-        names (list[str]): of the images, where they are evaluated.
+        images: (N, 3, H, W), RGB in [0, 255]; uint8, or float32 if they were mixed.
+        targets: (N,) int64 labels, or (N, C) float32 probabilities.
+        names: of the images, where they are evaluated.
     """
 
-    images: torch.Tensor
-    targets: torch.Tensor
-    names: list = dataclasses.field(default_factory=list)
+    images: Tensor
+    targets: Tensor
+    names: list[str] = dataclasses.field(default_factory=list)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, part):
+    def __getitem__(self, part: slice) -> "Batch":
         """Return the batch of a slice of its images."""
         return Batch(self.images[part], self.targets[part], self.names[part])
 
-    def to(self, device):
+    def to(self, device: str | torch.device) -> "Batch":
         """Return the batch on a device; the copy from pinned memory runs beside the host."""
         images, targets = (x.to(device, non_blocking=True) for x in (self.images, self.targets))
         return Batch(images, targets, self.names)
 
-    def pin_memory(self):
+    def pin_memory(self) -> "Batch":
         """As torch's DataLoader asks of batches of one's own type."""
         return Batch(self.images.pin_memory(), self.targets.pin_memory(), self.names)

@@ -3,13 +3,17 @@
 
 import functools
 import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from detectron2.data.samplers import InferenceSampler, TrainingSampler
 from detectron2.utils import comm
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.functional import pil_to_tensor
@@ -29,12 +33,14 @@ JPEG = b"\xff\xd8"
 class ImageMapper:
     """Reads the image of a source's element and transforms it."""
 
-    def __init__(self, read, transform, broken="error"):
+    def __init__(
+        self, read: Callable[[dict], Any], transform: Callable[[Any], Tensor], broken: str = "error"
+    ):
         """
         Args:
-            read (callable): :func:`read_tensor` or :func:`read_image`.
-            transform (callable): from what that returns to a (3, S, S) uint8 tensor.
-            broken (str): "error" or "skip", see ``DATASETS.BROKEN_IMAGES``.
+            read: :func:`read_tensor` or :func:`read_image`.
+            transform: from what that returns to a (3, S, S) uint8 tensor.
+            broken: "error" or "skip", see ``DATASETS.BROKEN_IMAGES``.
 
         Raises:
             ValueError: another ``broken``.
@@ -51,18 +57,18 @@ class ImageMapper:
         self._skipped = torch.zeros(1, dtype=torch.int64).share_memory_()
 
     @property
-    def skipped(self):
-        """int: images that could not be read so far, in this process and its workers."""
+    def skipped(self) -> int:
+        """Images that could not be read so far, in this process and its workers."""
         return int(self._skipped)
 
-    def __call__(self, element):
+    def __call__(self, element: dict[str, Any]) -> dict[str, Any] | None:
         """
         Args:
-            element (dict): of a source.
+            element: of a source.
 
         Returns:
-            dict or None: ``image``, ``label``, ``name`` and ``seed``, a random number; None for an
-            image that cannot be read and is skipped.
+            ``image``, ``label``, ``name`` and ``seed``, a random number; None for an image that
+            cannot be read and is skipped.
 
         Raises:
             ValueError: an image that cannot be read and is not skipped; names it.
@@ -85,7 +91,7 @@ class ImageMapper:
         }
 
 
-def read_image(element):
+def read_image(element: dict[str, Any]) -> Image.Image:
     """Return the RGB PIL image of a source's element."""
     if "image" in element:
         return Image.fromarray(np.asarray(element["image"])).convert("RGB")
@@ -94,7 +100,7 @@ def read_image(element):
         return Image.open(file).convert("RGB")
 
 
-def read_tensor(element):
+def read_tensor(element: dict[str, Any]) -> Tensor:
     """
     Return the (3, H, W) uint8 RGB tensor of a source's element: the pixels of :func:`read_image`,
     of JPEG files (and only these) by torchvision's decoder, which is faster.
@@ -108,24 +114,21 @@ def read_tensor(element):
     return pil_to_tensor(read_image(element))
 
 
-def make_batch(samples, mixing=None):
+def make_batch(samples: Sequence[dict | None], mixing: BatchMixing | None = None) -> Batch:
     """
     Args:
-        samples (list[dict or None]): of an :class:`ImageMapper`; None are left out.
-        mixing (BatchMixing or None):
-
-    Returns:
-        Batch
+        samples: of an :class:`ImageMapper`; None are left out.
+        mixing: mixes the images, with the first sample's seed.
     """
-    samples = [sample for sample in samples if sample is not None]
-    if not samples:
+    kept = [sample for sample in samples if sample is not None]
+    if not kept:
         return Batch(torch.zeros(0, 3, 1, 1, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64))
-    images = torch.stack([sample["image"] for sample in samples])
-    targets = torch.tensor([sample["label"] for sample in samples])
+    images = torch.stack([sample["image"] for sample in kept])
+    targets = torch.tensor([sample["label"] for sample in kept])
     if mixing is not None:
-        with isolated_rng(samples[0]["seed"]):
+        with isolated_rng(kept[0]["seed"]):
             images, targets = mixing(images, targets)
-    return Batch(images, targets, [sample["name"] for sample in samples])
+    return Batch(images, targets, [sample["name"] for sample in kept])
 
 
 class RepeatedAugmentationSampler(TrainingSampler):
@@ -135,12 +138,12 @@ class RepeatedAugmentationSampler(TrainingSampler):
     permutation stays as long as the set, so it covers only a part of the images.
     """
 
-    def __init__(self, size, repeats, seed=None):
+    def __init__(self, size: int, repeats: int, seed: int | None = None):
         """
         Args:
-            size (int): of the set.
-            repeats (int): of each image.
-            seed (int): of the order; equal on all ranks.
+            size: of the set.
+            repeats: of each image.
+            seed: of the order; equal on all ranks.
 
         Raises:
             ValueError: fewer than one repeat.
@@ -152,7 +155,7 @@ class RepeatedAugmentationSampler(TrainingSampler):
             )
         self.repeats = repeats
 
-    def _infinite_indices(self):
+    def _infinite_indices(self) -> Iterator[int]:
         indices = super()._infinite_indices()
         while True:
             permutation = itertools.islice(indices, self._size)
@@ -162,13 +165,13 @@ class RepeatedAugmentationSampler(TrainingSampler):
                 pass
 
 
-def build_train_loader(cfg):
+def build_train_loader(cfg: CfgNode) -> ResumableLoader:
     """
     Args:
-        cfg (CfgNode): of a classifier.
+        cfg: of a classifier.
 
     Returns:
-        ResumableLoader: of :class:`Batch`; its ``mapper`` counts what it skips.
+        Of :class:`Batch`; its ``mapper`` counts what it skips.
 
     Raises:
         ValueError: an option out of its range, or a batch that the processes cannot share.
@@ -177,7 +180,9 @@ def build_train_loader(cfg):
     options = cfg.INPUT.CLASSIFICATION
     transform = build_transform(cfg, is_train=True)
     mixing = BatchMixing(options.MIXUP, options.CUTMIX, cfg.MODEL.CLASSIFIER.NUM_CLASSES)
-    sources = ConcatDataset([DatasetCatalog.get(name) for name in cfg.DATASETS.TRAIN])
+    sources: ConcatDataset = ConcatDataset(
+        [DatasetCatalog.get(name) for name in cfg.DATASETS.TRAIN]
+    )
     repeats = cfg.DATALOADER.REPEATED_AUGMENTATION
     return ResumableLoader(
         sources,
@@ -203,15 +208,15 @@ class _Mapped(torch.utils.data.Dataset):
         return self.mapper(self.source[index])
 
 
-def build_test_loader(cfg, name):
+def build_test_loader(cfg: CfgNode, name: str) -> DataLoader:
     """
     Args:
-        cfg (CfgNode): of a classifier.
-        name (str): of a registered data set.
+        cfg: of a classifier.
+        name: of a registered data set.
 
     Returns:
-        DataLoader: of :class:`Batch`, over this process's share of the images: every image once,
-        in one process only.
+        Of :class:`Batch`, over this process's share of the images: every image once, in one process
+        only.
 
     Raises:
         ValueError: an option out of its range.

@@ -9,6 +9,8 @@ and either ``file_name`` or ``image``, an (H, W) or (H, W, 3) uint8 array; and i
 import functools
 import logging
 import os
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from detectron2.data import DatasetFromList
@@ -23,10 +25,10 @@ class ClassFolders:
     """A folder with a folder of images for each class, as torchvision's ``ImageFolder`` reads it:
     labels count the classes in the order of their names."""
 
-    def __init__(self, path):
+    def __init__(self, path: str):
         """
         Args:
-            path (str): the folder.
+            path: the folder.
 
         Raises:
             FileNotFoundError: no folder in it, or no image in them. A class without images is
@@ -47,10 +49,10 @@ class ClassFolders:
         # One serialised block: a million Python objects would be copied into every worker.
         self._samples = DatasetFromList(samples, copy=False)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._samples)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> dict[str, Any]:
         file_name, label = self._samples[index]
         return {
             "file_name": file_name,
@@ -62,10 +64,10 @@ class ClassFolders:
 class PackedImages:
     """An .npz file of :func:`write_packed`, held in memory: for small sets of small images."""
 
-    def __init__(self, path):
+    def __init__(self, path: str):
         """
         Args:
-            path (str): the file.
+            path: the file.
 
         Raises:
             ValueError: the file holds something else.
@@ -92,10 +94,10 @@ class PackedImages:
                 f"{len(self.classes)} classes."
             )
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> dict[str, Any]:
         return {
             "image": self.images[index],
             "label": int(self.labels[index]),
@@ -114,15 +116,15 @@ def _open_packed(path):
     return arrays
 
 
-def write_packed(path, images, labels, classes):
+def write_packed(path: str, images: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> None:
     """
     Write a packed data set.
 
     Args:
-        path (str): of the .npz file.
-        images (ndarray): (N, H, W) grey or (N, H, W, 3) RGB, uint8.
-        labels (ndarray): (N,) integers, indices of ``classes``.
-        classes (sequence[str]): names.
+        path: of the .npz file.
+        images: (N, H, W) grey or (N, H, W, 3) RGB, uint8.
+        labels: (N,) integers, indices of ``classes``.
+        classes: names.
     """
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     # Within one folder, so the file is either absent or whole.
@@ -131,15 +133,15 @@ def write_packed(path, images, labels, classes):
     os.replace(part, path)
 
 
-def class_names(path):
+def class_names(path: str) -> list[str]:
     """
     The classes of a data set without reading its images.
 
     Args:
-        path (str): as of :func:`open_source`.
+        path: as of :func:`open_source`.
 
     Returns:
-        list[str]: in the order of their labels.
+        In the order of their labels.
 
     Raises:
         FileNotFoundError: a folder without folders.
@@ -159,12 +161,9 @@ def class_names(path):
 
 
 @functools.lru_cache(maxsize=8)  # looking through a million files takes seconds
-def open_source(path):
+def open_source(path: str) -> ClassFolders | PackedImages:
     """
     Args:
-        path (str): a folder of class folders, or a packed ``.npz``.
-
-    Returns:
-        ClassFolders or PackedImages
+        path: a folder of class folders, or a packed ``.npz``.
     """
     return PackedImages(path) if path.endswith(".npz") else ClassFolders(path)

@@ -1,9 +1,11 @@
 # Copyright (c) The mokd_det authors.
 """Augmentation for classification, by torchvision's transforms."""
 
+from typing import Any
+
 import torch
 from detectron2.config import CfgNode
-from torch import nn
+from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode, v2
 
 __all__ = ["BatchMixing", "build_transform", "check_transform"]
@@ -15,16 +17,16 @@ INTERPOLATIONS = {
 CROPS = ("resized", "padded")
 
 
-def build_transform(cfg, is_train):
+def build_transform(cfg: CfgNode, is_train: bool) -> nn.Module:
     """
     Args:
-        cfg (CfgNode): ``INPUT.CLASSIFICATION``, ``INPUT.RANDOM_FLIP``; the mean colour.
-        is_train (bool): with augmentation.
+        cfg: ``INPUT.CLASSIFICATION``, ``INPUT.RANDOM_FLIP``; the mean colour.
+        is_train: with augmentation.
 
     Returns:
-        nn.Module: to a (3, S, S) uint8 tensor: in training from a (3, H, W) uint8 tensor, which is
-        faster to crop; in evaluation from an RGB PIL image. Evaluation computes what torchvision's
-        presets for its weights do, up to their normalisation.
+        To a (3, S, S) uint8 tensor: in training from a (3, H, W) uint8 tensor, which is faster to
+        crop; in evaluation from an RGB PIL image. Evaluation computes what torchvision's presets
+        for its weights do, up to their normalisation.
 
     Raises:
         ValueError: an option out of its range.
@@ -33,13 +35,8 @@ def build_transform(cfg, is_train):
     check_transform(cfg)
     interpolation = INTERPOLATIONS[options.INTERPOLATION]
     if not is_train:
-        return v2.Compose(
-            [
-                v2.Resize(options.RESIZE_TEST, interpolation),
-                v2.CenterCrop(options.SIZE_TEST),
-                v2.PILToTensor(),
-            ]
-        )
+        resized = [v2.Resize(options.RESIZE_TEST, interpolation), v2.CenterCrop(options.SIZE_TEST)]
+        return v2.Compose([*resized, v2.PILToTensor()])
     mean = [round(value) for value in cfg.MODEL.PIXEL_MEAN]
     if options.CROP == "resized":
         crop = [
@@ -61,36 +58,36 @@ def build_transform(cfg, is_train):
         "horizontal": [v2.RandomHorizontalFlip()],
         "vertical": [v2.RandomVerticalFlip()],
     }
-
-    def automatic():
-        if options.AUTO_AUGMENT == "augmix":
-            return [v2.AugMix(interpolation=interpolation)]
-        ways = {
-            "autoaugment": lambda: v2.AutoAugment(interpolation=interpolation),
-            "randaugment": lambda: v2.RandAugment(
-                magnitude=options.MAGNITUDE, interpolation=interpolation
-            ),
-            "trivialaugment": lambda: v2.TrivialAugmentWide(interpolation=interpolation),
-        }
-        # Its warps take PIL a fraction of the time that they take torch.
-        return [v2.ToPILImage(), ways[options.AUTO_AUGMENT](), v2.PILToTensor()]
-
     steps = [*crop, *flips[cfg.INPUT.RANDOM_FLIP]]
     if options.AUTO_AUGMENT:
-        steps += automatic()
+        steps += _automatic(options, interpolation)
     if options.ERASING:
         steps.append(v2.RandomErasing(options.ERASING, value=mean))
     return v2.Compose(steps)
 
 
+def _automatic(options: CfgNode, interpolation: InterpolationMode) -> list[Any]:
+    if options.AUTO_AUGMENT == "augmix":
+        return [v2.AugMix(interpolation=interpolation)]
+    ways = {
+        "autoaugment": lambda: v2.AutoAugment(interpolation=interpolation),
+        "randaugment": lambda: v2.RandAugment(
+            magnitude=options.MAGNITUDE, interpolation=interpolation
+        ),
+        "trivialaugment": lambda: v2.TrivialAugmentWide(interpolation=interpolation),
+    }
+    # Its warps take PIL a fraction of the time that they take torch.
+    return [v2.ToPILImage(), ways[options.AUTO_AUGMENT](), v2.PILToTensor()]
+
+
 class BatchMixing(nn.Module):
     """Mixup (Zhang et al. 2018) and CutMix (Yun et al. 2019), one of them for each batch."""
 
-    def __init__(self, mixup, cutmix, num_classes):
+    def __init__(self, mixup: float, cutmix: float, num_classes: int):
         """
         Args:
-            mixup, cutmix (float): parameters of their Beta distributions; 0 is off.
-            num_classes (int): of the probabilities that labels become.
+            mixup, cutmix: parameters of their Beta distributions; 0 is off.
+            num_classes: of the probabilities that labels become.
 
         Raises:
             ValueError: negative parameters, or fewer than two classes.
@@ -108,14 +105,14 @@ class BatchMixing(nn.Module):
         ]
         self.way = v2.RandomChoice(ways) if ways else None
 
-    def forward(self, images, labels):
+    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """
         Args:
-            images (Tensor): (N, 3, H, W) uint8.
-            labels (Tensor): (N,) int64.
+            images: (N, 3, H, W) uint8.
+            labels: (N,) int64.
 
         Returns:
-            tuple[Tensor]: as given if both are off; else float32 images and (N, C) probabilities.
+            As given if both are off; else float32 images and (N, C) probabilities.
         """
         if self.way is None:
             return images, labels
