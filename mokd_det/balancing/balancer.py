@@ -13,8 +13,6 @@ from .gram import vanishing
 from .rules import RESCALES, Rule
 from .running import LOSS_FLOOR, RunningGram, RunningLosses
 
-__all__ = ["Balancer", "Decision"]
-
 
 @dataclasses.dataclass(frozen=True)
 class Decision:

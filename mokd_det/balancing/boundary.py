@@ -24,8 +24,6 @@ from torch.nn import Parameter
 from .balancer import Balancer, Decision
 from .gram import gram_by_part
 
-__all__ = ["Boundary", "Branch", "FeatureBoundary", "Parameters", "combine", "ranks"]
-
 
 @dataclasses.dataclass(frozen=True)
 class Parameters:

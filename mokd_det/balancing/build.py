@@ -11,8 +11,6 @@ from .boundary import Boundary, FeatureBoundary
 from .parameters import ParameterBoundary
 from .rules import build_rule
 
-__all__ = ["MEASURED_AT", "build_balancer", "build_boundary", "check_measured"]
-
 MEASURED_AT = ("features", "parameters")
 
 

@@ -6,16 +6,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = [
-    "cosine",
-    "dominance",
-    "gram_by_part",
-    "gram_matrix",
-    "share",
-    "update_cosine",
-    "vanishing",
-]
-
 
 def gram_matrix(gradients: Sequence[Sequence[Tensor | None]]) -> Tensor:
     """

@@ -31,8 +31,6 @@ from .gram import gram_matrix
 
 Gradients = list[Tensor | None]
 
-__all__ = ["ParameterBoundary"]
-
 
 class ParameterBoundary(Boundary):
     """

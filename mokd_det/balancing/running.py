@@ -8,8 +8,6 @@ from torch import Tensor
 
 from .gram import vanishing
 
-__all__ = ["LOSS_FLOOR", "RunningGram", "RunningLosses"]
-
 # The log of a loss needs a floor: a student that matches its teacher has a loss of zero.
 LOSS_FLOOR = 1e-12
 

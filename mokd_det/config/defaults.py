@@ -14,16 +14,18 @@ __all__ = ["add_mokd_config", "declare_options"]
 _declared: dict[str, dict[str, Any]] = {}
 
 
-def declare_options(node: str, options: dict[str, Any]) -> None:
+def declare_options(node: str, options: dict[str, Any] | None) -> None:
     """
     Have a node of options in every config from now on: for objectives of one's own. Where
     :func:`add_mokd_config` has an option itself, that one stands.
 
     Args:
-        node: its full name, "MOKD.X".
-        options: their names and defaults.
+        node: its name in ``MOKD``.
+        options: their names and defaults; None: no longer.
     """
-    _declared[node] = dict(options)
+    _declared.pop(node, None)
+    if options is not None:
+        _declared[node] = dict(options)
 
 
 def add_mokd_config(cfg: CN) -> None:
@@ -356,8 +358,7 @@ def add_mokd_config(cfg: CN) -> None:
 
 def _add_nodes_of_ones_own(cfg: CN) -> None:
     """Options of rules and objectives that are registered elsewhere, from their code."""
-    for full, options in _declared.items():
-        name = full.removeprefix("MOKD.")
+    for name, options in _declared.items():
         if name not in cfg.MOKD:
             cfg.MOKD[name] = CN(options)
     for rule in RULES:

@@ -121,9 +121,8 @@ class DistillationTrainer(Trainer):
             setup_logger()
         task = validate(cfg)
         prepare_datasets(cfg, task)
-        if cfg.MOKD.ENABLED and any(
-            OBJECTIVES.get(name).compares_classes for name in cfg.MOKD.OBJECTIVES
-        ):
+        compared = [n for n in cfg.MOKD.OBJECTIVES if OBJECTIVES.get(n).compares_classes]
+        if cfg.MOKD.ENABLED and compared and not cfg.MOKD.TEACHER.TORCHSCRIPT.FILE:
             check_teacher_classes(cfg, task.teacher_config(cfg))
         self.check_evaluators(cfg)
         cfg = schedule_in_iterations(cfg)

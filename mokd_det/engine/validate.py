@@ -50,7 +50,7 @@ def validate(cfg: CfgNode) -> Task:
     _check_kind(cfg, task)
     if cfg.MOKD.ENABLED:
         _check_objectives(cfg, task)
-        _check_read(cfg)
+        _check_read(cfg, task)
     check_schedule(cfg)
     check_optimizer(cfg)
     _check_step(cfg)
@@ -102,7 +102,7 @@ def _check_objectives(cfg: CfgNode, task: Task) -> None:
             )
 
 
-def _check_read(cfg: CfgNode) -> None:
+def _check_read(cfg: CfgNode, task: Task) -> None:
     """Options of rules and objectives that are not chosen: nobody reads them."""
     default = get_cfg()
     rule = cfg.MOKD.BALANCING.RULE
@@ -122,10 +122,12 @@ def _check_read(cfg: CfgNode) -> None:
             )
     names = list(cfg.MOKD.OBJECTIVES)
     for other in [n for n in OBJECTIVES if n not in names]:
+        fits = task.is_one_of(OBJECTIVES.get(other).tasks)
+        remedy = f", or add '{other}' there" if fits else f" (it is not for {task.name})"
         for key, value in _changed(f"MOKD.{other.upper()}", cfg, default):
             raise ValueError(
                 f"{key} is {value!r}, but it is read by the objective '{other}' only, and "
-                f"MOKD.OBJECTIVES is {names}: remove it, or add '{other}' there."
+                f"MOKD.OBJECTIVES is {names}: remove it{remedy}."
             )
 
 

@@ -43,7 +43,7 @@ EVALUATORS: dict[str, Callable[[CfgNode, str, str], list[DatasetEvaluator]]] = {
 def check_evaluators(dataset_names: Sequence[str]) -> None:
     """
     Args:
-        dataset_names (sequence[str]): registered data sets.
+        dataset_names: registered data sets.
 
     Raises:
         ValueError: one of them has an ``evaluator_type`` that there is none for here.

@@ -161,10 +161,22 @@ class DistillationModel(nn.Module):
         taps = [tap for _, objective in self._objectives() for tap in objective.taps]
         with self.task.replace_features(self.student, list(dict.fromkeys(taps)), on_features):
             task_losses = self.student(batch)
-        return {TASK: task_losses, **losses}
+        found = {TASK: task_losses, **losses}
+        _check_names(found)
+        return found
 
     def _objectives(self) -> Iterable[tuple[str, Any]]:
         return self.objectives.items()
+
+
+def _check_names(losses: dict[str, dict[str, Tensor]]) -> None:
+    names = [name for parts in losses.values() for name in parts]
+    if len(set(names)) < len(names):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise ValueError(
+            f"The losses {', '.join(twice)} come from several of {', '.join(losses)}, and one "
+            "would hide the other: give those of your objective other names."
+        )
 
 
 def boundary_of(cfg: CfgNode, shared: nn.Module) -> Boundary:

@@ -21,15 +21,26 @@ if TYPE_CHECKING:
 __all__ = ["OBJECTIVES", "Objective", "StudentOutputs"]
 
 
+# The student's own losses, and what the node MOKD has besides objectives.
+RESERVED = ("task", "enabled", "objectives", "meta_architecture", "teacher", "inherit", "balancing")
+
+
 class _ObjectiveRegistry(Registry):
     def register(self, name: str) -> Callable:
+        if name.lower() in RESERVED:
+            raise KeyError(f"An objective cannot be called '{name}': that name has a meaning.")
         add = super().register(name)
 
         def decorator(cls: Any) -> Any:
-            declare_options(f"MOKD.{name.upper()}", {"LOSS_WEIGHT": 1.0, **cls.options})
-            return add(cls)
+            cls = add(cls)
+            declare_options(name.upper(), {"LOSS_WEIGHT": 1.0, **cls.options})
+            return cls
 
         return decorator
+
+    def remove(self, name: str) -> None:
+        super().remove(name)
+        declare_options(name.upper(), None)
 
 
 OBJECTIVES = _ObjectiveRegistry("OBJECTIVES", "MOKD.OBJECTIVES")

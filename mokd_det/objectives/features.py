@@ -111,7 +111,7 @@ class FeatureObjective(Objective):
         if options.FOREGROUND == "teacher":
             teacher.read_boxes()
         projector = PROJECTORS.get(options.PROJECTOR)
-        levels = task.match_features(cfg, student, teacher)
+        levels = task.match_features(cfg, student, teacher, options.STUDENT, options.TEACHER)
         logging.getLogger(__name__).info(
             "Features (student -> teacher): %s",
             ", ".join(f"{level.student} -> {level.teacher}" for level in levels),

@@ -10,8 +10,6 @@ from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.proposal_generator import RPN
 from torch import Tensor, nn
 
-__all__ = ["AnchorOutputs", "RPNReader", "build_rpn_readers"]
-
 
 @dataclasses.dataclass(frozen=True)
 class AnchorOutputs:

@@ -24,8 +24,6 @@ from detectron2.structures import Boxes, ImageList
 from torch import Tensor, nn
 from torchvision.ops import nms
 
-__all__ = ["BoxOutputs", "BoxReader", "build_box_reader"]
-
 Features = dict[str, Tensor]
 Sizes = list[tuple[int, int]]
 

@@ -125,10 +125,19 @@ class Task(abc.ABC):
         """Return the module whose parameters task and distillation share: it makes the features."""
 
     @abc.abstractmethod
-    def match_features(self, cfg: CfgNode, student: nn.Module, teacher: Teacher) -> list[Level]:
+    def match_features(
+        self,
+        cfg: CfgNode,
+        student: nn.Module,
+        teacher: Teacher,
+        names: Sequence[str] = (),
+        teacher_names: Sequence[str] = (),
+    ) -> list[Level]:
         """
-        Return which features of both sides are matched, by ``MOKD.FEATURES.STUDENT`` and
-        ``TEACHER``; tell the teacher to give them.
+        Return which features of both sides are matched, and tell the teacher to give them.
+
+        Args:
+            names, teacher_names: of the features, see ``MOKD.FEATURES.STUDENT`` and ``TEACHER``.
 
         Raises:
             ValueError: a feature that a side does not have, or nothing in common.

@@ -140,12 +140,17 @@ class ClassificationTask(Task):
     def shared_part(self, student: Any) -> nn.Module:
         return SharedPart(student)
 
-    def match_features(self, cfg: CfgNode, student: Any, teacher: Any) -> list[Level]:
-        options = cfg.MOKD.FEATURES
-        ours = list(options.STUDENT) or [default_tap(student)]
-        theirs = list(options.TEACHER)
+    def match_features(
+        self,
+        cfg: CfgNode,
+        student: Any,
+        teacher: Any,
+        names: Sequence[str] = (),
+        teacher_names: Sequence[str] = (),
+    ) -> list[Level]:
+        ours, theirs = list(names) or [default_tap(student)], list(teacher_names)
         if not theirs:
-            theirs = [default_tap(teacher.model)] if not options.STUDENT else ours
+            theirs = ours if names else [default_tap(teacher.model)]
         if len(ours) != len(theirs) or len(set(ours)) < len(ours):
             raise ValueError(
                 f"MOKD.FEATURES.STUDENT {ours} and MOKD.FEATURES.TEACHER {theirs} must be lists of "
@@ -184,6 +189,11 @@ class ClassificationTask(Task):
         backward pass of the losses ends at the features, so no loss may reach what comes before
         around them.
         """
+        if not any(objective.taps for objective in objectives):
+            raise ValueError(
+                f"The objectives {', '.join(o.name for o in objectives)} name no features of the "
+                f"classifier: set 'taps' of yours to submodules or ('{PRE_LOGITS}',)."
+            )
         options = cfg.MOKD.BALANCING
         if options.MEASURE_AT == "parameters" and getattr(student.network, "aux_logits", False):
             raise ValueError(

@@ -126,10 +126,16 @@ class DetectionTask(Task):
     def shared_part(self, student: nn.Module) -> nn.Module:
         return student.get_submodule("backbone")
 
-    def match_features(self, cfg: CfgNode, student: Any, teacher: Any) -> list[Level]:
-        options = cfg.MOKD.FEATURES
+    def match_features(
+        self,
+        cfg: CfgNode,
+        student: Any,
+        teacher: Any,
+        names: Sequence[str] = (),
+        teacher_names: Sequence[str] = (),
+    ) -> list[Level]:
         shapes, teacher_shapes = student.backbone.output_shape(), teacher.feature_shapes()
-        level_map = build_level_map(shapes, teacher_shapes, options.STUDENT, options.TEACHER)
+        level_map = build_level_map(shapes, teacher_shapes, names, teacher_names)
         return [
             Level(
                 name,

@@ -15,8 +15,6 @@ from torch import Tensor, nn
 
 from ..speed import check_backend
 
-__all__ = ["Teacher", "TeacherOutputs", "check_precision", "speed_options"]
-
 PRECISIONS = {
     "": None,
     "float32": torch.float32,

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from ..data.classification import Batch
     from ..modeling import Classifier
 
-__all__ = ["PRE_LOGITS", "ClassifierTeacher", "ClassifierTeacherOutputs"]
-
 # Name of the head's input among the names of submodules.
 PRE_LOGITS = "pre_logits"
 

@@ -15,8 +15,6 @@ from ..speed import pool_in_float32
 from .base import Teacher, TeacherOutputs
 from .scripted import ScriptedDetector
 
-__all__ = ["DetectorTeacher", "DetectorTeacherOutputs"]
-
 
 @dataclasses.dataclass
 class DetectorTeacherOutputs(TeacherOutputs):

@@ -11,8 +11,6 @@ from detectron2.structures import ImageList
 from detectron2.utils.file_io import PathManager
 from torch import Tensor, nn
 
-__all__ = ["ScriptedDetector"]
-
 PROBE = 256  # pixels
 
 

@@ -8,9 +8,9 @@ from mokd_det.objectives import OBJECTIVES, Objective
 
 @OBJECTIVES.register("attention")
 class AttentionObjective(Objective):
-    """Match where both sides are active, on some of the levels of MOKD.FEATURES."""
+    """Match where both sides are active."""
 
-    options = {"LEVELS": []}  # MOKD.ATTENTION.LEVELS: the student's names; empty: all
+    options = {"STUDENT": [], "TEACHER": []}  # names of features, as in MOKD.FEATURES
 
     def __init__(self, levels):
         super().__init__()
@@ -19,9 +19,9 @@ class AttentionObjective(Objective):
 
     @classmethod
     def from_config(cls, cfg, task, student, teacher):
-        levels = task.match_features(cfg, student, teacher)
-        names = cfg.MOKD.ATTENTION.LEVELS or [level.student for level in levels]
-        return cls([level for level in levels if level.student in names])
+        options = cfg.MOKD.ATTENTION
+        pairs = options.STUDENT, options.TEACHER
+        return cls(task.match_features(cfg, student, teacher, *pairs))
 
     def forward(self, student, teacher):
         loss = 0.0

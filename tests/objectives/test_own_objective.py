@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.utils.env import seed_all_rng
+from detectron2.utils.events import EventStorage
 from torch import nn
 
-from mokd_det.config import defaults, load_config
+from mokd_det.config import get_cfg, load_config
 from mokd_det.engine import build_trainer, validate
 from mokd_det.objectives import OBJECTIVES, Objective
 
@@ -23,7 +24,7 @@ _BASE_: "{base}"
 MOKD:
   ENABLED: True
   OBJECTIVES: ["features", "attention"]
-  ATTENTION: {{LEVELS: ["{level}"], LOSS_WEIGHT: 2.0}}
+  ATTENTION: {{STUDENT: ["{level}"], TEACHER: ["{other}"], LOSS_WEIGHT: 2.0}}
   BALANCING: {{RULE: "fixed", FIXED: {{WEIGHTS: [1.0, 1.0, 0.5]}}}}
 """
 FIXED = ["MOKD.BALANCING.RULE", "fixed", "MOKD.BALANCING.FIXED.WEIGHTS", [1.0, 1.0, 0.5]]
@@ -64,7 +65,6 @@ def registered():
     yield
     for name in ("attention", "hint"):
         OBJECTIVES.remove(name)
-        defaults._declared.pop(f"MOKD.{name.upper()}", None)
 
 
 def trained(cfg, resume=False):
@@ -91,7 +91,7 @@ def assert_measured_weighed_and_logged(trainer, name, weight):
 
 def test_it_is_chosen_measured_weighed_and_logged_by_name(tmp_path, teacher_weights):
     path = tmp_path / "student.yaml"
-    path.write_text(CONFIG.format(base=ROOT / CONFIGS["mokd"], level="p4"))
+    path.write_text(CONFIG.format(base=ROOT / CONFIGS["mokd"], level="p4", other="p4"))
     chosen = TREE_OPTS.index("MOKD.OBJECTIVES")  # the file's
     opts = TREE_OPTS[:chosen] + TREE_OPTS[chosen + 2 :]
     opts += ["MOKD.TEACHER.WEIGHTS", teacher_weights, "SOLVER.MAX_ITER", 2, "DATASETS.TEST", ()]
@@ -104,7 +104,11 @@ def test_it_is_chosen_measured_weighed_and_logged_by_name(tmp_path, teacher_weig
 
 def test_it_serves_classifiers(tmp_path, digits_teacher_weights):
     path = tmp_path / "student.yaml"
-    path.write_text(CONFIG.format(base=ROOT / "configs/Digits/student_mokd.yaml", level="stage3"))
+    path.write_text(
+        CONFIG.format(
+            base=ROOT / "configs/Digits/student_mokd.yaml", level="stage3", other="layer3"
+        )
+    )
     opts = [*DIGIT_OPTS, "MOKD.TEACHER.WEIGHTS", digits_teacher_weights, "DATASETS.TEST", ()]
     opts += ["MOKD.FEATURES.STUDENT", ["stage3", "stage4"], "SOLVER.MAX_ITER", 2]
     opts += ["MOKD.FEATURES.TEACHER", ["layer3", "layer4"], "MOKD.LOGITS.TEMPERATURE", 1.0]
@@ -154,3 +158,27 @@ def test_a_resumed_run_is_the_uninterrupted_one(make_cfg):
     assert any(key.startswith("objectives.hint.") for key in state)
     for key, value in whole.model.state_dict().items():
         assert torch.equal(value, state[key]), key
+
+
+@pytest.mark.parametrize("name", ["task", "teacher", "Balancing"])
+def test_a_name_with_a_meaning_is_refused(name):
+    with pytest.raises(KeyError, match=f"cannot be called '{name}'"):
+        OBJECTIVES.register(name)(type("Own", (Objective,), {}))
+    assert name not in OBJECTIVES
+
+
+def test_losses_of_one_name_are_refused(make_cfg):
+    """The later one would hide the other, in the total and in the logs."""
+
+    class Same(Objective):
+        def forward(self, student, teacher):
+            return {"loss_features": sum(x.mean() for x in student.features.values())}
+
+    OBJECTIVES.register("same")(Same)
+    try:
+        cfg = make_cfg("mokd", ["MOKD.OBJECTIVES", ["features", "same"]])
+        with EventStorage(), pytest.raises(ValueError, match="loss_features come from several"):
+            build_trainer(cfg).run_step()
+    finally:
+        OBJECTIVES.remove("same")
+    assert "SAME" not in get_cfg().MOKD

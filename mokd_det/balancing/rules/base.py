@@ -10,8 +10,6 @@ from torch import Tensor
 
 from ...registry import Registry
 
-__all__ = ["RESCALES", "RULES", "Rule"]
-
 RULES = Registry("RULES", "MOKD.BALANCING.RULE")
 """
 Subclasses of :class:`Rule`, built as ``cls(**options)`` with the options of the config's node

@@ -7,8 +7,6 @@ from typing import Any
 from .base import RULES, Rule
 from .torchjd import TorchjdRule
 
-__all__ = ["TORCHJD_PREFIX", "build_rule"]
-
 TORCHJD_PREFIX = "torchjd."
 
 

@@ -6,8 +6,6 @@ from torch import Tensor
 from .base import RULES
 from .fixed import FixedWeights
 
-__all__ = ["CosineGate"]
-
 
 @RULES.register("cosine_gate")
 class CosineGate(FixedWeights):

@@ -10,8 +10,6 @@ from torch import Tensor
 from ..running import LOSS_FLOOR
 from .base import RULES, Rule, positive
 
-__all__ = ["Famo"]
-
 
 @RULES.register("famo")
 class Famo(Rule):

@@ -8,8 +8,6 @@ from torch import Tensor
 
 from .base import RULES, Rule
 
-__all__ = ["FixedWeights"]
-
 
 @RULES.register("fixed")
 class FixedWeights(Rule):

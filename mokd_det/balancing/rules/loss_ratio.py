@@ -6,8 +6,6 @@ from torch import Tensor
 
 from .base import RULES, Rule, positive
 
-__all__ = ["LossRatio"]
-
 
 @RULES.register("loss_ratio")
 class LossRatio(Rule):

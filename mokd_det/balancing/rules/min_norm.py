@@ -8,8 +8,6 @@ from torch import Tensor
 
 from .base import RULES, Rule, log_gram
 
-__all__ = ["MinNorm", "min_norm_simplex", "min_norm_two"]
-
 # The faces of the simplex are enumerated: 2^K - 1 small linear systems.
 MAX_OBJECTIVES = 4
 

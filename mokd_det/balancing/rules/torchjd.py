@@ -10,8 +10,6 @@ from torch import Tensor
 
 from .base import Rule
 
-__all__ = ["TorchjdRule"]
-
 # These look at the gradients themselves, or need several Jacobians a step.
 NEED_MORE_THAN_A_GRAM_MATRIX = ("ExcessMTL", "MoDo", "SDMGrad", "CRMOGM")
 
