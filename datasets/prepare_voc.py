@@ -19,7 +19,7 @@ import logging
 from pathlib import Path
 
 from mokd_det.data.paths import datasets_root
-from mokd_det.data.voc import check_replaceable, coco_dict, read_voc_xml
+from voc import check_replaceable, coco_dict, read_voc_xml
 
 logger = logging.getLogger(__name__)
 

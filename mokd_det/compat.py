@@ -21,8 +21,6 @@ BUILD_HINT = (
     "pip install --no-build-isolation 'git+https://github.com/facebookresearch/detectron2.git'"
 )
 
-__all__ = ["APPLIED", "BUILD_HINT", "apply"]
-
 
 def apply() -> list[str]:
     """

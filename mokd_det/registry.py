@@ -4,8 +4,6 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
-__all__ = ["Registry"]
-
 
 class Registry:
     """Objects by name, as Detectron2's registries."""

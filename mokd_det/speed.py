@@ -7,8 +7,6 @@ import torch
 from detectron2.modeling.poolers import ROIPooler
 from torch import nn
 
-__all__ = ["check_backend", "pool_in_float32"]
-
 
 def check_backend(backend: str, option: str) -> None:
     """Raise ValueError unless torch.compile has this backend."""

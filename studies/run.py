@@ -55,7 +55,7 @@ import torch
 from detectron2.utils.file_io import PathManager
 
 from mokd_det.config import load_config
-from mokd_det.data.packages import sha256_of
+from mokd_det.data.paths import sha256_of
 from mokd_det.evaluation import read_json_lines
 
 ROOT = Path(__file__).resolve().parent.parent

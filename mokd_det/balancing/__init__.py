@@ -16,31 +16,3 @@ from .rules import (
     min_norm_two,
 )
 from .running import RunningGram, RunningLosses
-
-__all__ = [
-    "RESCALES",
-    "RULES",
-    "TORCHJD_PREFIX",
-    "Balancer",
-    "Boundary",
-    "Branch",
-    "Decision",
-    "FeatureBoundary",
-    "ParameterBoundary",
-    "Parameters",
-    "Rule",
-    "RunningGram",
-    "RunningLosses",
-    "build_balancer",
-    "build_boundary",
-    "build_rule",
-    "check_measured",
-    "cosine",
-    "dominance",
-    "gram_by_part",
-    "gram_matrix",
-    "min_norm_simplex",
-    "min_norm_two",
-    "share",
-    "update_cosine",
-]

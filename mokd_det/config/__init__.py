@@ -1,7 +1,7 @@
 # Copyright (c) The mokd_det authors.
 """The options of mokd_det, and how configs are read."""
 
-from .. import compat  # noqa: F401  (first: patches Detectron2 where it needs it)
+from .. import compat  # first: patches Detectron2 where it needs it
 from .defaults import add_mokd_config, declare_options
 from .loading import (
     check_device,
@@ -12,15 +12,3 @@ from .loading import (
     split_overrides,
     stock_config,
 )
-
-__all__ = [
-    "add_mokd_config",
-    "check_device",
-    "declare_options",
-    "find_config",
-    "get_cfg",
-    "load_config",
-    "merge_overrides",
-    "split_overrides",
-    "stock_config",
-]

@@ -8,8 +8,6 @@ from detectron2.config import CfgNode as CN
 
 from ..balancing import RULES
 
-__all__ = ["add_mokd_config", "declare_options"]
-
 # Options of objectives that are registered, by the name of their node.
 _declared: dict[str, dict[str, Any]] = {}
 

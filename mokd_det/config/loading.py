@@ -16,16 +16,6 @@ from detectron2.utils.file_io import PathManager
 
 from .defaults import add_mokd_config
 
-__all__ = [
-    "check_device",
-    "find_config",
-    "get_cfg",
-    "load_config",
-    "merge_overrides",
-    "split_overrides",
-    "stock_config",
-]
-
 # Options of version 0.1 and what became of them.
 MOVED = {
     "MOKD.FEATURES.ENABLED": "name 'features' in MOKD.OBJECTIVES, or leave it out",

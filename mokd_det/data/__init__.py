@@ -1,7 +1,7 @@
 # Copyright (c) The mokd_det authors.
 """Data sets from the config, VOC reading, and training loaders that can resume."""
 
-from .. import compat  # noqa: F401  (first: patches Detectron2 where it needs it)
+from .. import compat  # first: patches Detectron2 where it needs it
 from .augmentation import RandomChannelGain, build_train_mapper, check_augmentation
 from .catalog import (
     check_classes,
@@ -12,20 +12,3 @@ from .catalog import (
 from .loader import ResumableLoader, build_resumable_train_loader, isolated_rng
 from .paths import datasets_root, local_path
 from .schedule import check_schedule, schedule_in_iterations
-
-__all__ = [
-    "RandomChannelGain",
-    "ResumableLoader",
-    "build_resumable_train_loader",
-    "build_train_mapper",
-    "check_augmentation",
-    "check_classes",
-    "check_datasets",
-    "check_schedule",
-    "check_teacher_classes",
-    "datasets_root",
-    "isolated_rng",
-    "local_path",
-    "register_datasets",
-    "schedule_in_iterations",
-]

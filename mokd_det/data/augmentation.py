@@ -7,8 +7,6 @@ from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
 from fvcore.transforms.transform import BlendTransform
 
-__all__ = ["RandomChannelGain", "build_train_mapper", "check_augmentation"]
-
 
 class RandomChannelGain(T.Augmentation):
     """Multiplies each channel by a number of its own: another sun, another camera."""

@@ -15,8 +15,6 @@ from detectron2.utils.file_io import PathManager
 from .classification.sources import class_names, open_source
 from .paths import datasets_root, local_path
 
-__all__ = ["register_datasets", "check_classes", "check_datasets", "check_teacher_classes"]
-
 logger = logging.getLogger(__name__)
 
 IMAGENET = [[f"imagenet_{split}", f"datasets://imagenet/{split}"] for split in ("train", "val")]

@@ -29,8 +29,6 @@ from detectron2.data.samplers import (
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-__all__ = ["ResumableLoader", "build_resumable_train_loader", "isolated_rng"]
-
 
 @contextlib.contextmanager
 def isolated_rng(seed: int | None = None) -> Iterator[None]:

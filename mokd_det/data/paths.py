@@ -1,13 +1,12 @@
 # Copyright (c) The mokd_det authors.
 """Where data sets live: Detectron2's own rule, as a path prefix for every file in a config."""
 
+import hashlib
 import os
 from pathlib import Path
 
 from detectron2.utils.file_io import PathManager
 from iopath.common.file_io import PathHandler
-
-__all__ = ["datasets_root", "local_path"]
 
 
 def datasets_root() -> Path:
@@ -18,6 +17,15 @@ def datasets_root() -> Path:
 def local_path(path: str) -> str:
     """Return ``path`` as a file of this machine; it may have any prefix that Detectron2 knows."""
     return PathManager.get_local_path(os.path.expanduser(path))
+
+
+def sha256_of(file: str | Path) -> str:
+    """Return the SHA-256, in hexadecimal, of a file or of an address that Detectron2 resolves."""
+    digest = hashlib.sha256()
+    with open(PathManager.get_local_path(str(file)), "rb") as f:
+        while part := f.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 class _DatasetsHandler(PathHandler):

@@ -9,8 +9,6 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from .loader import training_elements
 
-__all__ = ["check_schedule", "schedule_in_iterations"]
-
 logger = logging.getLogger(__name__)
 
 UNITS = ("iteration", "epoch")

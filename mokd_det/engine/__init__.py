@@ -1,19 +1,8 @@
 # Copyright (c) The mokd_det authors.
 """The custom training step, Detectron2's default trainer around it, checks, and launching."""
 
-from .. import compat  # noqa: F401  (first: patches Detectron2 where it needs it)
+from .. import compat  # first: patches Detectron2 where it needs it
 from .launch import errors_as_messages, launch
 from .step import BalancedTrainer
 from .trainer import DistillationTrainer, Trainer, build_trainer, prepare_datasets
 from .validate import validate
-
-__all__ = [
-    "BalancedTrainer",
-    "DistillationTrainer",
-    "Trainer",
-    "build_trainer",
-    "errors_as_messages",
-    "launch",
-    "prepare_datasets",
-    "validate",
-]

@@ -9,8 +9,6 @@ from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-__all__ = ["AverageCheckpointer", "WeightAverage"]
-
 
 class WeightAverage:
     """

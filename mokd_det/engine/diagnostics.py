@@ -10,8 +10,6 @@ from torch import Tensor
 
 from ..balancing import Decision, cosine, dominance, share, update_cosine
 
-__all__ = ["BalanceDiagnostics"]
-
 logger = logging.getLogger(__name__)
 
 WINDOW = 100  # steps

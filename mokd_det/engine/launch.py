@@ -13,8 +13,6 @@ from detectron2.utils import comm
 
 from ..config import load_config
 
-__all__ = ["errors_as_messages", "launch"]
-
 
 @contextlib.contextmanager
 def errors_as_messages(debug: bool) -> Iterator[None]:

@@ -7,8 +7,6 @@ from detectron2.solver import build_optimizer as build_detectron2_optimizer
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from torch import nn
 
-__all__ = ["build_optimizer", "check_optimizer"]
-
 OPTIMIZERS = ("SGD", "AdamW")
 # Of torchvision's and timm's transformers.
 EMBEDDINGS = (

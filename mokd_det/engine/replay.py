@@ -12,8 +12,6 @@ from torch import Tensor
 from ..data import isolated_rng
 from ..modeling import DistillationModel, RestoredState, module_numbers, set_module_numbers
 
-__all__ = ["Replay"]
-
 
 class Replay:
     """

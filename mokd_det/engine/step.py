@@ -22,8 +22,6 @@ from .average import WeightAverage
 from .diagnostics import BalanceDiagnostics
 from .replay import Replay
 
-__all__ = ["BalancedTrainer", "PRECISIONS"]
-
 NEW_RUN = "Start a new run (another OUTPUT_DIR) with the checkpoint as MODEL.WEIGHTS."
 
 PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -43,8 +43,6 @@ from .step import NEW_RUN, BalancedTrainer
 from .validate import needs_own_step, validate
 from .writers import BalanceWriter
 
-__all__ = ["DistillationTrainer", "Trainer", "build_trainer", "prepare_datasets"]
-
 logger = logging.getLogger(__name__)
 
 

@@ -19,8 +19,6 @@ from ..teachers import check_precision
 from .optimizer import check_optimizer
 from .step import PRECISIONS
 
-__all__ = ["needs_own_step", "validate"]
-
 # Rules of version 0.1, and what is nearest to them.
 GONE = {
     "aligned": "'loss_ratio'",

@@ -6,8 +6,6 @@ import json
 from detectron2.utils.events import EventWriter, get_event_storage
 from detectron2.utils.file_io import PathManager
 
-__all__ = ["BalanceWriter"]
-
 
 class BalanceWriter(EventWriter):
     """

@@ -1,23 +1,9 @@
 # Copyright (c) The mokd_det authors.
 """Evaluators by data set, results that a machine can read, and rows of a model zoo."""
 
-from .. import compat  # noqa: F401  (first: patches Detectron2 where it needs it)
+from .. import compat  # first: patches Detectron2 where it needs it
 from .build import build_evaluator, check_evaluators
 from .classification import ClassificationEvaluator
 from .fast_coco import fast_coco_eval
 from .results import count_parameters, finite, format_comparison, read_json_lines, write_results
 from .zoo_row import format_zoo_row, zoo_row
-
-__all__ = [
-    "ClassificationEvaluator",
-    "build_evaluator",
-    "check_evaluators",
-    "count_parameters",
-    "fast_coco_eval",
-    "finite",
-    "format_comparison",
-    "format_zoo_row",
-    "read_json_lines",
-    "write_results",
-    "zoo_row",
-]

@@ -18,9 +18,6 @@ from detectron2.evaluation import (
 
 from .classification import ClassificationEvaluator
 
-__all__ = ["build_evaluator", "check_evaluators"]
-
-
 # By evaluator_type: from config, name of the data set and folder to evaluators.
 EVALUATORS: dict[str, Callable[[CfgNode, str, str], list[DatasetEvaluator]]] = {
     "classification": lambda cfg, name, folder: [

@@ -15,8 +15,6 @@ from torch import Tensor
 
 from ..data.classification import Batch
 
-__all__ = ["ClassificationEvaluator"]
-
 logger = logging.getLogger(__name__)
 
 TOP = 5

@@ -11,8 +11,6 @@ try:
 except ImportError:  # an optional extra: pycocotools gives the same numbers, slower
     COCOeval_faster = None
 
-__all__ = ["fast_coco_eval"]
-
 
 def fast_coco_eval(coco_gt: StockCOCO, coco_dt: StockCOCO, iou_type: str) -> Any:
     """

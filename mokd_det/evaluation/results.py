@@ -12,15 +12,6 @@ from typing import Any
 
 from torch import nn
 
-__all__ = [
-    "count_parameters",
-    "finite",
-    "format_comparison",
-    "read_json_lines",
-    "set_aside",
-    "write_results",
-]
-
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 CLASSIFICATION_METRICS = ("top1", "top5")
 

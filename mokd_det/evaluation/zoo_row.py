@@ -14,10 +14,8 @@ from detectron2.config import CfgNode
 from detectron2.utils.analysis import FlopCountAnalysis
 from torch import nn
 
-from ..data.packages import sha256_of
+from ..data.paths import sha256_of
 from .results import count_parameters, read_json_lines
-
-__all__ = ["format_zoo_row", "zoo_row"]
 
 WARM_UP = 2  # images
 # Task -> title and metric.

@@ -1,7 +1,7 @@
 # Copyright (c) The mokd_det authors.
 """The plain student, without a trace of its training."""
 
-from .. import compat  # noqa: F401  (first: patches Detectron2 where it needs it)
+from .. import compat  # first: patches Detectron2 where it needs it
 from .benchmark import benchmark, check_benchmark, format_benchmark
 from .checkpoint import export_checkpoint
 from .classifier_exporter import ClassifierExporter
@@ -9,20 +9,3 @@ from .detector_exporter import DetectorExporter
 from .export import FORMATS, METHODS, check_options, export_model
 from .exporter import Exporter, ExportOptions
 from .parity import DEFAULT_TOLERANCE, PIXELS
-
-__all__ = [
-    "DEFAULT_TOLERANCE",
-    "FORMATS",
-    "METHODS",
-    "PIXELS",
-    "ClassifierExporter",
-    "DetectorExporter",
-    "ExportOptions",
-    "Exporter",
-    "benchmark",
-    "check_benchmark",
-    "check_options",
-    "export_checkpoint",
-    "export_model",
-    "format_benchmark",
-]

@@ -22,8 +22,6 @@ from .torchscript import load_torchscript
 if TYPE_CHECKING:
     from ..tasks import Task
 
-__all__ = ["benchmark", "check_benchmark", "compare_with_scratch", "format_benchmark", "latencies"]
-
 
 def check_benchmark(task: "Task", cfg: CfgNode, format: str) -> None:
     """

@@ -10,8 +10,6 @@ from detectron2.config import CfgNode
 if TYPE_CHECKING:
     from ..tasks import Task
 
-__all__ = ["export_checkpoint"]
-
 
 def export_checkpoint(task: "Task", cfg: CfgNode, output_dir: str) -> dict[str, str]:
     """

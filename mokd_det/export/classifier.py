@@ -11,8 +11,6 @@ from torch import Tensor, nn
 
 from ..modeling import Classifier
 
-__all__ = ["DeployedClassifier"]
-
 
 class DeployedClassifier(nn.Module):
     """A classification network with its normalisation."""

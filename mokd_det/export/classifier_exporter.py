@@ -23,8 +23,6 @@ from .precision import check_half
 from .torch_export import export_program, load_program
 from .torchscript import script_network, trace_network
 
-__all__ = ["ClassifierExporter"]
-
 INPUT = "images (N, 3, H, W), uint8 or float32 in [0, 255], channels in the order of 'format'"
 
 

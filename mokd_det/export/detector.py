@@ -31,22 +31,6 @@ from torch import Tensor, nn
 
 from ..modeling import TorchvisionBackbone
 
-__all__ = [
-    "TraceableDetector",
-    "TracedDetector",
-    "check_detector",
-    "check_scripting",
-    "check_tracing",
-    "detect",
-    "detect_batch",
-    "instances_fields",
-    "num_classes",
-    "output_names",
-    "paste_masks",
-    "scriptable_detector",
-    "score_threshold",
-]
-
 
 def check_detector(model: nn.Module, name: str) -> None:
     """

@@ -29,8 +29,6 @@ from .precision import check_half, halve_backbone
 from .torch_export import BackboneAndHead, export_program, load_program
 from .torchscript import script, trace
 
-__all__ = ["DetectorExporter"]
-
 INPUT = "one image (3, H, W), uint8 or float32 in [0, 255], channels in the order of 'format'"
 OUTPUTS = {
     "boxes": "(R, 4) float32, x0 y0 x1 y1 in pixels of the image given",

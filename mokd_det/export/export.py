@@ -16,8 +16,6 @@ from .images import read_images
 if TYPE_CHECKING:
     from ..tasks import Task
 
-__all__ = ["FORMATS", "METHODS", "check_options", "export_model"]
-
 FORMATS = {
     "torchscript": "model.ts",
     "onnx": "model.onnx",

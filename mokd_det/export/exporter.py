@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from .parity import DEFAULT_TOLERANCE, Compare, parity
 from .torchscript import freeze, load_torchscript, save_torchscript
 
-__all__ = ["ExportOptions", "Exporter"]
-
 
 @dataclasses.dataclass(frozen=True)
 class ExportOptions:

@@ -14,8 +14,6 @@ from detectron2.data.detection_utils import read_image
 from PIL import Image
 from torch import Tensor
 
-__all__ = ["SCALES", "read_images", "sized"]
-
 SCALES = (1.0, 0.75, 0.5)
 """Sizes of the comparison, as parts of the test size."""
 

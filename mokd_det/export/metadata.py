@@ -13,9 +13,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 import mokd_det
 
-from ..data.packages import sha256_of
-
-__all__ = ["METADATA_FILE", "class_names_of", "common_metadata", "data_sets_of"]
+from ..data.paths import sha256_of
 
 METADATA_FILE = "metadata.json"
 """Name of the extra file inside a TorchScript archive, and of the entry in an ONNX or .pt2 file."""

@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from .detector import TraceableDetector, output_names
 from .metadata import METADATA_FILE
 
-__all__ = ["check_onnx", "export_onnx", "load_onnx"]
-
 OPSET = 17
 """The version of ONNX's operators: the newest that torch's tracing exporter writes in full."""
 

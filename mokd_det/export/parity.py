@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["DEFAULT_TOLERANCE", "PIXELS", "compare_detections", "compare_tensors", "parity"]
-
 Compare = Callable[[Any, Any], dict[str, float]]
 
 DEFAULT_TOLERANCE = 1e-3

@@ -9,8 +9,6 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone
 from torch import Tensor
 
-__all__ = ["check_half", "halve_backbone"]
-
 
 class HalfBackbone(Backbone):
     """A backbone (with its FPN) in float16 that takes and returns float32."""

@@ -17,8 +17,6 @@ from torch.export import Dim
 
 from .metadata import METADATA_FILE
 
-__all__ = ["BackboneAndHead", "export_program", "load_program"]
-
 
 class EverySecondPixel(nn.Module):
     """

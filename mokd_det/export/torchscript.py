@@ -25,16 +25,6 @@ from .detector import (
 )
 from .metadata import METADATA_FILE
 
-__all__ = [
-    "freeze",
-    "load_torchscript",
-    "save_torchscript",
-    "script",
-    "script_network",
-    "trace",
-    "trace_network",
-]
-
 
 def trace(model: nn.Module, image: Tensor) -> torch.jit.ScriptModule:
     """

@@ -12,8 +12,6 @@ from torch.utils.checkpoint import checkpoint
 from ..speed import check_backend, pool_in_float32
 from .state import RestoredState
 
-__all__ = ["accelerate_student", "check_acceleration"]
-
 
 def check_acceleration(cfg: CfgNode) -> None:
     """

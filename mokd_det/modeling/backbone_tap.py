@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor, nn
 
-__all__ = ["replace_backbone_features"]
-
 
 @contextlib.contextmanager
 def replace_backbone_features(

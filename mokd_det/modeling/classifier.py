@@ -15,8 +15,6 @@ from ..teachers import PRE_LOGITS
 from .loading import StrictCheckpointer
 from .networks import build_network
 
-__all__ = ["Classifier", "default_tap", "load_trained_classifier"]
-
 HEADS = ("fc", "classifier", "head", "heads")
 # Weight of the heads for training only, of GoogLeNet (Szegedy et al. 2015) and Inception.
 AUXILIARY = 0.3

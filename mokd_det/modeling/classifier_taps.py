@@ -15,8 +15,6 @@ from torch.utils.hooks import RemovableHandle
 from ..teachers import PRE_LOGITS
 from .classifier import Classifier
 
-__all__ = ["TapShape", "as_map", "common_grid", "find_taps", "replace_taps"]
-
 
 @dataclasses.dataclass(frozen=True)
 class TapShape:

@@ -24,8 +24,6 @@ from ..teachers import Teacher, TeacherOutputs
 if TYPE_CHECKING:
     from ..tasks import Task
 
-__all__ = ["DistillationModel", "boundary_of", "check_balancing"]
-
 # Name of the student's own losses among the objectives.
 TASK = "task"
 

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-__all__ = ["copy_weights", "inheritable_names"]
-
 logger = logging.getLogger(__name__)
 
 

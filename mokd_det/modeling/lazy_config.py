@@ -10,8 +10,6 @@ from torch import nn
 
 from ..config import find_config
 
-__all__ = ["LazyConfigDetector", "load_lazy_config"]
-
 
 @META_ARCH_REGISTRY.register()
 def LazyConfigDetector(cfg: CfgNode) -> nn.Module:

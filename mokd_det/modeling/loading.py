@@ -7,8 +7,6 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
-__all__ = ["StrictCheckpointer"]
-
 
 class StrictCheckpointer(DetectionCheckpointer):
     """

@@ -13,8 +13,6 @@ from torch import nn
 
 from ..registry import Registry
 
-__all__ = ["CLASSIFIERS", "build_network", "implied_options", "input_normalisation"]
-
 logger = logging.getLogger(__name__)
 
 CLASSIFIERS = Registry("CLASSIFIERS", "MODEL.CLASSIFIER.NAME")

@@ -4,8 +4,6 @@
 import torch
 from torch import Tensor, nn
 
-__all__ = ["RestoredState", "module_numbers", "set_module_numbers"]
-
 
 def module_numbers(model: nn.Module) -> dict[str, dict[str, int | float]]:
     """

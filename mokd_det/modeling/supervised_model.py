@@ -10,8 +10,6 @@ from torch.nn import Parameter
 
 from ..balancing import Boundary, Branch, Parameters
 
-__all__ = ["SupervisedModel"]
-
 
 class SupervisedModel(nn.Module):
     """

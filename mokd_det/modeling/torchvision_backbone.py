@@ -17,13 +17,6 @@ from detectron2.utils.file_io import PathManager
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
-__all__ = [
-    "TorchvisionBackbone",
-    "build_torchvision_backbone",
-    "build_torchvision_fpn_backbone",
-    "build_retinanet_torchvision_fpn_backbone",
-]
-
 logger = logging.getLogger(__name__)
 
 # Detectron2's names for the stages of a backbone, by their stride.

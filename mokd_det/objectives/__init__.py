@@ -1,25 +1,10 @@
 # Copyright (c) The mokd_det authors.
 """What is matched between student and teacher, one objective a file."""
 
-from .. import compat  # noqa: F401  (first: patches Detectron2 where it needs it)
+from .. import compat  # first: patches Detectron2 where it needs it
 from .base import OBJECTIVES, Objective, StudentOutputs
 from .feature_losses import FEATURE_LOSSES, align_resolution
 from .features import FeatureObjective, Level
 from .logits import LogitObjective
 from .outputs import OutputObjective
 from .projector import PROJECTORS, SubspaceProjector, standardise
-
-__all__ = [
-    "FEATURE_LOSSES",
-    "OBJECTIVES",
-    "PROJECTORS",
-    "FeatureObjective",
-    "Level",
-    "LogitObjective",
-    "Objective",
-    "OutputObjective",
-    "StudentOutputs",
-    "SubspaceProjector",
-    "align_resolution",
-    "standardise",
-]

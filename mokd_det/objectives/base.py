@@ -18,9 +18,6 @@ from ..teachers import Teacher, TeacherOutputs
 if TYPE_CHECKING:
     from ..tasks import Task
 
-__all__ = ["OBJECTIVES", "Objective", "StudentOutputs"]
-
-
 # The student's own losses, and what the node MOKD has besides objectives.
 RESERVED = ("task", "enabled", "objectives", "meta_architecture", "teacher", "inherit", "balancing")
 

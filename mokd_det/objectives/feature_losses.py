@@ -8,8 +8,6 @@ from torch import Tensor
 
 from ..registry import Registry
 
-__all__ = ["FEATURE_LOSSES", "align_resolution"]
-
 FEATURE_LOSSES = Registry("FEATURE_LOSSES", "MOKD.FEATURES.LOSS")
 """
 Functions of two (N, n, H, W) tensors, student and teacher, and optionally of (N, 1, H, W) weights

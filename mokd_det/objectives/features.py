@@ -18,8 +18,6 @@ from .projector import PROJECTORS, check_projector
 if TYPE_CHECKING:
     from ..tasks import Task
 
-__all__ = ["FeatureObjective", "Level"]
-
 LEVEL_WEIGHTS = ("equal", "positions")
 
 

@@ -4,8 +4,6 @@
 import torch
 from torch import Tensor
 
-__all__ = ["SOURCES", "foreground_weights"]
-
 SOURCES = ("", "ground_truth", "teacher")
 
 

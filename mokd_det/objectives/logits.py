@@ -15,8 +15,6 @@ from .output_losses import check_temperature
 if TYPE_CHECKING:
     from ..tasks import Task
 
-__all__ = ["LogitObjective"]
-
 
 @OBJECTIVES.register("logits")
 class LogitObjective(Objective):

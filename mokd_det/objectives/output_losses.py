@@ -10,8 +10,6 @@ from torchvision.ops import generalized_box_iou_loss
 
 from ..readers import AnchorOutputs, BoxOutputs
 
-__all__ = ["box_loss", "check_temperature", "class_loss", "rpn_losses"]
-
 # Of Faster R-CNN (Ren et al. 2015). With none, as in Detectron2, the gradient of a student that has
 # matched its teacher would not fade, but jump from sign to sign.
 RPN_BETA = 1 / 9

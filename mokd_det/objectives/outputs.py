@@ -14,8 +14,6 @@ from .output_losses import box_loss, check_temperature, class_loss, rpn_losses
 if TYPE_CHECKING:
     from ..tasks import Task
 
-__all__ = ["OutputObjective"]
-
 
 @OBJECTIVES.register("outputs")
 class OutputObjective(Objective):

@@ -19,15 +19,6 @@ from torch.nn.utils import parametrize
 
 from ..registry import Registry
 
-__all__ = [
-    "PROJECTORS",
-    "TEACHER_SIDES",
-    "FrozenProjector",
-    "SemiOrthogonal",
-    "SubspaceProjector",
-    "check_projector",
-]
-
 PROJECTORS = Registry("PROJECTORS", "MOKD.FEATURES.PROJECTOR")
 """
 Modules built as ``cls(student_channels, teacher_channels, dim=..., teacher_side=...)`` and called

@@ -1,15 +1,6 @@
 # Copyright (c) The mokd_det authors.
 """What the heads of a detector say, in one form for every family."""
 
-from .. import compat  # noqa: F401  (first: patches Detectron2 where it needs it)
+from .. import compat  # first: patches Detectron2 where it needs it
 from .anchors import AnchorOutputs, RPNReader, build_rpn_readers
 from .boxes import BoxOutputs, BoxReader, build_box_reader
-
-__all__ = [
-    "AnchorOutputs",
-    "BoxOutputs",
-    "BoxReader",
-    "RPNReader",
-    "build_box_reader",
-    "build_rpn_readers",
-]

@@ -1,16 +1,7 @@
 # Copyright (c) The mokd_det authors.
 """Kinds of models, one a file: how they are built, tapped, fed, checked and exported."""
 
-from .. import compat  # noqa: F401  (first: patches Detectron2 where it needs it)
+from .. import compat  # first: patches Detectron2 where it needs it
 from .base import TASKS, Task, task_of
 from .classification import ClassificationTask
 from .detection import DetectionTask, build_level_map
-
-__all__ = [
-    "TASKS",
-    "ClassificationTask",
-    "DetectionTask",
-    "Task",
-    "build_level_map",
-    "task_of",
-]

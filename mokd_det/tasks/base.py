@@ -18,8 +18,6 @@ from ..objectives import Level, Objective
 from ..registry import Registry
 from ..teachers import Teacher
 
-__all__ = ["TASKS", "Task", "task_of"]
-
 TASKS = Registry("TASKS", "MODEL.META_ARCHITECTURE")
 """Subclasses of :class:`Task`. "detection" serves every meta-architecture that no other names."""
 

@@ -32,8 +32,6 @@ from ..objectives import Level, Objective
 from ..teachers import PRE_LOGITS, ClassifierTeacher, speed_options
 from .base import TASKS, Features, Task
 
-__all__ = ["ClassificationTask"]
-
 
 @TASKS.register("classification")
 class ClassificationTask(Task):

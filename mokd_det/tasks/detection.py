@@ -28,8 +28,6 @@ from ..objectives import Level, Objective, align_resolution
 from ..teachers import DetectorTeacher, ScriptedDetector, Teacher, speed_options
 from .base import TASKS, Features, Task
 
-__all__ = ["DetectionTask", "build_level_map"]
-
 
 @TASKS.register("detection")
 class DetectionTask(Task):

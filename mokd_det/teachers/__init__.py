@@ -1,21 +1,8 @@
 # Copyright (c) The mokd_det authors.
 """Frozen models: they are only ever run, and never part of what trains or is saved."""
 
-from .. import compat  # noqa: F401  (first: patches Detectron2 where it needs it)
+from .. import compat  # first: patches Detectron2 where it needs it
 from .base import Teacher, TeacherOutputs, check_precision, speed_options
 from .classifier import PRE_LOGITS, ClassifierTeacher, ClassifierTeacherOutputs
 from .detector import DetectorTeacher, DetectorTeacherOutputs
 from .scripted import ScriptedDetector
-
-__all__ = [
-    "PRE_LOGITS",
-    "ClassifierTeacher",
-    "ClassifierTeacherOutputs",
-    "DetectorTeacher",
-    "DetectorTeacherOutputs",
-    "ScriptedDetector",
-    "Teacher",
-    "TeacherOutputs",
-    "check_precision",
-    "speed_options",
-]

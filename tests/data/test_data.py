@@ -6,11 +6,14 @@ import random
 import zipfile
 
 import numpy as np
+import packages  # of datasets/, as voc and tiling
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_train_loader
 from detectron2.data.detection_utils import read_image
 from PIL import Image
+from tiling import objects_in_window, tile_windows
+from voc import check_replaceable, clip_box, coco_dict, read_voc_xml
 
 from mokd_det.config import load_config
 from mokd_det.data import (
@@ -21,11 +24,8 @@ from mokd_det.data import (
     datasets_root,
     isolated_rng,
     local_path,
-    packages,
     register_datasets,
 )
-from mokd_det.data.tiling import objects_in_window, tile_windows
-from mokd_det.data.voc import check_replaceable, clip_box, coco_dict, read_voc_xml
 
 OBJECT = """<object><name>{name}</name><difficult>{difficult}</difficult><bndbox><xmin>{0}</xmin>
 <ymin>{1}</ymin><xmax>{2}</xmax><ymax>{3}</ymax></bndbox></object>"""

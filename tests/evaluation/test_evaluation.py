@@ -15,7 +15,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from mokd_det.data import register_datasets
-from mokd_det.data.packages import sha256_of
+from mokd_det.data.paths import sha256_of
 from mokd_det.engine import DistillationTrainer, build_trainer
 from mokd_det.evaluation import build as evaluation_build
 from mokd_det.evaluation import (

@@ -52,7 +52,7 @@ def test_studies_can_be_run_with_todays_options(path):
         _check_kind(cfg, task)
         if cfg.MOKD.ENABLED:
             _check_objectives(cfg, task)
-            _check_read(cfg)
+            _check_read(cfg, task)
             check_balancing(cfg)
 
 

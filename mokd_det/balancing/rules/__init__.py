@@ -9,19 +9,3 @@ from .fixed import FixedWeights
 from .loss_ratio import LossRatio
 from .min_norm import MinNorm, min_norm_simplex, min_norm_two
 from .torchjd import TorchjdRule
-
-__all__ = [
-    "RESCALES",
-    "RULES",
-    "TORCHJD_PREFIX",
-    "CosineGate",
-    "Famo",
-    "FixedWeights",
-    "LossRatio",
-    "MinNorm",
-    "Rule",
-    "TorchjdRule",
-    "build_rule",
-    "min_norm_simplex",
-    "min_norm_two",
-]

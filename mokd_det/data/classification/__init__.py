@@ -5,16 +5,3 @@ from .batch import Batch
 from .loader import build_test_loader, build_train_loader
 from .sources import ClassFolders, PackedImages, open_source, write_packed
 from .transforms import BatchMixing, build_transform, check_transform
-
-__all__ = [
-    "Batch",
-    "BatchMixing",
-    "ClassFolders",
-    "PackedImages",
-    "build_test_loader",
-    "build_train_loader",
-    "build_transform",
-    "check_transform",
-    "open_source",
-    "write_packed",
-]

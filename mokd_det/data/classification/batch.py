@@ -6,8 +6,6 @@ import dataclasses
 import torch
 from torch import Tensor
 
-__all__ = ["Batch"]
-
 
 @dataclasses.dataclass
 class Batch:

@@ -22,8 +22,6 @@ from ..loader import ResumableLoader, images_per_process, isolated_rng
 from .batch import Batch
 from .transforms import BatchMixing, build_transform
 
-__all__ = ["ImageMapper", "RepeatedAugmentationSampler", "build_test_loader", "build_train_loader"]
-
 BROKEN = ("error", "skip")
 # What PIL and torchvision raise for files that are no (whole) images.
 BROKEN_ERRORS = (OSError, RuntimeError, SyntaxError, ValueError, Image.DecompressionBombError)

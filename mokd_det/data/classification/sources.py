@@ -16,8 +16,6 @@ import numpy as np
 from detectron2.data import DatasetFromList
 from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
-__all__ = ["ClassFolders", "PackedImages", "class_names", "open_source", "write_packed"]
-
 logger = logging.getLogger(__name__)
 
 

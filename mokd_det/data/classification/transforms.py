@@ -8,8 +8,6 @@ from detectron2.config import CfgNode
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode, v2
 
-__all__ = ["BatchMixing", "build_transform", "check_transform"]
-
 INTERPOLATIONS = {
     "bilinear": InterpolationMode.BILINEAR,
     "bicubic": InterpolationMode.BICUBIC,

@@ -3,10 +3,7 @@
 
 from collections.abc import Iterator, Sequence
 from typing import Any
-
-from .voc import clip_box
-
-__all__ = ["tile_windows", "objects_in_window"]
+from voc import clip_box
 
 
 def tile_windows(

@@ -10,8 +10,6 @@ from typing import Any
 
 from PIL import ExifTags, Image
 
-__all__ = ["read_voc_xml", "clip_box", "coco_dict", "check_replaceable"]
-
 logger = logging.getLogger(__name__)
 
 Box = tuple[float, float, float, float]

