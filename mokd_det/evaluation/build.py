@@ -38,13 +38,7 @@ EVALUATORS: dict[str, Callable[[CfgNode, str, str], list[DatasetEvaluator]]] = {
 
 
 def check_evaluators(dataset_names: Sequence[str]) -> None:
-    """
-    Args:
-        dataset_names: registered data sets.
-
-    Raises:
-        ValueError: one of them has an ``evaluator_type`` that there is none for here.
-    """
+    """Raise ValueError for a registered set of an ``evaluator_type`` without evaluator here."""
     for name in dataset_names:
         evaluator_type = MetadataCatalog.get(name).get("evaluator_type")
         if evaluator_type not in EVALUATORS:
@@ -57,17 +51,7 @@ def check_evaluators(dataset_names: Sequence[str]) -> None:
 
 
 def build_evaluator(cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-    """
-    Args:
-        cfg: for ``OUTPUT_DIR`` and ``TEST``.
-        dataset_name: a registered data set.
-
-    Returns:
-        For its ``evaluator_type``; its files go to a folder of its own.
-
-    Raises:
-        ValueError: there is no evaluator for this type here.
-    """
+    """Return the evaluator of a registered data set; ValueError: see :func:`check_evaluators`."""
     check_evaluators([dataset_name])
     # One folder for each data set: the evaluators' files have fixed names.
     folder = os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)

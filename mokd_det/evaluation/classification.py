@@ -5,6 +5,7 @@ import itertools
 import json
 import logging
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,49 +23,35 @@ TOP = 5
 
 class ClassificationEvaluator(DatasetEvaluator):
     """
-    Accuracy of a classifier in percent. With several processes every image counts once: each has
-    its own share of them, and predictions are gathered.
+    Accuracy in percent on a registered set. With several processes every image counts once: each
+    has its own share of them, and predictions are gathered.
     """
 
     def __init__(self, dataset_name: str, output_dir: str | None = None, per_class: bool = False):
         """
         Args:
-            dataset_name: a registered set for classification.
-            output_dir: folder for ``predictions.json``, a list with ``name``,
-                ``label``, ``classes`` (the most probable first) and their ``scores`` for every
-                image.
+            output_dir: folder for ``predictions.json``, a list with ``name``, ``label``,
+                ``classes`` (the most probable first) and their ``scores`` for every image.
             per_class: also ``top1-<class>`` for every class.
         """
-        self.dataset_name = dataset_name
-        self.output_dir = output_dir
-        self.per_class = per_class
+        self.dataset_name, self.output_dir, self.per_class = dataset_name, output_dir, per_class
         self.reset()
 
     def reset(self) -> None:
         self._predictions: list[dict[str, Any]] = []
 
     def process(self, inputs: Batch, outputs: Tensor) -> None:
-        """
-        Args:
-            inputs: with names; targets are labels.
-            outputs: (N, C) logits.
-        """
+        """Take the (N, C) logits of a batch with names, whose targets are labels."""
         # Of the logits: their softmax rounds close ones to ties.
         classes = outputs.topk(min(TOP, outputs.shape[1]), dim=1).indices
         scores = outputs.float().softmax(dim=1).gather(1, classes)
         rows = zip(inputs.names, inputs.targets.tolist(), classes.tolist(), scores.tolist())
-        keys = ("name", "label", "classes", "scores")
-        self._predictions += [dict(zip(keys, row)) for row in rows]
+        self._predictions += [dict(zip(("name", "label", "classes", "scores"), r)) for r in rows]
 
     def evaluate(self) -> dict[str, dict[str, float]]:
         """
-        Returns:
-            ``{"classification": {"top1", "top5" (with more than 5 classes), "images",
-            "skipped"}}``, in the first process; ``images`` counts those evaluated, ``skipped``
-            those that could not be read.
-
-        Raises:
-            ValueError: no image at all.
+        Return ``{"classification": {"top1", "top5" (with more than 5 classes), "images"
+        (evaluated), "skipped" (not readable)}}`` in the first process; ValueError: no image at all.
         """
         comm.synchronize()
         gathered = comm.gather(self._predictions)
@@ -91,13 +78,9 @@ class ClassificationEvaluator(DatasetEvaluator):
             for label in labels.unique().tolist():
                 mean = top1[labels == label].mean().item()
                 results[f"top1-{source.classes[label]}"] = 100 * mean
-            self._print_classes(results)
+            rows = [f"{k[5:]}: {v:.2f}" for k, v in results.items() if k.startswith("top1-")]
+            logger.info(f"Top-1 of every class of '{self.dataset_name}':\n" + "\n".join(rows))
         if self.output_dir:
             os.makedirs(self.output_dir, exist_ok=True)
-            with open(os.path.join(self.output_dir, "predictions.json"), "w") as f:
-                json.dump(predictions, f)
+            Path(self.output_dir, "predictions.json").write_text(json.dumps(predictions))
         return {"classification": results}
-
-    def _print_classes(self, results):
-        rows = [f"{k[5:]}: {v:.2f}" for k, v in results.items() if k.startswith("top1-")]
-        logger.info(f"Top-1 of every class of '{self.dataset_name}':\n" + "\n".join(rows))

@@ -13,15 +13,7 @@ except ImportError:  # an optional extra: pycocotools gives the same numbers, sl
 
 
 def fast_coco_eval(coco_gt: StockCOCO, coco_dt: StockCOCO, iou_type: str) -> Any:
-    """
-    Args:
-        coco_gt, coco_dt: ground truth and detections.
-        iou_type: "bbox", "segm" or "keypoints".
-
-    Returns:
-        A COCOeval or COCOeval_faster, with ``evaluate``, ``accumulate``, ``summarize``, ``stats``
-        and ``eval``; of faster-coco-eval if that is installed, else of pycocotools.
-    """
+    """Return faster-coco-eval's evaluation of "bbox", "segm" or "keypoints", else pycocotools'."""
     if COCOeval_faster is None:
         return COCOeval(coco_gt, coco_dt, iou_type)
     # It reads keypoints from its own index only.

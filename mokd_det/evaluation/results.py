@@ -1,6 +1,7 @@
 # Copyright (c) The mokd_det authors.
 """Results as JSON, and those of earlier runs."""
 
+import contextlib
 import itertools
 import json
 import math
@@ -10,64 +11,38 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 CLASSIFICATION_METRICS = ("top1", "top5")
 
 
-def count_parameters(model: nn.Module) -> int:
-    """Return the number of a module's parameters (trainable or not; buffers do not count)."""
-    return sum(p.numel() for p in model.parameters())
-
-
 def write_results(results: Mapping[str, Any], output_dir: str) -> str:
     """
-    Write evaluation results to ``results.json``.
-
-    Args:
-        results: of Detectron2's ``DefaultTrainer.test``: for one data set
-            ``{task: {metric: value}}``, for several ``{data set: {task: {metric: value}}}``.
-            Metrics without a value (NaN, as AP of a size that does not occur) become null.
-        output_dir: folder.
-
-    Returns:
-        The file.
+    Write results of Detectron2's ``DefaultTrainer.test`` to ``results.json``; return its path.
+    They are ``{task: {metric: value}}`` of one data set, or a dict of these by data set. Metrics
+    without a value (NaN, as AP of a size that does not occur) become null.
     """
     path = os.path.join(output_dir, "results.json")
-    with open(path, "w") as f:
-        json.dump(finite(results), f, indent=2)
+    Path(path).write_text(json.dumps(finite(results), indent=2))
     return path
 
 
 def read_json_lines(path: str) -> list[dict[str, Any]]:
     """
-    Args:
-        path: ``metrics.json`` or ``balance.json`` of a run.
-
-    Returns:
-        Its lines, without one that was cut off because the run was killed there (and resumed).
+    Return the lines of a run's ``metrics.json`` or ``balance.json``, without one that was cut off
+    because the run was killed there (and resumed).
     """
     records = []
     with open(path) as f:
         for line in f:
-            try:
+            with contextlib.suppress(json.JSONDecodeError):
                 records.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
     return records
 
 
 def set_aside(folder: str | Path) -> Path | None:
     """
-    Rename a folder, so that new results do not mix with what is in it.
-
-    Args:
-        folder: need not exist.
-
-    Returns:
-        Its new name, the first free one of ``folder.1``, ``folder.2``, ...; None if there was
-        nothing to rename.
+    Rename a folder, so that new results do not mix with what is in it, to the first free one of
+    ``folder.1``, ``folder.2``, ... Return the new name; None if there is no such folder.
     """
     folder = Path(folder)
     if not folder.exists():
@@ -78,12 +53,8 @@ def set_aside(folder: str | Path) -> Path | None:
 
 def format_comparison(results_by_model: Mapping[str, Mapping[str, Any]]) -> str:
     """
-    Args:
-        results_by_model: name of a model -> its results, all of the same data sets, in either form
-            of :func:`write_results`.
-
-    Returns:
-        A Markdown table with a line for each data set, task and model.
+    Return a Markdown table with a line for each data set, task and model. Results are by a model's
+    name, all of the same data sets, in either form of :func:`write_results`.
     """
     rows = []
     for model, results in results_by_model.items():
@@ -104,5 +75,4 @@ def finite(value: Any) -> Any:
         return {key: finite(v) for key, v in value.items()}
     if not isinstance(value, numbers.Real) or isinstance(value, int):
         return value
-    value = float(value)
-    return value if math.isfinite(value) else None
+    return float(value) if math.isfinite(value) else None

@@ -5,17 +5,16 @@ import itertools
 import os
 import re
 import statistics
-import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.utils.analysis import FlopCountAnalysis
 from torch import nn
 
 from ..data.paths import sha256_of
-from .results import count_parameters, read_json_lines
+from .cost import count_parameters, gflops, seconds_of
+from .results import read_json_lines
 
 WARM_UP = 2  # images
 # Task -> title and metric.
@@ -41,19 +40,17 @@ def zoo_row(
         cfg: of the run; its ``OUTPUT_DIR`` holds the logs of training, if there was any.
         model: the plain detector or classifier, on its device.
         results: of its evaluation, see :func:`write_results`.
-        config_file: for the record.
-        data_loader: of ``DATASETS.TEST``, one image at a time.
-        images: that many of it are timed and counted.
+        data_loader: of ``DATASETS.TEST``, one image at a time; ``images`` are timed and counted.
 
     Returns:
-        ``name``, ``schedule``; ``train_seconds_per_iteration`` (median) and
-        ``train_memory_gb`` (GPU only), None if not known; ``inference_seconds_per_image``
-        (median), ``parameters``, ``gflops`` (multiply-adds, as fvcore counts; mean over images),
-        ``accuracy``, AP for each task and data set or top-1, ``config``, ``weights`` and their
-        ``sha256`` (None for weights that torchvision names).
+        ``name``, ``schedule``; ``train_seconds_per_iteration`` (median) and ``train_memory_gb``
+        (GPU only), None if not known; ``inference_seconds_per_image`` (median), ``parameters``,
+        ``gflops`` (mean), ``accuracy`` (AP for each task and data set, or top-1), ``config``,
+        ``weights`` and their ``sha256`` (None for weights that torchvision names).
     """
     model.eval()
     batches = list(itertools.islice(data_loader, WARM_UP + images))
+    seconds = [seconds_of(model, batch) for batch in batches]
     log = _training_log(cfg.OUTPUT_DIR)
     weights = cfg.MODEL.WEIGHTS
     unit = "epochs" if cfg.SOLVER.UNIT == "epoch" else f"x {cfg.SOLVER.IMS_PER_BATCH} images"
@@ -62,9 +59,9 @@ def zoo_row(
         "schedule": f"{cfg.SOLVER.MAX_ITER} {unit}",
         "train_seconds_per_iteration": log["time"],
         "train_memory_gb": log["max_mem"] and log["max_mem"] / 1024,
-        "inference_seconds_per_image": _inference_seconds(model, batches),
+        "inference_seconds_per_image": statistics.median(seconds[min(WARM_UP, len(seconds) - 1) :]),
         "parameters": count_parameters(model),
-        "gflops": statistics.mean(_gflops(model, batch) for batch in batches[-images:]),
+        "gflops": statistics.mean(gflops(model, batch) for batch in batches[-images:]),
         "accuracy": _accuracies(results),
         "config": config_file,
         "weights": weights or cfg.MODEL.CLASSIFIER.WEIGHTS,
@@ -104,34 +101,12 @@ def _accuracies(results: Mapping[str, Any]) -> dict[str, float]:
 def _training_log(folder: str) -> dict[str, Any]:
     """Median seconds of an iteration, and most MiB on a GPU; None where Detectron2 logged none."""
     seconds, memory = [], []
-    path = os.path.join(folder, "metrics.json")
-    if os.path.isfile(path):
+    if os.path.isfile(path := os.path.join(folder, "metrics.json")):
         seconds = [entry["time"] for entry in read_json_lines(path) if "time" in entry]
-    path = os.path.join(folder, "log.txt")  # memory is in no other file
-    if os.path.isfile(path):
+    if os.path.isfile(path := os.path.join(folder, "log.txt")):  # memory is in no other file
         with open(path) as f:
             memory = [int(found) for found in re.findall(r"max_mem: (\d+)M", f.read())]
     return {
         "time": statistics.median(seconds) if seconds else None,
         "max_mem": max(memory, default=None),
     }
-
-
-def _inference_seconds(model: nn.Module, batches: list) -> float:
-    synchronise: Callable[[], None] = (
-        torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    )
-    seconds = []
-    for batch in batches:
-        synchronise()
-        start = time.perf_counter()
-        model(batch)
-        synchronise()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[min(WARM_UP, len(seconds) - 1) :])
-
-
-def _gflops(model: nn.Module, batch: Any) -> float:
-    analysis = FlopCountAnalysis(model, batch)
-    analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-    return analysis.total() / 1e9
