@@ -19,11 +19,7 @@ class WeightAverage:
     """
 
     def __init__(self, student: nn.Module, decay: float):
-        """
-        Args:
-            student: is copied.
-            decay: in (0, 1).
-        """
+        """The student is copied; the decay is in (0, 1)."""
 
         @torch.no_grad()
         def update(means, values, _steps):
@@ -66,14 +62,7 @@ class AverageCheckpointer(DetectionCheckpointer):
         stock_module: Callable[[nn.Module], nn.Module] = lambda model: model,
         **others: Any,
     ):
-        """
-        Args:
-            student: that trains.
-            average: of it.
-            save_dir: folder.
-            stock_module: see :meth:`mokd_det.tasks.Task.stock_module`.
-            others: what else is saved.
-        """
+        """``stock_module``: of the task; ``others``: what else is saved."""
         self.student, self.average = stock_module(student), average
         model = self.student
         if average is not None:

@@ -37,15 +37,7 @@ class BalanceDiagnostics:
     def scalars(
         self, names: Sequence[str], decision: Decision, parts: Sequence[str] = ()
     ) -> dict[str, float]:
-        """
-        Args:
-            names: of the objectives, the task first.
-            decision: of one step.
-            parts: names of ``decision.parts``.
-
-        Returns:
-            By the scalar's name.
-        """
+        """Return scalars of one step, of these objectives, by name; ``parts``: their names."""
         self.non_finite += decision.fallback == "non_finite"
         self.degenerate += decision.fallback in ("vanished", "undefined")
         values: dict[str, float] = {

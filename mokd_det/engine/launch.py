@@ -1,10 +1,12 @@
 # Copyright (c) The mokd_det authors.
 """Starting one process or several, as Detectron2 and under torchrun; and how a start fails."""
 
+import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,10 +19,8 @@ from ..config import load_config
 @contextlib.contextmanager
 def errors_as_messages(debug: bool) -> Iterator[None]:
     """
-    Within it, an error of what the user gave ends the program with its message alone, exit code 1.
-
-    Args:
-        debug: keep the traceback.
+    Within it, an error of what the user gave ends the program with its message alone, exit code 1;
+    with ``debug`` the traceback stays.
     """
     try:
         yield
@@ -30,26 +30,16 @@ def errors_as_messages(debug: bool) -> Iterator[None]:
         sys.exit(f"{os.path.basename(sys.argv[0])}: {error}\n(--debug shows where)")
 
 
-def launch(main, args):
+def launch(main: Callable[[Any], Any], args: argparse.Namespace) -> Any:
     """
-    Run ``main(args)`` in every process.
+    Run ``main(args)``, of Detectron2's ``default_argument_parser``, in every process.
 
     Under ``torchrun`` the processes exist already (the only way for several on the CPU, since
     Detectron2's own launcher insists on CUDA); else Detectron2's launcher starts them.
-
-    Args:
-        main (callable): of the parsed arguments.
-        args (Namespace): of Detectron2's ``default_argument_parser``.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return detectron2_launch(
-            main,
-            args.num_gpus,
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            args=(args,),
-        )
+        machines = args.num_machines, args.machine_rank, args.dist_url
+        return detectron2_launch(main, args.num_gpus, *machines, args=(args,))
     local_rank, local_ranks = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     device = load_config(args.config_file, args.opts).MODEL.DEVICE
     on_gpu = device.startswith("cuda") and torch.cuda.is_available()  # if there is none: main's

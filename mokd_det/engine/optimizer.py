@@ -29,17 +29,9 @@ def check_optimizer(cfg: CfgNode) -> None:
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     """
-    Args:
-        cfg: ``SOLVER``. Weight decay of norms and biases can be their own (``WEIGHT_DECAY_NORM``,
-            ``WEIGHT_DECAY_BIAS``), as Detectron2's SGD has it; AdamW takes that of biases for
-            transformers' tokens and positions as well.
-        model: what trains.
-
-    Returns:
-        "SGD" is Detectron2's own.
-
-    Raises:
-        ValueError: see :func:`check_optimizer`.
+    Return the optimizer of ``cfg.SOLVER``; "SGD" is Detectron2's own. Weight decay of norms and
+    biases can be their own (``WEIGHT_DECAY_NORM``, ``WEIGHT_DECAY_BIAS``), as Detectron2 has it;
+    AdamW takes that of biases for transformers' tokens and positions as well.
     """
     check_optimizer(cfg)
     solver = cfg.SOLVER

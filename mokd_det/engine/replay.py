@@ -21,10 +21,6 @@ class Replay:
     """
 
     def __init__(self, model: DistillationModel):
-        """
-        Args:
-            model: not wrapped.
-        """
         self.model = model
         self.calls: list[list[Any]] = []
 
@@ -42,13 +38,7 @@ class Replay:
 
     @torch.no_grad()
     def losses(self, context: Callable[[], AbstractContextManager]) -> Tensor:
-        """
-        Args:
-            context: makes the context manager that the first pass ran in (autocast).
-
-        Returns:
-            (K,) mean over the recorded passes.
-        """
+        """Return (K,) means over the recorded passes; ``context`` makes what they ran in."""
         results = []
         # A storage of its own, at this iteration: no log of the second pass, no pictures of it.
         storage = EventStorage(get_event_storage().iter)

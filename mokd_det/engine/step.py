@@ -52,13 +52,10 @@ class BalancedTrainer(SimpleTrainer):
         Args:
             model: a :class:`DistillationModel` or :class:`SupervisedModel`, maybe in
                 DistributedDataParallel.
-            data_loader: gets this trainer's seed.
-            optimizer: of the model's parameters.
-            seed: equal on all ranks.
+            seed: of loader and steps, equal on all ranks.
             micro_batches: M; a batch of the loader (a list) is processed in M equal parts.
             precision: a key of ``PRECISIONS`` for autocast; None: float32.
             grad_scaler: default one for "float16".
-            average: of the student.
         """
         super().__init__(model, data_loader, optimizer)
         # A DistillationModel, a SupervisedModel, or one's own in META_ARCH_REGISTRY.
@@ -118,9 +115,7 @@ class BalancedTrainer(SimpleTrainer):
             if self.average is not None:
                 self.average.update(self.inner.student)
 
-    def _micro_batches_of(
-        self, data: Any
-    ) -> Iterator[tuple[Any, contextlib.AbstractContextManager]]:
+    def _micro_batches_of(self, data: Any) -> Iterator[tuple[Any, Any]]:
         """Yield (part of the batch, context in which its gradients are averaged over ranks)."""
         size, rest = divmod(len(data), self.micro_batches)
         if rest:
@@ -155,67 +150,65 @@ class BalancedTrainer(SimpleTrainer):
         if comm.is_main_process():
             get_event_storage().put_scalars(**scalars)
 
+    @property
+    def _parts(self) -> dict[str, Any]:
+        """What a step may have besides, with a state of its own."""
+        parts = {"balancer": self.boundary.balancer, "grad_scaler": self.grad_scaler}
+        return {k: v for k, v in {**parts, "average": self.average}.items() if v is not None}
+
     def state_dict(self) -> dict[str, Any]:
-        state = {
+        return {
             **super().state_dict(),
             "seed": self.seed,
             "diagnostics": self.diagnostics.state_dict(),
             "numbers": self._changed_numbers(),
             "objectives": list(self.inner.names),
+            **{name: part.state_dict() for name, part in self._parts.items()},
         }
-        if self.boundary.balancer is not None:
-            state["balancer"] = self.boundary.balancer.state_dict()
-        if self.grad_scaler is not None:
-            state["grad_scaler"] = self.grad_scaler.state_dict()
-        if self.average is not None:
-            state["average"] = self.average.state_dict()
-        return state
 
-    def _changed_numbers(self):
+    def _changed_numbers(self) -> dict[str, dict[str, float]]:
         """What training has changed; the rest is the config's, which a resumed run may change."""
-        built, changed = self._built_numbers, {}
+        changed = {}
         for name, numbers in module_numbers(self.inner.student).items():
-            if new := {k: v for k, v in numbers.items() if built[name].get(k) != v}:
+            built = self._built_numbers[name]
+            if new := {k: v for k, v in numbers.items() if built.get(k) != v}:
                 changed[name] = new
         return changed
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """
-        Raises:
-            ValueError: the checkpoint is of another kind of step, or of other objectives.
-        """
-        if "seed" not in state:
-            raise ValueError(
-                "The checkpoint is of Detectron2's own training step (MOKD.ENABLED False, without "
-                "DATALOADER.RESUMABLE, MICRO_BATCHES and EMA_DECAY), which this run cannot go on "
-                f"with. {NEW_RUN}"
-            )
-        if (self.boundary.balancer is not None) != ("balancer" in state):
-            then = "with" if "balancer" in state else "without"
-            raise ValueError(
-                f"The checkpoint is of a run {then} a teacher, and MOKD.ENABLED is "
-                f"{self.boundary.balancer is not None} now. {NEW_RUN}"
-            )
-        before, now = state.get("objectives"), list(self.inner.names)
-        if before is None:
-            raise ValueError(f"The checkpoint is of a run of mokd_det 0.1. {NEW_RUN}")
-        if before != now:
-            raise ValueError(
-                f"The checkpoint is of the objectives {', '.join(before)}, and MOKD.OBJECTIVES has "
-                f"{', '.join(now[1:])} besides the task now. {NEW_RUN}"
-            )
+        """Raise ValueError for a checkpoint of another kind of step, or of other objectives."""
+        self._check_state(state)
         super().load_state_dict(state)
         self.seed = self.data_loader.seed = state["seed"]
         self.diagnostics.load_state_dict(state["diagnostics"])
         modules: dict[str, nn.Module] = dict(self.inner.student.named_modules())
         for name, numbers in state["numbers"].items():
             vars(modules[name]).update(numbers)
-        if self.boundary.balancer is not None:
-            self.boundary.balancer.load_state_dict(state["balancer"])
-        if self.grad_scaler is not None and "grad_scaler" in state:
-            self.grad_scaler.load_state_dict(state["grad_scaler"])
-        if self.average is not None and "average" in state:
-            self.average.load_state_dict(state["average"])
+        for name, part in self._parts.items():
+            if name in state:
+                part.load_state_dict(state[name])
+
+    def _check_state(self, state: dict[str, Any]) -> None:
+        if "seed" not in state:
+            raise ValueError(
+                "The checkpoint is of Detectron2's own training step (MOKD.ENABLED False, without "
+                "DATALOADER.RESUMABLE, MICRO_BATCHES and EMA_DECAY), which this run cannot go on "
+                f"with. {NEW_RUN}"
+            )
+        if "objectives" not in state:
+            raise ValueError(f"The checkpoint is of a run of mokd_det 0.1. {NEW_RUN}")
+        has_teacher = self.boundary.balancer is not None
+        if has_teacher != ("balancer" in state):
+            raise ValueError(
+                f"The checkpoint is of a run {'without' if has_teacher else 'with'} a teacher, and "
+                f"MOKD.ENABLED is {has_teacher} now. {NEW_RUN}"
+            )
+        before, now = state["objectives"], list(self.inner.names)
+        if before != now:
+            raise ValueError(
+                f"The checkpoint is of the objectives {', '.join(before)}, and MOKD.OBJECTIVES has "
+                f"{', '.join(now[1:])} besides the task now. {NEW_RUN}"
+            )
 
 
 def _mean_losses(passes):

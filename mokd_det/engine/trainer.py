@@ -85,10 +85,7 @@ class Trainer(DefaultTrainer):
         return {**super().state_dict(), "_trainer": self._trainer.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """
-        Raises:
-            ValueError: the checkpoint is of another kind of step.
-        """
+        """Raise ValueError for a checkpoint of another kind of step."""
         ours = isinstance(self._trainer, BalancedTrainer)
         if not ours and "seed" in state_dict.get("_trainer", {}):
             raise ValueError(
@@ -119,9 +116,7 @@ class DistillationTrainer(Trainer):
             setup_logger()
         task = validate(cfg)
         prepare_datasets(cfg, task)
-        compared = [n for n in cfg.MOKD.OBJECTIVES if OBJECTIVES.get(n).compares_classes]
-        if cfg.MOKD.ENABLED and compared and not cfg.MOKD.TEACHER.TORCHSCRIPT.FILE:
-            check_teacher_classes(cfg, task.teacher_config(cfg))
+        _check_classes_of_teacher(cfg, task)
         self.check_evaluators(cfg)
         cfg = schedule_in_iterations(cfg)
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
@@ -129,13 +124,7 @@ class DistillationTrainer(Trainer):
         model: Any = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
-        if not (hasattr(data_loader, "seed") and hasattr(data_loader, "start")):
-            raise TypeError(
-                f"build_train_loader of {type(self).__name__} returned a "
-                f"{type(data_loader).__name__}, but a distilled run has to be able to go on where "
-                "it stopped. Return mokd_det.data.build_resumable_train_loader(cfg, "
-                "mapper=your_mapper), or a mokd_det.data.ResumableLoader."
-            )
+        _check_loader(data_loader, type(self).__name__)
         ddp_model = wrap_distributed(model)
         self.average: WeightAverage | None = None
         if cfg.SOLVER.EMA_DECAY:
@@ -143,17 +132,18 @@ class DistillationTrainer(Trainer):
             # Bound, because a module as attribute would become a part of the model.
             model.inference = self.average.model.__call__
         self.inherited: list[str] = []
-        if cfg.MOKD.ENABLED and cfg.MOKD.INHERIT:
+        if cfg.MOKD.ENABLED:
             teacher = model.teacher.model
             self.inherited = inheritable_names(model.student, teacher, cfg.MOKD.INHERIT)
         accelerate_student(cfg, model.student)
+        amp = cfg.SOLVER.AMP
         self._trainer = BalancedTrainer(
             ddp_model,
             data_loader,
             optimizer,
             data_loader.seed,
-            micro_batches=cfg.SOLVER.MICRO_BATCHES,
-            precision=cfg.SOLVER.AMP.PRECISION if cfg.SOLVER.AMP.ENABLED else None,
+            cfg.SOLVER.MICRO_BATCHES,
+            amp.PRECISION if amp.ENABLED else None,
             average=self.average,
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
@@ -204,15 +194,26 @@ class DistillationTrainer(Trainer):
                 self.average.model.load_state_dict(model.student.state_dict())
 
 
+def _check_classes_of_teacher(cfg: CfgNode, task: Task) -> None:
+    compared = [n for n in cfg.MOKD.OBJECTIVES if OBJECTIVES.get(n).compares_classes]
+    if cfg.MOKD.ENABLED and compared and not cfg.MOKD.TEACHER.TORCHSCRIPT.FILE:
+        check_teacher_classes(cfg, task.teacher_config(cfg))
+
+
+def _check_loader(data_loader: Any, trainer: str) -> None:
+    if not (hasattr(data_loader, "seed") and hasattr(data_loader, "start")):
+        raise TypeError(
+            f"build_train_loader of {trainer} returned a {type(data_loader).__name__}, but a "
+            "distilled run has to be able to go on where it stopped. Return "
+            "mokd_det.data.build_resumable_train_loader(cfg, mapper=your_mapper), or a "
+            "mokd_det.data.ResumableLoader."
+        )
+
+
 def wrap_distributed(model: Any) -> nn.Module:
     """
-    As Detectron2's ``create_ddp_model``, with equal buffers on all ranks to start with.
-
-    Args:
-        model: with ``device``.
-
-    Returns:
-        In DistributedDataParallel if there are several processes.
+    As Detectron2's ``create_ddp_model`` (in DistributedDataParallel if there are several
+    processes), with equal buffers on all ranks to start with.
     """
     for buffer in model.buffers() if comm.get_world_size() > 1 else ():
         # DistributedDataParallel does that for parameters only if buffers are not broadcast in
@@ -223,14 +224,7 @@ def wrap_distributed(model: Any) -> nn.Module:
 
 
 def build_trainer(cfg: CfgNode) -> Trainer:
-    """
-    Args:
-        cfg: of :func:`mokd_det.config.load_config`.
-
-    Returns:
-        A :class:`DistillationTrainer` if ``cfg.MOKD.ENABLED`` or if the config asks for
-        a step that Detectron2 does not have, else Detectron2's own.
-    """
+    """Return the :class:`DistillationTrainer` if the config needs it, else Detectron2's own."""
     return (DistillationTrainer if needs_own_step(cfg) else Trainer)(cfg)
 
 

@@ -32,13 +32,7 @@ GONE = {
 
 def validate(cfg: CfgNode) -> Task:
     """
-    Check a config before anything is read or built.
-
-    Args:
-        cfg: of :func:`mokd_det.config.load_config`.
-
-    Returns:
-        The task of its student.
+    Check a config before anything is read or built; return the task of its student.
 
     Raises:
         ValueError, FileNotFoundError, ImportError: an option that is out of its range, that nobody
@@ -65,9 +59,8 @@ def validate(cfg: CfgNode) -> Task:
 def _check_kind(cfg: CfgNode, task: Task) -> None:
     """Options of the other kinds of models."""
     default = get_cfg()
-    others = [TASKS.get(name) for name in TASKS]
-    for other in others:
-        for option in set(other.options) - set(task.options):
+    for other in map(TASKS.get, TASKS):
+        for option in sorted(set(other.options) - set(task.options)):
             if not cfg.MOKD.ENABLED and option.startswith("MOKD."):
                 continue
             for key, value in _changed(option, cfg, default):
@@ -89,10 +82,8 @@ def _check_objectives(cfg: CfgNode, task: Task) -> None:
                 f"{', '.join(map(repr, OBJECTIVES))}."
             )
         kinds = OBJECTIVES.get(name).tasks
-        if kinds and task.name not in kinds:
-            fitting = [
-                n for n in OBJECTIVES if task.name in (OBJECTIVES.get(n).tasks or [task.name])
-            ]
+        if not task.is_one_of(kinds):
+            fitting = [n for n in OBJECTIVES if task.is_one_of(OBJECTIVES.get(n).tasks)]
             raise ValueError(
                 f"MOKD.OBJECTIVES has '{name}', which is for {' and '.join(kinds)}, and "
                 f"MODEL.META_ARCHITECTURE '{cfg.MODEL.META_ARCHITECTURE}' is a model for "

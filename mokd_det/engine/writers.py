@@ -10,14 +10,10 @@ from detectron2.utils.file_io import PathManager
 class BalanceWriter(EventWriter):
     """
     Appends one JSON object a step to a file: ``iteration`` and every scalar under ``balance/``,
-    as it was computed.
+    as it was computed. Lines are appended if the file exists.
     """
 
     def __init__(self, json_file: str):
-        """
-        Args:
-            json_file: path; lines are appended if it exists.
-        """
         self._file = PathManager.open(json_file, "a")
         self._last = -1
 
