@@ -17,13 +17,12 @@ from .running import LOSS_FLOOR, RunningGram, RunningLosses
 @dataclasses.dataclass(frozen=True)
 class Decision:
     """
-    What one step decided.
+    What one step decided; float64 on the CPU, but for the losses where weights were reused.
 
     Attributes:
-        weights: (K,) float64 on the CPU, the task first.
-        gram: (K, K) float64 on the CPU, of this batch's unweighted gradients; None where nothing
-            was measured because the weights were reused.
-        losses: (K,); float64 on the CPU unless the weights were reused.
+        weights: (K,), the task first.
+        gram: (K, K), of this batch's unweighted gradients; None where the weights were reused.
+        losses: (K,).
         fallback: "" or why the rule was not asked: "non_finite", "vanished", "undefined".
         projector_weights: (K,), factors for parameters that only one objective uses; None: those
             are ``weights``.
@@ -41,12 +40,8 @@ class Decision:
 
     def factors(self, objective: int, is_own: bool) -> float:
         """
-        Args:
-            objective: its index.
-            is_own: of parameters that nothing else uses (projectors), not of borrowed ones.
-
-        Returns:
-            What the objective's gradient for them is multiplied by.
+        Return what the objective's gradient is multiplied by for parameters besides the shared:
+        those that nothing else uses (projectors) if ``is_own``, else borrowed ones.
         """
         own = self.projector_weights if is_own else None
         return float((self.weights if own is None else own)[objective])
@@ -54,8 +49,7 @@ class Decision:
 
 class Balancer:
     """
-    A rule with rescaling, running means, weights held for several steps, and a schedule of the
-    distillation's part.
+    A rule with rescaling, running means, weights held for several steps, and a schedule.
 
     Its state changes by plain assignment only, so that ``load_state_dict(state_dict())`` of an
     earlier moment undoes a step (one that mixed precision skips).
@@ -76,13 +70,12 @@ class Balancer:
     ):
         """
         Args:
-            rule:
             rescale: a key of ``RESCALES``.
             smoothing: in [0, 1): the rule sees a :class:`RunningGram` with this share of the past
                 (and :class:`RunningLosses`, if it averages losses). None: the rule's own.
             interval: compute weights at every k-th step and reuse them in between.
-            schedule: factors of all weights but the task's at the first and the last step, in
-                [0, inf); a straight line in between. None: the rule's own.
+            schedule: factors of all weights but the task's at the first and the last step, a
+                straight line in between. None: the rule's own.
             steps: of the whole training; needed if the schedule is not constant.
 
         Raises:
@@ -134,12 +127,9 @@ class Balancer:
         """
         Args:
             parts: (P, K, K) Gram matrices of the gradients, see :func:`gram_by_part`.
-            losses: (K,) values of the objectives.
+            losses: (K,). One below zero is a ValueError if the rule needs positive ones.
             agree: from this process's (3, K) weights, projector weights and whether there was no
                 fallback to those of all.
-
-        Raises:
-            ValueError: a loss below zero, and a rule that needs positive ones.
         """
         # Small and double on the CPU: rules stay readable, and 1e-6 differences of norms survive.
         # One copy, because each makes the CPU wait for a GPU.
@@ -157,22 +147,13 @@ class Balancer:
         usual = torch.full_like(weights, not fallback)
         if agree:
             # Ranks must agree, so do not branch on local state.
-            weights, own, usual = agree(
-                torch.stack([weights, weights if own is None else own, usual])
-            )
+            given = torch.stack([weights, weights if own is None else own, usual])
+            weights, own, usual = agree(given)
             own = own if self.rule.weighs_projectors else None
-        # Fallback weights are never cached.
-        if usual.all():
+        if usual.all():  # fallback weights are never cached
             self.weights, self.projector_weights = weights, own
-        return Decision(
-            self._scheduled(weights),
-            gram,
-            losses,
-            fallback,
-            own,
-            parts,
-            None if seen is gram else seen,
-        )
+        seen_other = None if seen is gram else seen
+        return Decision(self._scheduled(weights), gram, losses, fallback, own, parts, seen_other)
 
     def reuse(self, losses: Tensor) -> Decision:
         """Return the latest weights again, with these (K,) losses for the record."""
@@ -182,16 +163,13 @@ class Balancer:
 
     def _ask(self, gram: Tensor, losses: Tensor) -> tuple[Tensor, Tensor | None, str]:
         """
-        Ask the rule, unless the step is degenerate:
+        Return weights, projector weights or None, and the fallback. The rule is asked, unless:
 
-        * a non-finite gradient or loss: the plain sum; the trainer's check of the loss speaks;
-        * a gradient that vanishes beside the others (the student matches its teacher already): the
+        * a gradient or loss is not finite: the plain sum; the trainer's check of the loss speaks;
+        * a gradient vanishes beside the others (the student matches its teacher already): the
           min-norm point is zero and training would stall, so the rule decides among the others; if
           only one is left, or the task has vanished, the others get weight one each;
-        * no finite answer (an update of zero has no norm to rescale): the plain sum.
-
-        Returns:
-            weights, projector weights or None, and the fallback.
+        * it has no finite answer (an update of zero has no norm to rescale): the plain sum.
         """
         ones = torch.ones(len(gram), dtype=torch.float64)
         if not (gram.isfinite().all() and losses.isfinite().all()):
@@ -229,10 +207,8 @@ class Balancer:
         if self.schedule == (1.0, 1.0):
             return weights
         first, last = self.schedule
-        done = 0.0
-        if first != last:
-            assert self.steps is not None
-            done = min(self.step / max(self.steps - 1, 1), 1.0)
+        # A constant schedule may come without the number of steps.
+        done = min(self.step / max((self.steps or 1) - 1, 1), 1.0)
         factor = first + (last - first) * done
         return torch.cat([weights[:1], weights[1:] * factor])
 
@@ -248,10 +224,7 @@ class Balancer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """
-        Raises:
-            ValueError: the state is another rule's.
-        """
+        """Take back what :meth:`state_dict` gave; ValueError if it is another rule's."""
         if state["rule_name"] != self.rule.name:
             raise ValueError(
                 f"MOKD.BALANCING.RULE was {state['rule_name']} in the checkpoint and is "

@@ -41,7 +41,7 @@ def build_balancer(
     """
     Args:
         rule, options: see :func:`build_rule`.
-        objectives: their number, the task included, to find out now that a rule does not fit it.
+        objectives: their number, the task included, so that a rule that does not fit fails now.
         rescale, smoothing, interval, schedule, steps: see :class:`Balancer`.
 
     Raises:
@@ -63,15 +63,11 @@ def build_boundary(
     **balancer: Any,
 ) -> Boundary:
     """
-    Args:
-        measure_at: "features" or "parameters".
-        shared: for "parameters": the part that makes the features.
-        layers: see :class:`ParameterBoundary`.
-        rule, options, balancer: of :func:`build_balancer`.
+    Build the boundary of ``measure_at`` ("features" or "parameters"); the latter needs ``shared``,
+    see :class:`ParameterBoundary`. Other arguments and errors are :func:`build_balancer`'s.
 
     Raises:
-        ValueError: an option out of its range, or options that exclude each other.
-        ImportError: a rule's library is not installed.
+        ValueError: also options that exclude each other.
     """
     check_measured(measure_at, layers)
     built = build_balancer(rule, options, **balancer)

@@ -9,16 +9,12 @@ from torch import Tensor
 
 def gram_matrix(gradients: Sequence[Sequence[Tensor | None]]) -> Tensor:
     """
-    Inner products of the objectives' gradients, each a list of tensors (one for each part where
-    the gradient is taken: levels, layers, parameters), summed over all of them.
+    Return (K, K) inner products of the objectives' gradients, summed over the parts where these are
+    taken (levels, layers, parameters); in float32 (float64 if the gradients are), because sums of
+    many small squares do not fit half precision.
 
     Args:
-        gradients: K lists of the same length; entries at one
-            position have one shape. None stands for zero.
-
-    Returns:
-        (K, K), symmetric, float32 (float64 if the gradients are), whatever precision the
-        gradients have: sums of many small squares do not fit half precision.
+        gradients: K lists, each of one tensor for each part; None stands for zero.
 
     Raises:
         ValueError: all are None.
@@ -27,12 +23,7 @@ def gram_matrix(gradients: Sequence[Sequence[Tensor | None]]) -> Tensor:
 
 
 def gram_by_part(gradients: Sequence[Sequence[Tensor | None]]) -> Tensor:
-    """
-    As :func:`gram_matrix`, without the sum.
-
-    Returns:
-        (P, K, K), one Gram matrix for each part.
-    """
+    """As :func:`gram_matrix` without the sum: (P, K, K), one Gram matrix for each part."""
     size = len(gradients)
     example = next((g for objective in gradients for g in objective if g is not None), None)
     if example is None:
@@ -84,14 +75,8 @@ def share(gram: Tensor, weights: Tensor, i: int) -> float:
 
 def update_cosine(gram: Tensor, weights: Tensor, i: int) -> float:
     """
-    Args:
-        gram: (K, K), of the objectives' gradients.
-        weights: (K,).
-        i: an objective.
-
-    Returns:
-        Cosine of the update, ``sum_j w_j g_j``, with the gradient of objective i, in
-        [-1, 1] but for rounding; 0 if one of them is zero.
+    Cosine of the update, ``sum_j w_j g_j``, with gradient i: in [-1, 1] but for rounding; 0 if one
+    of them is zero.
     """
     square = float(weights @ gram @ weights) * float(gram[i, i])
     return float(gram[i] @ weights) / square**0.5 if square > 0 else 0.0

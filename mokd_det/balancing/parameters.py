@@ -15,18 +15,8 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from .balancer import Balancer, Decision
-from .boundary import (
-    MISSED,
-    Boundary,
-    Branch,
-    Parameters,
-    Use,
-    combine,
-    ranks,
-    stacked,
-    uses_of,
-    weighted_use,
-)
+from .boundary import MISSED, Boundary, Branch, Parameters, Use, combine
+from .boundary import ranks, stacked, uses_of, weighted_use
 from .gram import gram_matrix
 
 Gradients = list[Tensor | None]
@@ -40,11 +30,8 @@ class ParameterBoundary(Boundary):
     Micro-batches are added up first and balanced once, so accumulation equals the big batch.
 
     Several processes: DistributedDataParallel must not average (its ``no_sync``), because it can
-    only average sums. The boundary does, before the Gram matrix is taken, in one all-reduce of
-    4 (K S + O + T + K) bytes for S numbers in shared parameters, O in others (those that an
-    objective uses once more), T tensors of both (float32). With ``layers`` it is 4 (K L + T_L + K)
-    bytes for L numbers in T_L tensors, then 4 (S + O + T + K); in a step that reuses weights only
-    the latter.
+    only average sums. The boundary does, before the Gram matrix is taken, in one all-reduce; with
+    ``layers`` in two, the first of these layers only.
     """
 
     measured_at = "parameters"
@@ -54,8 +41,7 @@ class ParameterBoundary(Boundary):
     def __init__(self, balancer: Balancer, shared: nn.Module | None, layers: Sequence[str] = ()):
         """
         Args:
-            balancer:
-            shared: whose parameters all objectives share: it makes the features.
+            shared: makes the features; all objectives share its parameters.
             layers: names of submodules (or parameters) of ``shared`` to measure on. Empty: all.
 
         Raises:
@@ -94,9 +80,10 @@ class ParameterBoundary(Boundary):
     def start(self, micro_batches: int = 1, scale: Tensor | None = None) -> None:
         super().start(micro_batches, scale)
         self._scale = scale
-        self._sums: list[Gradients] | None = None  # each objective's gradients, over micro-batches
+        # Over micro-batches: each objective's gradients, losses, what each use adds to a gradient.
+        self._sums: list[Gradients] | None = None
         self._losses: list[Tensor] = []
-        self._extra: dict[Use, Tensor | None] = {}  # sum of what each use adds to a gradient
+        self._extra: dict[Use, Tensor | None] = {}
         self._decision: Decision | None = None
 
     def split(
@@ -109,9 +96,9 @@ class ParameterBoundary(Boundary):
                 for name, used in parameters.items()
             }
         self._features = list(features.values())
-        # Leaves: the backward pass of the losses ends here.
-        self._copies = [_leaves(self._features) for _ in parameters]
-        self._uses = {use: _leaves([use.of])[0] for use in uses_of(parameters)}
+        # The backward pass of the losses ends here.
+        self._copies = [[*map(_leaf, self._features)] for _ in parameters]
+        self._uses = {use: _leaf(use.of) for use in uses_of(parameters)}
         return {
             name: Branch(
                 dict(zip(features, copies)),
@@ -125,7 +112,7 @@ class ParameterBoundary(Boundary):
         around = self._backward_around(losses, shared)
         self._losses.append(stacked(losses))
         features, copies = self._features, self._copies
-        self._features = self._copies = []
+        self._features, self._copies = [], []
         for use, copy in self._uses.items():
             self._extra[use] = _sum(self._extra.get(use), copy.grad)
         self._uses = {}
@@ -134,27 +121,24 @@ class ParameterBoundary(Boundary):
             raise RuntimeError(MISSED)
         if not self.balancer.due:
             self._decision = self.balancer.reuse(self._mean_losses())
-            self._backward_balanced(self._decision, features, cotangents, shared, around)
-            return
-        if self.layers and self._micro_batches == 1:
+        elif self.layers and self._micro_batches == 1:
             layers = [shared[i] for i in measured]
             gradients = [_gradients(features, part, layers, retain=True) for part in cotangents]
-            gradients[0] = list(map(_sum, gradients[0], [around[i] for i in measured]))
+            gradients[0] = _sums(gradients[0], [around[i] for i in measured])
             gradients, _, mean_losses = self._averaged(gradients, layers, [])
             self._decision = self._decide(gradients, mean_losses)
-            self._backward_balanced(self._decision, features, cotangents, shared, around)
+        else:  # balanced by finish()
+            last = cotangents[-1]
+            gradients = [_gradients(features, x, shared, retain=x is not last) for x in cotangents]
+            gradients[0] = _sums(gradients[0], around)
+            known = self._sums
+            self._sums = gradients if known is None else list(map(_sums, known, gradients))
             return
-        last = len(cotangents) - 1
-        gradients = [
-            _gradients(features, part, shared, retain=i < last) for i, part in enumerate(cotangents)
-        ]
-        gradients[0] = list(map(_sum, gradients[0], around))
-        if self._sums is not None:
-            gradients = [
-                [_sum(total, part) for total, part in zip(*both)]
-                for both in zip(self._sums, gradients)
-            ]
-        self._sums = gradients
+        # One backward pass of the weighted sum, added to the parameters' gradients.
+        weights = self._decision.weights.tolist()
+        _backward_through(features, combine(weights, cotangents))
+        around = combine(weights[:1], [around])
+        self._set(shared, _sums([p.grad for p in shared], around))
 
     def finish(self, parameters: Iterable[Parameter] = ()) -> Decision:
         shared, measured = self._parameters()
@@ -163,10 +147,10 @@ class ParameterBoundary(Boundary):
         extra = [(use.of, gradient) for use, gradient in self._extra.items()]
         if self._sums is None:  # one weighted backward pass has filled all gradients
             others = shared + others
-            rest = self._averaged([], [], [*_with_gradients(others), *extra])[1]
+            rest = self._averaged([], [], [*((p, p.grad) for p in others), *extra])[1]
         else:
-            all_others = [*_with_gradients(others), *extra]
-            gradients, rest, losses = self._averaged(self._sums, shared, all_others)
+            pairs = [*((p, p.grad) for p in others), *extra]
+            gradients, rest, losses = self._averaged(self._sums, shared, pairs)
             self._sums = None
             self._decision = self._decide([[g[i] for i in measured] for g in gradients], losses)
             self._set(shared, combine(self._decision.weights.tolist(), gradients))
@@ -190,13 +174,6 @@ class ParameterBoundary(Boundary):
         around = [p.grad for p in shared]
         self._set(shared, kept)
         return around
-
-    def _backward_balanced(self, decision, features, cotangents, shared, around) -> None:
-        """One backward pass of the weighted sum, added to the parameters' gradients."""
-        weights = decision.weights.tolist()
-        _backward_through(features, combine(weights, cotangents))
-        around = combine(weights[:1], [around])
-        self._set(shared, [_sum(p.grad, g) for p, g in zip(shared, around)])
 
     def _mean_losses(self) -> Tensor:
         return torch.stack(self._losses).mean(0)
@@ -223,16 +200,9 @@ class ParameterBoundary(Boundary):
         others: list[tuple[Parameter, Tensor | None]],
     ) -> tuple[list[Gradients], Gradients, Tensor]:
         """
-        Means over the ranks, in one all-reduce.
-
-        Args:
-            gradients: K lists, of ``shared``.
-            shared: what they are gradients of.
-            others: other gradients, and of what.
-
-        Returns:
-            The gradients; the others' gradients; losses (K,). None stays where no loss reached a
-            parameter on any rank: an optimizer skips it then, as with one process.
+        Return means over the ranks, in one all-reduce: of the K lists of gradients of ``shared``;
+        of those of others; of the (K,) losses. None stays where no loss reached a parameter on any
+        rank: an optimizer skips it then, as with one process.
         """
         if ranks() == 1:
             return gradients, [g for _, g in others], self._mean_losses()
@@ -246,9 +216,8 @@ class ParameterBoundary(Boundary):
         dist.all_reduce(packed)
         packed /= ranks()
         pieces = packed.split([t.numel() for t in tensors])
-        pieces = [piece.view_as(t).to(t.dtype) for piece, t in zip(pieces, tensors)]
-        *pieces, reached, losses = pieces
-        reached = [value > 0 for value in reached.tolist()]
+        *pieces, means, losses = (x.view_as(t).to(t.dtype) for x, t in zip(pieces, tensors))
+        reached = [value > 0 for value in means.tolist()]
         pieces = iter(pieces)
         gradients = [
             [g if r else None for g, r in zip(itertools.islice(pieces, len(shared)), reached)]
@@ -264,35 +233,36 @@ class ParameterBoundary(Boundary):
             parameter.grad = gradient
 
 
-def _leaves(tensors):
-    return [t.detach().requires_grad_(t.requires_grad) for t in tensors]
-
-
-def _with_gradients(parameters):
-    return [(p, p.grad) for p in parameters]
+def _leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_(tensor.requires_grad)
 
 
 def _within(name, layer):
     return name == layer or name.startswith(f"{layer}.")
 
 
+def _reached(features, cotangents):
+    return [(f, c) for f, c in zip(features, cotangents) if c is not None and f.requires_grad]
+
+
 def _gradients(features, cotangents, parameters, retain):
     """Gradients of one objective; None where it does not reach."""
-    pairs = [(f, c) for f, c in zip(features, cotangents) if c is not None and f.requires_grad]
+    pairs = _reached(features, cotangents)
     if not pairs or not parameters:
         return [None] * len(parameters)
-    outputs, cotangents = zip(*pairs)
-    return torch.autograd.grad(
-        outputs, parameters, cotangents, retain_graph=retain, allow_unused=True
-    )
+    outputs, given = zip(*pairs)
+    return torch.autograd.grad(outputs, parameters, given, retain_graph=retain, allow_unused=True)
 
 
-def _sum(first, second):
+def _sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:
     return first if second is None else second if first is None else first + second
 
 
+def _sums(first: Sequence[Tensor | None], second: Sequence[Tensor | None]) -> Gradients:
+    return list(map(_sum, first, second))
+
+
 def _backward_through(features, cotangents):
-    pairs = [(f, c) for f, c in zip(features, cotangents) if c is not None and f.requires_grad]
-    if pairs:
+    if pairs := _reached(features, cotangents):
         outputs, gradients = zip(*pairs)
         torch.autograd.backward(outputs, gradients)

@@ -15,22 +15,18 @@ LOSS_FLOOR = 1e-12
 class _RunningRatios:
     """
     A running geometric mean of positive numbers in units of the first of them, with weights that
-    fall by ``smoothing`` a step, corrected for the start, as Adam's.
+    fall by ``smoothing`` in [0, 1) a step, corrected for the start, as Adam's.
 
     Attributes:
         first: (K,) the first step's ratios.
-        logs: (K,) mean logarithm of the ratios in units of ``first``: factors of
-            two between objectives do not even change the rounding.
+        logs: (K,) mean logarithm of the ratios in units of ``first``: factors of two between
+            objectives do not even change the rounding.
         count: steps in the mean.
     """
 
     state: tuple[str, ...] = ("first", "logs", "count")
 
     def __init__(self, smoothing: float):
-        """
-        Args:
-            smoothing: share of the past, in [0, 1).
-        """
         self.smoothing = smoothing
         self.first: Tensor | None = None
         self.logs: Tensor | None = None
@@ -38,8 +34,7 @@ class _RunningRatios:
 
     def _add(self, ratios: Tensor) -> None:
         if self.first is None or self.logs is None:
-            self.first = ratios
-            self.logs = torch.zeros_like(ratios)
+            self.first, self.logs = ratios, torch.zeros_like(ratios)
         # New tensors: a step that mixed precision skips is undone by putting the old ones back.
         new = 1 - self.smoothing
         self.logs = self.smoothing * self.logs + new * (ratios / self.first).log()
@@ -60,18 +55,14 @@ class _RunningRatios:
 class RunningGram(_RunningRatios):
     """
     A running mean of Gram matrices in which no single batch weighs much (ours): the geometric mean
-    of the gradients' norms in units of the first one's, and the arithmetic mean of the cosines,
-    both with weights that fall by ``smoothing`` a step. The norms' are corrected for the start, as
-    Adam's; the cosines' start from orthogonal gradients: that two objectives agree has to be shown
-    by many batches, and the first ones, by chance, may look so.
+    of the gradients' norms in units of the first one's, and the arithmetic mean of the (K, K)
+    ``cosines``. These start from orthogonal gradients, uncorrected: agreement has to be shown by
+    many batches, and the first ones may show it by chance.
 
-    A plain mean of the matrices is one of squared norms: a batch with a task gradient ten times as
-    long as usual has a hundred times the weight, and for many steps the distillation would look
-    short and get large weights, on which training can diverge. A step in which a gradient vanishes
-    is not averaged; the mean without that gradient is what is seen in it.
-
-    Attributes:
-        cosines: (K, K), or None before the first step.
+    A plain mean of the matrices is one of squared norms: after one batch with a task gradient ten
+    times as long, the distillation would look short for many steps and get weights on which
+    training can diverge. A step in which a gradient vanishes is not averaged; it sees the mean
+    without that gradient.
     """
 
     state = ("first", "logs", "cosines", "count")
@@ -81,13 +72,7 @@ class RunningGram(_RunningRatios):
         self.cosines: Tensor | None = None
 
     def update(self, gram: Tensor) -> Tensor:
-        """
-        Args:
-            gram: (K, K), of this step.
-
-        Returns:
-            (K, K), the mean; its first gradient has this step's norm.
-        """
+        """Take in this step's (K, K); return the mean, whose first gradient has this norm."""
         norms = gram.diagonal().sqrt()
         if self.cosines is None:
             self.cosines = torch.eye(len(gram)).to(gram)
@@ -110,13 +95,7 @@ class RunningLosses(_RunningRatios):
     """
 
     def update(self, losses: Tensor) -> Tensor:
-        """
-        Args:
-            losses: (K,), of this step, the task first.
-
-        Returns:
-            (K,), the mean; the task's loss is this step's.
-        """
+        """Take in this step's (K,), the task first; return the mean, with this task's loss."""
         if (losses > LOSS_FLOOR).all():
             self._add(losses / losses[0])
         return losses if self.first is None else self._times_mean(losses[0])

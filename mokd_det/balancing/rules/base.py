@@ -19,20 +19,19 @@ Subclasses of :class:`Rule`, built as ``cls(**options)`` with the options of the
 
 class Rule(abc.ABC):
     """
-    Decides how much each objective counts in a step. The update of the shared part is
+    Decides how much each objective counts in a step: the update of the shared part is
     ``sum_i weights[i] * gradient_i``; index 0 is the task.
 
     Degenerate steps are the :class:`Balancer`'s: a rule sees finite Gram matrices without vanishing
-    gradients, and positive finite losses. The attributes below say what else it wants.
+    gradients, and positive finite losses. The attributes say what else it wants.
     """
 
     name: str = ""
-    # Share of the past in the running means that it sees instead of one batch: RunningGram, and
-    # with `averages_losses` RunningLosses. The default of MOKD.BALANCING.SMOOTHING.
+    # Default of MOKD.BALANCING.SMOOTHING: share of the past in the running means that it sees,
+    # RunningGram and with `averages_losses` RunningLosses.
     smoothing: ClassVar[float] = 0.0
     averages_losses: ClassVar[bool] = False
-    # Factors of all weights but the task's at the first and the last step. The default of
-    # MOKD.BALANCING.SCHEDULE.
+    # Default of MOKD.BALANCING.SCHEDULE.
     schedule: ClassVar[tuple[float, float]] = (1.0, 1.0)
     # It looks at the Gram matrix at all: else SMOOTHING would change nothing.
     reads_gradients: bool = True
@@ -48,22 +47,14 @@ class Rule(abc.ABC):
     @abc.abstractmethod
     def weights(self, gram: Tensor, losses: Tensor) -> Tensor:
         """
-        Args:
-            gram: (K, K) float64 on the CPU, inner products of the objectives' gradients.
-            losses: (K,) float64 on the CPU, values of the objectives.
-
-        Returns:
-            (K,) float64. Not finite: undefined, and the step takes the plain sum.
+        Return (K,) weights from the (K, K) inner products of gradients and the (K,) losses, all
+        float64 on the CPU. Not finite: undefined, and the step takes the plain sum.
         """
 
     def projector_weights(self, gram: Tensor) -> Tensor:
         """
-        Args:
-            gram: (K, K), as :meth:`weights` got it.
-
-        Returns:
-            (K,) factors of the objectives' gradients for parameters that nothing else uses; neither
-            rescaled nor scheduled. Only asked for with ``weighs_projectors``.
+        Return (K,) factors of the objectives' gradients for parameters that nothing else uses;
+        neither rescaled nor scheduled. Only asked for with ``weighs_projectors``.
         """
         raise NotImplementedError
 

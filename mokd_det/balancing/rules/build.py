@@ -14,8 +14,7 @@ def build_rule(name: str, **options: Any) -> Rule:
     """
     Args:
         name: in ``RULES``, or ``torchjd.X`` for TorchJD's ``XWeighting``.
-        options: of this rule: those of the config's node ``MOKD.BALANCING.<NAME>`` (``TORCHJD``),
-            by lower-case name.
+        options: of the config's node ``MOKD.BALANCING.<NAME>`` (``TORCHJD``), by lower-case name.
 
     Raises:
         ValueError: unknown name, or a bad option.

@@ -17,12 +17,11 @@ class Famo(Rule):
     FAMO (Liu et al., NeurIPS 2023, Algorithm 1), which DTO-KD's experiments use.
 
     Shares ``pi = softmax(xi)`` give the weights ``(pi_i / L_i) / c`` with ``c = sum_j pi_j / L_j``.
-    After the model's step the losses of the same batch are computed again, and xi follows, by
-    Adam, the gradient of the smallest relative improvement: an objective that fell less than the
-    others gets more. No gradient is measured, so a vanishing one is no special case.
+    After the model's step xi follows, by Adam, the gradient of the smallest relative improvement of
+    the same batch's losses: an objective that fell less than the others gets more.
     """
 
-    reads_gradients = False
+    reads_gradients = False  # so a vanishing one is no special case
     takes_vanishing_gradients = True
     needs_second_forward = True
     needs_positive_losses = True
@@ -30,8 +29,7 @@ class Famo(Rule):
     def __init__(self, lr: float = 0.025, weight_decay: float = 0.01):
         """
         Args:
-            lr: of xi, > 0.
-            weight_decay: of xi, >= 0; draws the shares to each other.
+            lr, weight_decay: of xi; the latter draws the shares to each other.
 
         Raises:
             ValueError: an option out of its range.
@@ -45,15 +43,14 @@ class Famo(Rule):
         self.xi: Tensor | None = None
         self.optimizer: torch.optim.Optimizer | None = None
 
-    def _start(self, objectives: int) -> None:
-        self.xi = torch.zeros(objectives, dtype=torch.float64, requires_grad=True)
+    def _start(self, shares: Tensor) -> Tensor:
+        self.xi = shares.to("cpu", torch.float64, copy=True).requires_grad_()
         self.optimizer = torch.optim.Adam([self.xi], lr=self.lr, weight_decay=self.weight_decay)
+        return self.xi
 
     def weights(self, gram: Tensor, losses: Tensor) -> Tensor:
-        if self.xi is None:
-            self._start(len(losses))
-        assert self.xi is not None
-        raw = torch.softmax(self.xi.detach(), 0) / losses
+        xi = self._start(torch.zeros_like(losses)) if self.xi is None else self.xi
+        raw = torch.softmax(xi.detach(), 0) / losses
         return raw / raw.sum()
 
     def update(self, before: Tensor, after: Tensor) -> None:
@@ -71,17 +68,14 @@ class Famo(Rule):
         if self.xi is None or self.optimizer is None:
             return {}
         # Adam works in place, and its state dict holds its own tensors.
-        state = {"xi": self.xi.detach(), "optimizer": self.optimizer.state_dict()}
-        return copy.deepcopy(state)
+        return copy.deepcopy({"xi": self.xi.detach(), "optimizer": self.optimizer.state_dict()})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if not state:
             self.xi = self.optimizer = None
             return
-        self._start(len(state["xi"]))
-        assert self.xi is not None and self.optimizer is not None
-        with torch.no_grad():
-            self.xi.copy_(state["xi"])
+        self._start(state["xi"])
+        assert self.optimizer is not None
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         for group in self.optimizer.param_groups:  # these are the config's
             group.update(lr=self.lr, weight_decay=self.weight_decay)

@@ -20,9 +20,7 @@ class FixedWeights(Rule):
         """
         Args:
             weights: of the task and of each distillation objective, >= 0. Empty: 1 for each.
-
-        Raises:
-            ValueError: a weight out of its range.
+                Others are a ValueError.
         """
         self._option = f"MOKD.BALANCING.{self.name.upper()}.WEIGHTS"
         if any(not 0 <= w < float("inf") for w in weights) or (len(weights) and not any(weights)):

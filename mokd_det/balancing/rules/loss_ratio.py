@@ -16,14 +16,12 @@ class LossRatio(Rule):
     irrelevant.
 
     ``trust_k`` rises from 0 at a cosine of ``agreement / 2`` with the task's gradient to 1 at
-    ``agreement``. All inputs are running means, so no single batch decides.
+    ``agreement``. All inputs are running means, so no single batch decides. The schedule rises:
+    early, a step as long as ``1 + ratio`` task gradients is too long for a learning rate that was
+    tuned without a teacher.
 
-    Projectors learn at the task's pace, ``|g_task| / |g_k|``, trusted or not. One that learned with
-    the weight would stay random while that is zero, and randomly projected features agree with
-    nothing, so the weight would stay zero.
-
-    The schedule rises from a fifth of ``ratio`` to nine fifths: early, a step as long as
-    ``1 + ratio`` task gradients is too long for a learning rate that was tuned without a teacher.
+    Projectors learn at the task's pace, ``|g_task| / |g_k|``, trusted or not: randomly projected
+    features agree with nothing, so one that learned with its weight would never get any.
     """
 
     smoothing = 0.98
@@ -35,10 +33,9 @@ class LossRatio(Rule):
     def __init__(self, ratio: float = 4.0, cap: float = 10.0, agreement: float = 0.1):
         """
         Args:
-            ratio: each weighted distillation loss in units of the task's loss, in the middle of
-                the schedule; > 0.
-            cap: largest norm of the weighted distillation gradients in units of the task
-                gradient's, before the schedule; > 0. It bounds the weight of a loss near zero.
+            ratio: each weighted distillation loss over the task's, in the middle of the schedule.
+            cap: largest norm of the weighted distillation gradients over the task gradient's,
+                before the schedule. It bounds the weight of a loss near zero.
             agreement: cosine from which on a gradient is trusted in full; in (0, 1].
 
         Raises:

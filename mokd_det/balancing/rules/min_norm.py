@@ -17,10 +17,9 @@ class MinNorm(Rule):
     """
     Min-norm on the gradients of the log-losses, as published (DTO-KD, Theorem 3.1, Eq. 10-15).
 
-    With ``h_i = g_i / L_i``, ``pi`` minimises ``|sum_i pi_i h_i|`` over the simplex, and the
-    update is ``sum_i pi_i h_i``, so ``weights_i = pi_i / L_i``. No objective gets worse to first
-    order. The rule follows the *smaller* gradient, so a small distillation gradient can take
-    nearly all the weight and starve the task.
+    With ``h_i = g_i / L_i``, ``pi`` minimises ``|sum_i pi_i h_i|`` over the simplex, and
+    ``weights_i = pi_i / L_i``. No objective gets worse to first order. It follows the *smaller*
+    gradient, so a small distillation gradient can starve the task.
     """
 
     def __init__(self, clip: bool = True, log_losses: bool = True):
@@ -49,9 +48,7 @@ class MinNorm(Rule):
         if not self.log_losses:
             losses = torch.ones_like(losses)
         logs = log_gram(gram, losses)
-        if self.clip:
-            return min_norm_simplex(logs) / losses
-        return min_norm_two(logs, clip=False) / losses
+        return (min_norm_simplex(logs) if self.clip else min_norm_two(logs, clip=False)) / losses
 
 
 def min_norm_two(gram: Tensor, clip: bool = True) -> Tensor:
@@ -59,14 +56,12 @@ def min_norm_two(gram: Tensor, clip: bool = True) -> Tensor:
     Closed form for two gradients (DTO-KD, Theorem 3.1; the two-task case of MGDA).
 
     Args:
-        gram: (2, 2) Gram matrix.
-        clip: False gives the literal formula, whose weights may be negative: it is the
-            minimum over the line, not over the segment, and its update vanishes for parallel
-            gradients of different norm.
+        gram: (2, 2).
+        clip: False gives the literal formula, whose weights may be negative: the minimum over the
+            line, not the segment. Its update vanishes for parallel gradients of different norm.
 
     Returns:
-        (2,) weights that sum to one. Equal if the two gradients are the same vector up
-        to rounding, where every weighting has the same norm.
+        (2,) weights that sum to one; equal for equal gradients, where all have the same norm.
     """
     first, second, both = gram[0, 0], gram[1, 1], gram[0, 1]
     distance = first + second - 2 * both  # |g_0 - g_1|^2
@@ -80,16 +75,8 @@ def min_norm_two(gram: Tensor, clip: bool = True) -> Tensor:
 
 def min_norm_simplex(gram: Tensor) -> Tensor:
     """
-    Exact minimum of ``w @ gram @ w`` over the simplex, by its optimality conditions on each face.
-
-    Args:
-        gram: (K, K) Gram matrix, positive semi-definite, 2 <= K <= 4.
-
-    Returns:
-        (K,) non-negative weights that sum to one.
-
-    Raises:
-        ValueError: K is out of range.
+    Exact minimum of ``w @ gram @ w`` over the simplex, by its optimality conditions on each face:
+    (K,) non-negative weights that sum to one. ValueError unless 2 <= K <= 4.
     """
     size = len(gram)
     if size == 2:
@@ -114,17 +101,17 @@ def _min_norm_on_face(gram: Tensor, face: list[int]) -> Tensor | None:
     """Stationary point inside a face of the simplex, or None if it lies outside."""
     sub = gram[face][:, face]
     # Lagrange: sub @ w = c, sum(w) = 1. The pseudo-inverse copes with linearly dependent gradients.
-    system = torch.zeros(len(face) + 1, len(face) + 1, dtype=gram.dtype, device=gram.device)
+    system = gram.new_zeros(len(face) + 1, len(face) + 1)
     scale = sub.diagonal().max().clamp_min(torch.finfo(gram.dtype).tiny)
     system[:-1, :-1] = sub / scale
     system[:-1, -1] = -1
     system[-1, :-1] = 1
-    right = torch.zeros(len(face) + 1, dtype=gram.dtype, device=gram.device)
+    right = gram.new_zeros(len(face) + 1)
     right[-1] = 1
     solution = torch.linalg.pinv(system) @ right
     inside = solution[:-1]
     if (inside < -1e-9).any() or not torch.isclose(inside.sum(), right[-1], atol=1e-6):
         return None
-    weights = torch.zeros(len(gram), dtype=gram.dtype, device=gram.device)
+    weights = gram.new_zeros(len(gram))
     weights[face] = inside.clamp_min(0)
     return weights / weights.sum()

@@ -16,11 +16,9 @@ NEED_MORE_THAN_A_GRAM_MATRIX = ("ExcessMTL", "MoDo", "SDMGrad", "CRMOGM")
 
 class TorchjdRule(Rule):
     """
-    A ``*Weighting`` of :mod:`torchjd.aggregation` by its name: it maps a Gram matrix to weights,
-    which is our contract as well.
-
-    Weightings that draw random numbers get a seed that counts up, so that all ranks draw the same
-    ones and nobody else's random stream moves.
+    A ``*Weighting`` of :mod:`torchjd.aggregation`: it maps a Gram matrix to weights, as our rules.
+    Random ones get a seed that counts up, so that all ranks draw the same numbers and nobody else's
+    random stream moves.
     """
 
     def __init__(self, name: str, **options: Any):
@@ -40,11 +38,8 @@ class TorchjdRule(Rule):
                 f"MOKD.BALANCING.RULE is 'torchjd.{name}', which needs TorchJD: "
                 "pip install -e '.[balancers]' in the checkout"
             ) from error
-        known = sorted(
-            n[: -len("Weighting")]
-            for n in dir(aggregation)
-            if n.endswith("Weighting") and n != "Weighting"
-        )
+        names = [n.removesuffix("Weighting") for n in dir(aggregation) if n.endswith("Weighting")]
+        known = sorted(n for n in names if n)
         usable = [n for n in known if n not in NEED_MORE_THAN_A_GRAM_MATRIX]
         if name not in usable:
             reason = "needs more than a Gram matrix" if name in known else "does not exist"
@@ -88,8 +83,7 @@ class TorchjdRule(Rule):
             return self.weighting(gram).to(torch.float64)
 
     def _held(self):
-        # TorchJD's stateful weightings keep their state in attributes and buffers, and change it
-        # in place.
+        # Stateful weightings change attributes and buffers in place.
         held = {**vars(self.weighting), **dict(self.weighting.named_buffers())}
         kinds = (torch.Tensor, int, float, tuple, type(None))
         return copy.deepcopy({k: v for k, v in held.items() if isinstance(v, kinds)})
