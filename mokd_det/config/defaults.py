@@ -14,12 +14,8 @@ _declared: dict[str, dict[str, Any]] = {}
 
 def declare_options(node: str, options: dict[str, Any] | None) -> None:
     """
-    Have a node of options in every config from now on: for objectives of one's own. Where
-    :func:`add_mokd_config` has an option itself, that one stands.
-
-    Args:
-        node: its name in ``MOKD``.
-        options: their names and defaults; None: no longer.
+    Have the node ``MOKD.<node>`` with these options and defaults in every config from now on (None:
+    no longer): for objectives of one's own. :func:`add_mokd_config` has the others.
     """
     _declared.pop(node, None)
     if options is not None:
@@ -27,12 +23,7 @@ def declare_options(node: str, options: dict[str, Any] | None) -> None:
 
 
 def add_mokd_config(cfg: CN) -> None:
-    """
-    Add the options of mokd_det to a Detectron2 config, in place.
-
-    Args:
-        cfg: as from ``detectron2.config.get_cfg()``.
-    """
+    """Add the options of mokd_det to a Detectron2 config, in place."""
     # ---------------------------------------------------------------------------------------- #
     # Data sets in COCO format, by name, without writing Python: a list of
     # [name, JSON file, image folder]. DATASETS.TRAIN and DATASETS.TEST then use the names.

@@ -92,8 +92,6 @@ def merge_overrides(cfg: CfgNode, opts: Sequence[Any], source: str = "override")
     something else (MODEL.CLASSIFIER.OPTIONS) is a dict, or one as YAML: "{image_size: 32}".
 
     Args:
-        cfg: of :func:`get_cfg`.
-        opts: overrides.
         source: where they were given, for messages.
 
     Raises:
@@ -135,13 +133,8 @@ def check_device(cfg: CfgNode) -> None:
 
 def split_overrides(values: Sequence[str]) -> tuple[list[str], list[str]]:
     """
-    What a command's option of many values has taken, which by argparse is all that follows it.
-
-    Args:
-        values: such as ["a.jpg", "b.jpg", "MODEL.DEVICE", "cpu"].
-
-    Returns:
-        The option's own, and overrides: all from the first key on.
+    Split what a command's option of many values has taken, which by argparse is all that follows
+    it: (its own values, overrides), as ["a.jpg", "b.jpg"] and ["MODEL.DEVICE", "cpu"].
     """
     known = get_cfg()
     for i, value in enumerate(values):
@@ -152,14 +145,13 @@ def split_overrides(values: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def find_config(name: str, option: str) -> tuple[str, str]:
     """
+    Return a config's file and, for a name of the model zoo, the address of its trained weights,
+    if it has any; else "".
+
     Args:
         name: a config file, or the name of one that comes with mokd_det or with Detectron2's model
             zoo, such as "COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml".
         option: where it was given, for messages.
-
-    Returns:
-        The file, and for a name of the model zoo the address of its trained weights,
-        if it has any; else "".
 
     Raises:
         FileNotFoundError: neither.
@@ -198,16 +190,12 @@ def _shipped_config(name: str) -> str | None:
 
 def stock_config(cfg: CfgNode, keep: Sequence[str] = ()) -> CfgNode:
     """
-    The student's config as Detectron2 alone reads it: without the keys of mokd_det.
+    Return the student's config as Detectron2 alone reads it: without the keys of mokd_det.
 
     Args:
-        cfg: a config of :func:`load_config`.
-        keep: keys of mokd_det that describe the student (see
-            :attr:`mokd_det.tasks.Task.stock_options`): it needs mokd_det all the same.
-
-    Returns:
-        A new one with Detectron2's keys only. A student whose backbone is a torchvision model keeps
-        ``MODEL.TORCHVISION``, one of a Python config ``MODEL.LAZY_CONFIG``.
+        keep: keys of mokd_det that describe the student, which needs mokd_det all the same
+            (:attr:`mokd_det.tasks.Task.stock_options`; a torchvision backbone and a Python config
+            keep theirs anyhow).
     """
     stock = cfg.clone()
     stock.defrost()

@@ -4,7 +4,7 @@
 import abc
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
@@ -22,6 +22,7 @@ TASKS = Registry("TASKS", "MODEL.META_ARCHITECTURE")
 """Subclasses of :class:`Task`. "detection" serves every meta-architecture that no other names."""
 
 Features = dict[str, Tensor]
+Names = Sequence[str]
 
 
 class Task(abc.ABC):
@@ -55,14 +56,11 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def load_trained(self, cfg: CfgNode, option: str = "MODEL.WEIGHTS") -> nn.Module:
         """
-        Build the plain model of a config (the student, if it distils) with its trained weights.
+        Return the plain model of a config (the student, if it distils) with its trained weights, in
+        eval mode.
 
         Args:
-            cfg: with ``MODEL.WEIGHTS``.
-            option: the config key they were given with, for messages.
-
-        Returns:
-            In eval mode, on the config's device.
+            option: the config key that names the weights, for messages.
 
         Raises:
             ValueError: no weights given, or they do not fit.
@@ -87,11 +85,7 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def teacher_config(self, cfg: CfgNode) -> CfgNode:
         """
-        Args:
-            cfg: the student's config, with ``MOKD.TEACHER``.
-
-        Returns:
-            The teacher's own config, on the student's device.
+        Return the teacher's own config from a student's, on the same device.
 
         Raises:
             ValueError, FileNotFoundError: config or weights are not given, missing, or of another
@@ -102,8 +96,8 @@ class Task(abc.ABC):
         """Return the teacher's config with the student's data and test images: the same work."""
         teacher_cfg = self.teacher_config(cfg)
         teacher_cfg.DATASETS = cfg.DATASETS
-        teacher_cfg.INPUT.MIN_SIZE_TEST = cfg.INPUT.MIN_SIZE_TEST
-        teacher_cfg.INPUT.MAX_SIZE_TEST = cfg.INPUT.MAX_SIZE_TEST
+        for key in ("MIN_SIZE_TEST", "MAX_SIZE_TEST"):
+            teacher_cfg.INPUT[key] = cfg.INPUT[key]
         return teacher_cfg
 
     @abc.abstractmethod
@@ -124,12 +118,7 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def match_features(
-        self,
-        cfg: CfgNode,
-        student: nn.Module,
-        teacher: Teacher,
-        names: Sequence[str] = (),
-        teacher_names: Sequence[str] = (),
+        self, cfg: CfgNode, student: Any, teacher: Any, names: Names = (), teacher_names: Names = ()
     ) -> list[Level]:
         """
         Return which features of both sides are matched, and tell the teacher to give them.

@@ -30,7 +30,7 @@ from ..modeling import (
 )
 from ..objectives import Level, Objective
 from ..teachers import PRE_LOGITS, ClassifierTeacher, speed_options
-from .base import TASKS, Features, Task
+from .base import TASKS, Features, Names, Task
 
 
 @TASKS.register("classification")
@@ -139,12 +139,7 @@ class ClassificationTask(Task):
         return SharedPart(student)
 
     def match_features(
-        self,
-        cfg: CfgNode,
-        student: Any,
-        teacher: Any,
-        names: Sequence[str] = (),
-        teacher_names: Sequence[str] = (),
+        self, cfg: CfgNode, student: Any, teacher: Any, names: Names = (), teacher_names: Names = ()
     ) -> list[Level]:
         ours, theirs = list(names) or [default_tap(student)], list(teacher_names)
         if not theirs:
@@ -154,11 +149,9 @@ class ClassificationTask(Task):
                 f"MOKD.FEATURES.STUDENT {ours} and MOKD.FEATURES.TEACHER {theirs} must be lists of "
                 "the same length, and no tap of the student may come twice."
             )
-        size = cfg.INPUT.CLASSIFICATION.SIZE_TRAIN
-        shapes = find_taps(student, ours, size, "MOKD.FEATURES.STUDENT")
-        teacher_shapes = find_taps(
-            teacher.model, theirs, teacher.image_size, "MOKD.FEATURES.TEACHER"
-        )
+        size, option = cfg.INPUT.CLASSIFICATION.SIZE_TRAIN, "MOKD.FEATURES."
+        shapes = find_taps(student, ours, size, f"{option}STUDENT")
+        teacher_shapes = find_taps(teacher.model, theirs, teacher.image_size, f"{option}TEACHER")
         teacher.tap(tuple(teacher_shapes))
         level_map = dict(zip(ours, theirs))
         return [
@@ -278,10 +271,7 @@ def _config_by_name(cfg: CfgNode) -> CfgNode:
 
 
 def teacher_images(cfg: CfgNode) -> CfgNode:
-    """
-    Return a student's ``INPUT.CLASSIFICATION``, evaluated at ``MOKD.TEACHER.IMAGE_SIZE`` if there
-    is one.
-    """
+    """Return ``INPUT.CLASSIFICATION``, evaluated at ``MOKD.TEACHER.IMAGE_SIZE`` if there is one."""
     images = cfg.INPUT.CLASSIFICATION.clone()
     images.defrost()
     if size := cfg.MOKD.TEACHER.IMAGE_SIZE:

@@ -26,7 +26,7 @@ from ..export import DetectorExporter
 from ..modeling import StrictCheckpointer, load_lazy_config, replace_backbone_features
 from ..objectives import Level, Objective, align_resolution
 from ..teachers import DetectorTeacher, ScriptedDetector, Teacher, speed_options
-from .base import TASKS, Features, Task
+from .base import TASKS, Features, Names, Task
 
 
 @TASKS.register("detection")
@@ -125,12 +125,7 @@ class DetectionTask(Task):
         return student.get_submodule("backbone")
 
     def match_features(
-        self,
-        cfg: CfgNode,
-        student: Any,
-        teacher: Any,
-        names: Sequence[str] = (),
-        teacher_names: Sequence[str] = (),
+        self, cfg: CfgNode, student: Any, teacher: Any, names: Names = (), teacher_names: Names = ()
     ) -> list[Level]:
         shapes, teacher_shapes = student.backbone.output_shape(), teacher.feature_shapes()
         level_map = build_level_map(shapes, teacher_shapes, names, teacher_names)
@@ -184,12 +179,10 @@ class DetectionTask(Task):
 
     def check_config(self, cfg: CfgNode) -> None:
         check_augmentation(cfg)
-        if cfg.MOKD.ENABLED and cfg.MOKD.TEACHER.PROPOSALS < 1:
-            raise ValueError(
-                f"MOKD.TEACHER.PROPOSALS is {cfg.MOKD.TEACHER.PROPOSALS}: expected 1 or more."
-            )
         if not cfg.MOKD.ENABLED:
             return
+        if (proposals := cfg.MOKD.TEACHER.PROPOSALS) < 1:
+            raise ValueError(f"MOKD.TEACHER.PROPOSALS is {proposals}: expected 1 or more.")
         options, usual = cfg.MOKD.TEACHER.TORCHSCRIPT, get_cfg().MOKD.TEACHER.TORCHSCRIPT
         if options.FILE:
             ScriptedDetector.check_config(cfg)
@@ -227,23 +220,19 @@ def build_level_map(
     teacher_names: Sequence[str] = (),
 ) -> dict[str, str]:
     """
-    Args:
-        student_shapes, teacher_shapes: of both backbones.
-        student_names, teacher_names: MOKD.FEATURES.STUDENT and .TEACHER. The
-            second may be empty if the names are the same on both sides; both empty: all names
-            that both sides have, or if there is none, the levels of equal stride.
+    Return which level of the teacher each of the student's is matched with.
 
-    Returns:
-        Student's name -> teacher's.
+    Args:
+        student_names, teacher_names: MOKD.FEATURES.STUDENT and .TEACHER. The second may be empty
+            if the names are the same on both sides; both empty: all names that both sides have,
+            or if there is none, the levels of equal stride.
 
     Raises:
         ValueError: a name that its side does not have, a name twice, lists of different length,
             or nothing in common; the message lists what both sides have.
     """
-    have = (
-        f"The student has {_described(student_shapes)}; the teacher has "
-        f"{_described(teacher_shapes)}."
-    )
+    ours, theirs = _described(student_shapes), _described(teacher_shapes)
+    have = f"The student has {ours}; the teacher has {theirs}."
     if teacher_names and not student_names:
         raise ValueError(
             f"MOKD.FEATURES.TEACHER is {list(teacher_names)} but MOKD.FEATURES.STUDENT is empty: "
@@ -265,12 +254,10 @@ def build_level_map(
             f"MOKD.FEATURES.STUDENT {list(student_names)} and MOKD.FEATURES.TEACHER "
             f"{list(teacher_names)} must have the same length: one level for each. {have}"
         )
-    for option, names, shapes in (
-        ("MOKD.FEATURES.STUDENT", student_names, student_shapes),
-        ("MOKD.FEATURES.TEACHER", teacher_names, teacher_shapes),
-    ):
+    sides = {"STUDENT": (student_names, student_shapes), "TEACHER": (teacher_names, teacher_shapes)}
+    for side, (names, shapes) in sides.items():
         if unknown := [name for name in names if name not in shapes]:
-            raise ValueError(f"{option} has {unknown}, which its side does not. {have}")
+            raise ValueError(f"MOKD.FEATURES.{side} has {unknown}, which its side does not. {have}")
     if len(set(student_names)) < len(student_names):
         raise ValueError(f"MOKD.FEATURES.STUDENT {list(student_names)} names a level twice.")
     return dict(zip(student_names, teacher_names))
