@@ -3,9 +3,8 @@
 
 from .. import compat  # first: patches Detectron2 where it needs it
 from .benchmark import benchmark, check_benchmark, format_benchmark
-from .checkpoint import export_checkpoint
 from .classifier_exporter import ClassifierExporter
 from .detector_exporter import DetectorExporter
-from .export import FORMATS, METHODS, check_options, export_model
+from .export import FORMATS, METHODS, check_options, export_checkpoint, export_model
 from .exporter import Exporter, ExportOptions
 from .parity import DEFAULT_TOLERANCE, PIXELS

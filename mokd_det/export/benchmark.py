@@ -3,19 +3,18 @@
 
 import os
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.utils.analysis import FlopCountAnalysis
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..evaluation import count_parameters
+from ..evaluation.cost import count_parameters, gflops, seconds_of
 from .export import export_model
 from .exporter import Exporter, ExportOptions
 from .images import read_images
+from .metadata import Json
 from .onnx import load_onnx
 from .torchscript import load_torchscript
 
@@ -24,11 +23,7 @@ if TYPE_CHECKING:
 
 
 def check_benchmark(task: "Task", cfg: CfgNode, format: str) -> None:
-    """
-    Raises:
-        ValueError, FileNotFoundError: a format whose files do no whole work, or the config's
-            teacher cannot be exported.
-    """
+    """Raise if files of a format do not do the whole work, or a teacher cannot be exported."""
     if format not in ("torchscript", "onnx"):
         raise ValueError(
             f"--benchmark times files of --format torchscript or onnx, not of '{format}'."
@@ -45,21 +40,18 @@ def check_benchmark(task: "Task", cfg: CfgNode, format: str) -> None:
 def benchmark(
     task: "Task",
     cfg: CfgNode,
-    exported: dict[str, Any],
+    exported: Json,
     output_dir: str,
     options: ExportOptions,
     images: Sequence[str] = (),
-) -> dict[str, Any]:
+) -> Json:
     """
     Time an exported student, its source and, if the config distils, its teacher exported likewise,
     on one image at batch 1.
 
     Args:
-        task: of the student.
-        cfg: the student's.
-        exported: of :func:`mokd_det.export.export.export_model`.
+        task, cfg, options, images: of the student's export, ``exported`` is its result.
         output_dir: the teacher goes to ``teacher/`` in it.
-        options, images: of the export.
 
     Returns:
         ``bytes`` of both files, ``latency`` (see :func:`latencies`; ratios are to the exported
@@ -93,7 +85,7 @@ def benchmark(
     }
 
 
-def _runner(exporter: Exporter, exported: dict[str, Any], image: Tensor) -> Callable[[], Any]:
+def _runner(exporter: Exporter, exported: Json, image: Tensor) -> Callable[[], Any]:
     given = exporter.exported_input(image)
     if exported["format"] == "onnx":
         run = load_onnx(exported["file"])
@@ -103,7 +95,7 @@ def _runner(exporter: Exporter, exported: dict[str, Any], image: Tensor) -> Call
     return lambda: run(given)
 
 
-def format_benchmark(result: dict[str, Any]) -> str:
+def format_benchmark(result: Json) -> str:
     """Return the results of :func:`benchmark` as Markdown."""
     latency, scratch = result["latency"], result["scratch"]
     lines = [
@@ -134,12 +126,8 @@ def latencies(
     models: dict[str, Callable[[], Any]], rounds: int = 15, warm_up: int = 3
 ) -> dict[str, float]:
     """
-    Time models in turns, so that whatever else the machine does hits all of them.
-
-    Args:
-        models: name -> function that runs the model once.
-        rounds: timed runs of each.
-        warm_up: runs before, in which TorchScript optimises.
+    Time models in turns, so that whatever else the machine does hits all of them. TorchScript
+    optimises in the first runs, those of ``warm_up``.
 
     Returns:
         ``{name}_seconds``, medians; and ``{name}_ratio`` to the first, the median of the ratios
@@ -148,12 +136,9 @@ def latencies(
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for i in range(warm_up + rounds):
         for name, run in models.items():
-            _synchronise()
-            start = time.perf_counter()
-            run()
-            _synchronise()
+            elapsed = seconds_of(run)
             if i >= warm_up:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(elapsed)
     first, *others = seconds
     result = {f"{name}_seconds": statistics.median(times) for name, times in seconds.items()}
     for name in others:
@@ -162,27 +147,17 @@ def latencies(
     return result
 
 
-def _synchronise() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 @torch.no_grad()
-def compare_with_scratch(task: "Task", cfg: CfgNode, image: Tensor) -> dict[str, Any]:
+def compare_with_scratch(task: "Task", cfg: CfgNode, image: Tensor) -> Json:
     """
     Show that distillation leaves nothing in the student: beside the model that Detectron2 builds
     from the student's stock config, without MOKD, as training from scratch does. That model gets
-    the student's weights, as the work of an R-CNN's heads depends on what it finds.
-
-    Args:
-        task: of the student.
-        cfg: the student's, with its trained ``MODEL.WEIGHTS``.
-        image: (3, H, W) uint8, as the model takes it.
+    the student's weights, as the work of an R-CNN's heads depends on what it finds. The image is
+    (3, H, W) uint8, as the model takes it.
 
     Returns:
-        ``keys_equal`` (bool, with shapes), ``parameters`` and ``gflops`` (multiply-adds, as fvcore
-        counts them), of both, and ``eager_student_seconds``, ``eager_scratch_seconds``,
-        ``eager_scratch_ratio``.
+        ``keys_equal`` (bool, with shapes), ``parameters`` and ``gflops`` of both, and
+        ``eager_student_seconds``, ``eager_scratch_seconds``, ``eager_scratch_ratio``.
     """
     student = task.load_trained(cfg)
     scratch_cfg = task.stock_config(task.untrained_config(cfg))
@@ -198,12 +173,6 @@ def compare_with_scratch(task: "Task", cfg: CfgNode, image: Tensor) -> dict[str,
     return {
         "keys_equal": shapes[0] == shapes[1],
         "parameters": [count_parameters(model) for model in both],
-        "gflops": [_gflops(model, inputs) for model in both],
+        "gflops": [gflops(model, inputs) for model in both],
         **latencies(timed),
     }
-
-
-def _gflops(model: nn.Module, inputs: Any) -> float:
-    analysis = FlopCountAnalysis(model, inputs)
-    analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-    return analysis.total() / 1e9

@@ -1,9 +1,7 @@
 # Copyright (c) The mokd_det authors.
 """
-What a deployed classifier takes and returns.
-
-It takes images, an (N, 3, H, W) tensor in [0, 255], uint8 or float32, RGB; normalisation is inside,
-resizing and cropping are not. It returns (N, C) float32 logits; their softmax are probabilities.
+A deployed classifier takes images, an (N, 3, H, W) tensor in [0, 255], uint8 or float32, RGB;
+normalisation is inside, resizing and cropping are not. It returns (N, C) float32 logits.
 """
 
 import torch
@@ -13,16 +11,12 @@ from ..modeling import Classifier
 
 
 class DeployedClassifier(nn.Module):
-    """A classification network with its normalisation."""
+    """The network of a classifier in eval mode, with its normalisation."""
 
     pixel_mean: Tensor
     pixel_std: Tensor
 
     def __init__(self, model: Classifier):
-        """
-        Args:
-            model: in eval mode.
-        """
         super().__init__()
         self.network = model.network
         self.register_buffer("pixel_mean", model.pixel_mean.clone())

@@ -16,7 +16,7 @@ from ..data.classification import Batch, build_transform
 from ..data.classification.sources import class_names
 from .classifier import DeployedClassifier, HalfClassifier
 from .exporter import Exporter, ExportOptions, differences, save_and_load, stack
-from .metadata import class_names_of, common_metadata
+from .metadata import Json, class_names_of, common_metadata
 from .onnx import check_onnx, export_onnx, load_onnx
 from .parity import compare_tensors, parity
 from .precision import check_half
@@ -37,7 +37,7 @@ class ClassifierExporter(Exporter):
         if options.format == "onnx":
             check_onnx(model)
 
-    def metadata(self, model: Any) -> dict[str, Any]:
+    def metadata(self, model: Any) -> Json:
         options = self.cfg.INPUT.CLASSIFICATION
         stock_cfg = stock_config(self.cfg, self.stock_options)
         return {
@@ -65,13 +65,8 @@ class ClassifierExporter(Exporter):
 
     @torch.no_grad()
     def write(
-        self,
-        model: Any,
-        pictures: list[Tensor],
-        path: str,
-        metadata: dict[str, Any],
-        options: ExportOptions,
-    ) -> dict[str, Any]:
+        self, model: Any, pictures: list[Tensor], path: str, metadata: Json, options: ExportOptions
+    ) -> Json:
         in_float32 = DeployedClassifier(copy.deepcopy(model)).eval()
         module = HalfClassifier(model).eval() if options.half else in_float32
         device, side = model.device, pictures[0].shape[-1]

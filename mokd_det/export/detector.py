@@ -1,19 +1,8 @@
 # Copyright (c) The mokd_det authors.
 """
-What a deployed detector takes and returns, whatever its family.
-
-It takes one image, a (3, H, W) tensor in [0, 255], uint8 or float32, in the channel order of its
-metadata, of any height and width; normalisation is inside, resizing is not. It returns
-dict[str, Tensor] for its R detections, sorted by score:
-
-==============  ===========================================================================
-``boxes``       (R, 4) float32, XYXY, absolute pixels of the image given, clipped to it
-``scores``      (R,) float32 in [0, 1]
-``classes``     (R,) int64 in [0, C)
-``masks``       (R, M, M) float32 probabilities on a regular grid over each box (masks only)
-``keypoints``   (R, K, 3) float32: x, y in pixels of the image given, score (keypoints only)
-``sem_seg``     (C', H, W) float32 logits (panoptic FPN only)
-==============  ===========================================================================
+A deployed detector of any family: from one image, a (3, H, W) tensor in [0, 255], uint8 or float32,
+in the channel order of its metadata, of any height and width, to the ``OUTPUTS`` of its R
+detections. Normalisation is inside, resizing is not.
 """
 
 from typing import Any, Dict, List  # noqa: UP035  (TorchScript knows these, and not dict[...] everywhere)
@@ -31,12 +20,18 @@ from torch import Tensor, nn
 
 from ..modeling import TorchvisionBackbone
 
+OUTPUTS = {
+    "boxes": "(R, 4) float32, x0 y0 x1 y1 in pixels of the image given",
+    "scores": "(R,) float32 in [0, 1], descending",
+    "classes": "(R,) int64, index into class_names",
+    "masks": "(R, M, M) float32 probabilities over each box; paste_masks() puts them on an image",
+    "keypoints": "(R, K, 3) float32, x y in pixels of the image given, score",
+    "sem_seg": "(C, H, W) float32 logits",
+}
+
 
 def check_detector(model: nn.Module, name: str) -> None:
-    """
-    Raises:
-        ValueError: not a detector of a family that can be deployed.
-    """
+    """Raise ValueError unless it is a detector of a family that can be deployed."""
     if isinstance(model, DenseDetector):
         return
     if not isinstance(model, GeneralizedRCNN) or model.proposal_generator is None:
@@ -55,10 +50,7 @@ def check_detector(model: nn.Module, name: str) -> None:
 
 
 def check_tracing(model: nn.Module) -> None:
-    """
-    Raises:
-        ValueError: a model whose trace would hold for the size of its example only.
-    """
+    """Raise ValueError for a model whose trace would hold for the size of its example only."""
     for module in model.modules():
         if isinstance(module, TorchvisionBackbone) and module._channels_last:
             raise ValueError(
@@ -68,10 +60,7 @@ def check_tracing(model: nn.Module) -> None:
 
 
 def check_scripting(model: nn.Module) -> None:
-    """
-    Raises:
-        ValueError: Detectron2's code of this model has parts that TorchScript cannot compile.
-    """
+    """Raise ValueError where Detectron2's code has parts that TorchScript cannot compile."""
     heads = getattr(model, "roi_heads", None)
     reason = ""
     if isinstance(model, PanopticFPN):
@@ -92,14 +81,13 @@ def check_scripting(model: nn.Module) -> None:
 
 def output_names(model: nn.Module) -> list[str]:
     """Return the keys of a detector's output, in this module's order."""
-    names = ["boxes", "scores", "classes"]
-    if getattr(getattr(model, "roi_heads", None), "mask_on", False):
-        names.append("masks")
-    if getattr(getattr(model, "roi_heads", None), "keypoint_on", False):
-        names.append("keypoints")
-    if isinstance(model, PanopticFPN):
-        names.append("sem_seg")
-    return names
+    heads = getattr(model, "roi_heads", None)
+    optional = {
+        "masks": getattr(heads, "mask_on", False),
+        "keypoints": getattr(heads, "keypoint_on", False),
+        "sem_seg": isinstance(model, PanopticFPN),
+    }
+    return ["boxes", "scores", "classes", *(name for name, is_on in optional.items() if is_on)]
 
 
 def num_classes(model: Any) -> int:
@@ -127,14 +115,8 @@ def detect(model: nn.Module, image: Tensor) -> dict[str, Tensor]:
 @torch.no_grad()
 def detect_batch(model: Any, images: list[Tensor]) -> list[dict[str, Tensor]]:
     """
-    Run a detector as Detectron2 does, without its resizing to another size.
-
-    Args:
-        model: in eval mode.
-        images: see above; they are padded to one size.
-
-    Returns:
-        See above.
+    Run a detector in eval mode on images, padded to one size, as Detectron2 does, without its
+    resizing to another size. Input and output: see above.
     """
     inputs = [{"image": image.to(torch.float32)} for image in images]
     sem_seg = [None] * len(images)
@@ -163,17 +145,14 @@ def detect_batch(model: Any, images: list[Tensor]) -> list[dict[str, Tensor]]:
 
 
 class TraceableDetector(nn.Module):
-    """:func:`detect` as a module that torch.jit.trace and ONNX's exporter take."""
+    """
+    :func:`detect` as a module that torch.jit.trace and ONNX's exporter take. ``as_tuple``: it
+    returns the values alone, in the order of :func:`output_names`.
+    """
 
     def __init__(self, model: nn.Module, as_tuple: bool = False):
-        """
-        Args:
-            model: the detector.
-            as_tuple: return the values alone, in the order of :func:`output_names`.
-        """
         super().__init__()
-        self.model = model
-        self.as_tuple = as_tuple
+        self.model, self.as_tuple = model, as_tuple
 
     def forward(self, image: Tensor) -> Any:
         # Lengths that depend on the image must stay tensors while tracing.
@@ -184,15 +163,8 @@ class TraceableDetector(nn.Module):
 
 def paste_masks(masks: Tensor, boxes: Tensor, height: int, width: int) -> Tensor:
     """
-    Sample masks at the centres of an image's pixels.
-
-    Args:
-        masks: (R, M, M) probabilities over the boxes.
-        boxes: (R, 4) XYXY, in pixels of that image.
-        height, width: of the image.
-
-    Returns:
-        (R, height, width) bool, probability of at least 0.5.
+    Sample (R, M, M) probabilities over (R, 4) XYXY boxes at the centres of an image's pixels.
+    Return (R, height, width) bool: at least 0.5.
     """
     pasted = torch.zeros([masks.size(0), height, width], dtype=torch.bool, device=masks.device)
     rows = torch.arange(height, device=masks.device, dtype=torch.float32) + 0.5
@@ -212,12 +184,8 @@ class TracedDetector(nn.Module):
     """What a traced detector is saved as: any input type, and masks can be pasted."""
 
     def __init__(self, traced: torch.jit.ScriptModule):
-        """
-        Args:
-            traced: of a :class:`TraceableDetector`.
-        """
         super().__init__()
-        self.model = traced
+        self.model = traced  # a TraceableDetector
 
     def forward(self, image: Tensor) -> Dict[str, Tensor]:  # noqa: UP006
         return self.model(image.to(torch.float32))
@@ -228,8 +196,8 @@ class TracedDetector(nn.Module):
         return paste_masks(masks, boxes, height, width)
 
 
-class _ScriptableDetector(nn.Module):
-    """What a scripted detector is saved as. It also takes a batch."""
+class ScriptableDetector(nn.Module):
+    """What ``scripting_with_instances`` takes, and is saved. It also takes a batch."""
 
     has_masks: torch.jit.Final[bool]
     has_keypoints: torch.jit.Final[bool]
@@ -261,11 +229,8 @@ class _ScriptableDetector(nn.Module):
                 x, y = x.clamp(0, image.size(2)), y.clamp(0, image.size(1))
                 boxes = torch.stack([x[:, 0], y[:, 0], x[:, 1], y[:, 1]], dim=1)
             kept = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
-            outputs = {
-                "boxes": boxes[kept],
-                "scores": result.scores[kept],
-                "classes": result.pred_classes[kept],
-            }
+            scores, classes = result.scores[kept], result.pred_classes[kept]
+            outputs = {"boxes": boxes[kept], "scores": scores, "classes": classes}
             if self.has_masks:
                 outputs["masks"] = result.pred_masks[kept][:, 0]
             if self.has_keypoints:
@@ -277,11 +242,6 @@ class _ScriptableDetector(nn.Module):
     def paste_masks(self, masks: Tensor, boxes: Tensor, height: int, width: int) -> Tensor:
         """See :func:`paste_masks`."""
         return paste_masks(masks, boxes, height, width)
-
-
-def scriptable_detector(model: nn.Module) -> nn.Module:
-    """Return a detector as a module for Detectron2's ``scripting_with_instances``."""
-    return _ScriptableDetector(model).eval()
 
 
 def instances_fields(model: nn.Module) -> dict[str, type]:

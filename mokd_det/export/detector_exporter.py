@@ -10,19 +10,11 @@ from detectron2.data import transforms as T
 from torch import Tensor, nn
 
 from ..config import stock_config
-from .detector import (
-    check_detector,
-    check_scripting,
-    check_tracing,
-    detect,
-    detect_batch,
-    num_classes,
-    output_names,
-    score_threshold,
-)
+from . import detector
+from .detector import detect, detect_batch
 from .exporter import Exporter, ExportOptions, differences, save_and_load, stack
 from .images import SCALES, sized
-from .metadata import class_names_of, common_metadata, data_sets_of
+from .metadata import Json, class_names_of, common_metadata, data_sets_of
 from .onnx import check_onnx, export_onnx, load_onnx
 from .parity import compare_detections, compare_tensors, parity
 from .precision import check_half, halve_backbone
@@ -30,14 +22,6 @@ from .torch_export import BackboneAndHead, export_program, load_program
 from .torchscript import script, trace
 
 INPUT = "one image (3, H, W), uint8 or float32 in [0, 255], channels in the order of 'format'"
-OUTPUTS = {
-    "boxes": "(R, 4) float32, x0 y0 x1 y1 in pixels of the image given",
-    "scores": "(R,) float32 in [0, 1], descending",
-    "classes": "(R,) int64, index into class_names",
-    "masks": "(R, M, M) float32 probabilities over each box; paste_masks() puts them on an image",
-    "keypoints": "(R, K, 3) float32, x y in pixels of the image given, score",
-    "sem_seg": "(C, H, W) float32 logits",
-}
 
 
 class DetectorExporter(Exporter):
@@ -49,29 +33,29 @@ class DetectorExporter(Exporter):
                 f"INPUT.FORMAT is '{self.cfg.INPUT.FORMAT}': only detectors of 'RGB' or 'BGR' "
                 "images are deployed. Use --format checkpoint."
             )
-        check_detector(model, self.cfg.MODEL.META_ARCHITECTURE)
+        detector.check_detector(model, self.cfg.MODEL.META_ARCHITECTURE)
         if options.format == "onnx":
             check_onnx(model)
         if options.method == "scripting":
-            check_scripting(model)
+            detector.check_scripting(model)
         elif options.format != "torch_export":
-            check_tracing(model)
+            detector.check_tracing(model)
 
-    def metadata(self, model: nn.Module) -> dict[str, Any]:
+    def metadata(self, model: nn.Module) -> Json:
         cfg = self.cfg
         return {
             "task": "detection",
-            "class_names": class_names_of(cfg, num_classes(model), _class_names),
+            "class_names": class_names_of(cfg, detector.num_classes(model), _class_names),
             # Detectron2's ResizeShortestEdge; short edge 0 leaves images as they are.
             "resize": {
                 "short_edge": cfg.INPUT.MIN_SIZE_TEST,
                 "longest_edge": cfg.INPUT.MAX_SIZE_TEST,
                 "interpolation": "bilinear",
             },
-            "score_threshold": score_threshold(model),
+            "score_threshold": detector.score_threshold(model),
             "keypoint_names": self._keypoint_names(),
             "input": INPUT,
-            "outputs": {name: OUTPUTS[name] for name in output_names(model)},
+            "outputs": {name: detector.OUTPUTS[name] for name in detector.output_names(model)},
             **common_metadata(cfg, model, stock_config(cfg)),
         }
 
@@ -96,14 +80,10 @@ class DetectorExporter(Exporter):
     def exported_input(self, image: Tensor) -> Tensor:
         return image
 
+    @torch.no_grad()
     def write(
-        self,
-        model: Any,
-        pictures: list[Tensor],
-        path: str,
-        metadata: dict[str, Any],
-        options: ExportOptions,
-    ) -> dict[str, Any]:
+        self, model: Any, pictures: list[Tensor], path: str, metadata: Json, options: ExportOptions
+    ) -> Json:
         if options.format == "torch_export":
             return _write_backbone_and_head(model, pictures, path, metadata, options.tolerance)
         device = model.pixel_mean.device
@@ -117,42 +97,27 @@ class DetectorExporter(Exporter):
             expected = [detect(model, image) for image in inputs]
         # Every part of the model runs only on an example that has detections.
         example = max(zip(inputs, expected), key=lambda pair: len(pair[1]["scores"]))[0]
+        run: Any
         if options.format == "onnx":
             export_onnx(model, example, path, metadata)
             run = load_onnx(path)
-            found = [run(image) for image in inputs]
-            return parity(expected, found, inputs, options.tolerance, compare_detections)
-        found, result = _write_torchscript(
-            model, example, inputs, expected, path, metadata, options
-        )
+        else:
+            if options.method == "tracing":
+                metadata["traced_on"] = device.type
+            exported = trace(model, example) if options.method == "tracing" else script(model)
+            run = save_and_load(exported, path, metadata, options.freeze, device)
+        found = [run(image) for image in inputs]
+        result = parity(expected, found, inputs, options.tolerance, compare_detections)
+        if options.method == "scripting":  # traced, it takes one image at a time
+            two = inputs[:2]
+            both = detect_batch(model, two), run.batch(two)
+            result["batch"] = parity(*both, two, options.tolerance, compare_detections)
+            result["passed"] = result["passed"] and result["batch"]["passed"]
         if options.half:
             result["float32"] = differences(in_float32, found, compare_detections)
         return result
 
 
-def _write_torchscript(model, example, inputs, expected, path, metadata, options):
-    """Return what the file finds in the inputs, and how it compares."""
-    device = model.pixel_mean.device
-    is_scripted = options.method == "scripting"
-    if not is_scripted:
-        metadata["traced_on"] = device.type
-    exported = script(model) if is_scripted else trace(model, example)
-    exported = save_and_load(exported, path, metadata, options.freeze, device)
-    with torch.no_grad():
-        found = [exported(image) for image in inputs]
-    result = parity(expected, found, inputs, options.tolerance, compare_detections)
-    if is_scripted:  # traced, it takes one image at a time
-        two = inputs[:2]
-        with torch.no_grad():
-            batch = exported.batch(two)
-        result["batch"] = parity(
-            detect_batch(model, two), batch, two, options.tolerance, compare_detections
-        )
-        result["passed"] = result["passed"] and result["batch"]["passed"]
-    return found, result
-
-
-@torch.no_grad()
 def _write_backbone_and_head(model, pictures, path, metadata, tolerance) -> dict:
     multiple = max(model.backbone.size_divisibility, 32)
     metadata["input"] = (

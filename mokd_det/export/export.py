@@ -4,14 +4,16 @@
 import json
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+import torch
 from detectron2.config import CfgNode
 
 from ..data import register_datasets
-from .checkpoint import export_checkpoint
 from .exporter import ExportOptions
 from .images import read_images
+from .metadata import Json
 
 if TYPE_CHECKING:
     from ..tasks import Task
@@ -30,10 +32,7 @@ DEFAULT_OPTIONS = ExportOptions()
 def check_options(
     format: str, method: str = "tracing", half: bool = False, freeze: bool = False
 ) -> None:
-    """
-    Raises:
-        ValueError: options that do not exist or not together.
-    """
+    """Raise ValueError for options that do not exist, or not together."""
     for option, value, known in (("format", format, FORMATS), ("method", method, METHODS)):
         if value not in known:
             raise ValueError(f"--{option} is '{value}': expected one of {', '.join(known)}.")
@@ -62,24 +61,21 @@ def export_model(
     options: ExportOptions = DEFAULT_OPTIONS,
     images: Sequence[str] = (),
     option: str = "MODEL.WEIGHTS",
-) -> dict[str, Any]:
+) -> Json:
     """
     Write a trained model for deployment, read the file again and compare it with the model.
 
     Args:
-        task: of the model.
-        cfg: the student's config with its trained ``MODEL.WEIGHTS``.
-        output_dir: folder; gets the file of ``FORMATS`` and ``export.json``.
-        options: of the file.
+        task, cfg: of the model, with its trained ``MODEL.WEIGHTS``.
+        output_dir: gets the file of ``FORMATS`` and ``export.json``.
         images: files to compare on; empty: the first of ``DATASETS.TEST``.
         option: the config key of the weights, for messages.
 
     Returns:
-        What ``export.json`` has. ``format``, ``method``, ``file``, ``bytes``, ``half``,
-        ``frozen``, ``metadata``, ``images`` (where they come from) and ``parity``, of
-        :func:`mokd_det.export.parity.parity`; in it also ``batch``, if two sizes go into one
-        batch, and with ``half`` ``float32``, the differences to the model in float32. For a
-        checkpoint only ``format``, ``bytes``, ``weights`` and ``config``.
+        What ``export.json`` has. ``images``: where they come from; ``parity``: see
+        :func:`mokd_det.export.parity.parity`, and in it ``batch``, if two sizes go into one batch,
+        and with ``half`` ``float32``, the differences to the model in float32. For a checkpoint
+        only ``format``, ``bytes``, ``weights`` and ``config``.
 
     Raises:
         ValueError, ImportError, FileNotFoundError: see the checks; nothing has been written.
@@ -117,7 +113,29 @@ def export_model(
     return _write(result, output_dir)
 
 
-def _write(result: dict[str, Any], output_dir: str) -> dict[str, Any]:
-    with open(os.path.join(output_dir, "export.json"), "w") as f:
-        json.dump(result, f, indent=2)
+def export_checkpoint(task: "Task", cfg: CfgNode, output_dir: str) -> dict[str, str]:
+    """
+    Write a trained model so that stock Detectron2 loads it: ``model.pth`` (weights only: no
+    optimizer, no projector) and ``config.yaml`` (the keys of
+    :func:`~mokd_det.config.stock_config`, ``MODEL.WEIGHTS`` pointing to the file beside it). Return
+    their paths; ValueError: weights that do not fit the config, or the folder is a run's own.
+    """
+    if os.path.isfile(os.path.join(output_dir, "last_checkpoint")):
+        raise ValueError(
+            f"--output is '{output_dir}', the OUTPUT_DIR of a run (it has a last_checkpoint), "
+            "whose config.yaml would be overwritten: choose another folder."
+        )
+    model = task.load_trained(cfg)
+    os.makedirs(output_dir, exist_ok=True)
+    weights, config = (os.path.join(output_dir, name) for name in ("model.pth", "config.yaml"))
+    torch.save({"model": model.state_dict(), "__author__": "mokd_det"}, weights)
+    # What training started from is not needed: there is nothing to download here.
+    stock = task.stock_config(task.untrained_config(cfg))
+    stock.MODEL.WEIGHTS = os.path.abspath(weights)  # so that it works from any folder
+    Path(config).write_text(stock.dump())
+    return {"weights": weights, "config": config}
+
+
+def _write(result: Json, output_dir: str) -> Json:
+    Path(output_dir, "export.json").write_text(json.dumps(result, indent=2))
     return result

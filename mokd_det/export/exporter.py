@@ -11,36 +11,26 @@ import torch.nn.functional as F
 from detectron2.config import CfgNode
 from torch import Tensor, nn
 
+from .metadata import Json
 from .parity import DEFAULT_TOLERANCE, Compare, parity
 from .torchscript import freeze, load_torchscript, save_torchscript
 
 
 @dataclasses.dataclass(frozen=True)
 class ExportOptions:
-    """
-    Attributes:
-        format: a key of ``FORMATS``.
-        method: one of ``METHODS``.
-        half: float16 for a detector's backbone, or a classifier's network.
-        freeze: weights as constants, BatchNorm folded.
-        tolerance: see :mod:`mokd_det.export.parity`.
-    """
+    """How to write a file, and how far it may differ."""
 
-    format: str = "torchscript"
-    method: str = "tracing"
-    half: bool = False
-    freeze: bool = False
-    tolerance: float = DEFAULT_TOLERANCE
+    format: str = "torchscript"  # a key of FORMATS
+    method: str = "tracing"  # one of METHODS
+    half: bool = False  # float16 for a detector's backbone, or a classifier's network
+    freeze: bool = False  # weights as constants, BatchNorm folded
+    tolerance: float = DEFAULT_TOLERANCE  # see parity
 
 
 class Exporter(abc.ABC):
     """Writes trained models of one kind, and says what goes into and comes out of the files."""
 
     def __init__(self, cfg: CfgNode):
-        """
-        Args:
-            cfg: of the model.
-        """
         self.cfg = cfg
 
     @abc.abstractmethod
@@ -48,39 +38,24 @@ class Exporter(abc.ABC):
         """Raise ValueError or ImportError if the model cannot be written so."""
 
     @abc.abstractmethod
-    def metadata(self, model: nn.Module) -> dict[str, Any]:
+    def metadata(self, model: nn.Module) -> Json:
         """Return what the file says of classes, input and outputs; data sets are registered."""
 
     @abc.abstractmethod
     def to_tensor(self, image: np.ndarray) -> Tensor:
         """
-        Args:
-            image: (H, W, 3) uint8 RGB.
-
-        Returns:
-            (3, H', W') uint8, resized (and cropped) as for evaluation, in ``INPUT.FORMAT``.
+        Return an (H, W, 3) uint8 RGB image as (3, H', W') uint8, resized (and cropped) as for
+        evaluation, in ``INPUT.FORMAT``.
         """
 
     @abc.abstractmethod
     def write(
-        self,
-        model: nn.Module,
-        pictures: list[Tensor],
-        path: str,
-        metadata: dict[str, Any],
-        options: ExportOptions,
-    ) -> dict[str, Any]:
+        self, model: Any, pictures: list[Tensor], path: str, metadata: Json, options: ExportOptions
+    ) -> Json:
         """
-        Write the file, read it again, and compare it with the model.
-
-        Args:
-            model: in eval mode, without gradients.
-            pictures: of :meth:`to_tensor`.
-            path: of the file.
-            metadata: goes into it; completed here.
-
-        Returns:
-            What :func:`mokd_det.export.parity.parity` says.
+        Write a model in eval mode, without gradients, read the file again, and compare both on
+        pictures of :meth:`to_tensor`. The metadata, completed here, goes into the file. Return
+        what :func:`mokd_det.export.parity.parity` says.
         """
 
     @abc.abstractmethod
@@ -92,20 +67,15 @@ class Exporter(abc.ABC):
         """Return what a written file takes for an image of :meth:`to_tensor`."""
 
 
-def differences(expected: list, found: list, compare: Compare) -> dict[str, Any]:
+def differences(expected: list, found: list, compare: Compare) -> Json:
     """What float16 costs: for information, so without a tolerance."""
     result = parity(expected, found, [], float("inf"), compare)
-    return {
-        k: v for k, v in result.items() if "difference" in k or k in ("unmatched", "detections")
-    }
+    kept = ("unmatched", "detections")
+    return {k: v for k, v in result.items() if "difference" in k or k in kept}
 
 
 def save_and_load(
-    module: torch.jit.ScriptModule,
-    path: str,
-    metadata: dict[str, Any],
-    frozen: bool,
-    device: torch.device,
+    module: torch.jit.ScriptModule, path: str, metadata: Json, frozen: bool, device: torch.device
 ) -> torch.jit.ScriptModule:
     """Write a TorchScript module, and return it as it is read again."""
     save_torchscript(freeze(module) if frozen else module, path, metadata)

@@ -23,9 +23,7 @@ def read_images(
 ) -> tuple[list[np.ndarray], str]:
     """
     Args:
-        cfg: its data sets registered.
-        files: images; empty: the first of ``DATASETS.TEST``.
-        count: of images from a data set.
+        files: images; empty: the first ``count`` of ``DATASETS.TEST``, if registered.
 
     Returns:
         (H, W, 3) uint8 RGB arrays, and where they come from. Without files and data sets they are
@@ -34,10 +32,10 @@ def read_images(
     Raises:
         FileNotFoundError: one of ``files`` is missing.
     """
+    for file in files:
+        if not os.path.isfile(file):
+            raise FileNotFoundError(f"--images '{file}' does not exist.")
     if files:
-        for file in files:
-            if not os.path.isfile(file):
-                raise FileNotFoundError(f"--images '{file}' does not exist.")
         return [read_image(file, "RGB") for file in files], ", ".join(map(str, files))
     for name in cfg.DATASETS.TEST:
         if name not in DatasetCatalog.list():
@@ -70,13 +68,8 @@ def _random_image(seed: int, height: int = 480, width: int = 640) -> np.ndarray:
 
 def sized(image: Tensor, scale: float) -> Tensor:
     """
-    Args:
-        image: (3, H, W) uint8.
-        scale: 1 is the image itself; of others a side is cut besides, so that the two
-            sides are no multiples of each other or of a stride.
-
-    Returns:
-        (3, H', W') uint8.
+    Return a (3, H, W) uint8 image at a scale. For any but 1 a side is cut besides, so that the
+    two are no multiples of each other or of a stride.
     """
     if scale == 1:
         return image

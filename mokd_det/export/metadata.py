@@ -15,20 +15,16 @@ import mokd_det
 
 from ..data.paths import sha256_of
 
+Json = dict[str, Any]
+"""What is written as JSON."""
 METADATA_FILE = "metadata.json"
 """Name of the extra file inside a TorchScript archive, and of the entry in an ONNX or .pt2 file."""
 
 
-def common_metadata(cfg: CfgNode, model: Any, stock_cfg: CfgNode) -> dict[str, Any]:
+def common_metadata(cfg: CfgNode, model: Any, stock_cfg: CfgNode) -> Json:
     """
-    Args:
-        cfg: of the model.
-        model: with ``pixel_mean`` and ``pixel_std``.
-        stock_cfg: see :func:`mokd_det.config.stock_config`.
-
-    Returns:
-        To be written as JSON: ``format``, ``pixel_mean``, ``pixel_std``, ``versions``,
-        ``config_sha256``, ``weights_sha256`` (None for weights that torchvision names).
+    Return what the metadata of every model says. Its config's checksum is that of
+    :func:`mokd_det.config.stock_config`; weights that torchvision names have none.
     """
     weights = cfg.MODEL.WEIGHTS
     return {
@@ -36,10 +32,8 @@ def common_metadata(cfg: CfgNode, model: Any, stock_cfg: CfgNode) -> dict[str, A
         "pixel_mean": model.pixel_mean.flatten().tolist(),
         "pixel_std": model.pixel_std.flatten().tolist(),
         "versions": {
-            "mokd_det": mokd_det.__version__,
-            "detectron2": detectron2.__version__,
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
+            package.__name__: package.__version__
+            for package in (mokd_det, detectron2, torch, torchvision)
         },
         "config_sha256": hashlib.sha256(stock_cfg.dump().encode()).hexdigest(),
         "weights_sha256": sha256_of(weights) if weights else None,
@@ -53,13 +47,8 @@ def data_sets_of(cfg: CfgNode) -> list[str]:
 
 def class_names_of(cfg: CfgNode, count: int, names_of: Callable) -> list[str] | None:
     """
-    Args:
-        cfg: of the model, its data sets registered.
-        count: of the model's classes.
-        names_of: from a data set's name and metadata to the names of its classes.
-
-    Returns:
-        Of the first set that has as many; None if no data set of the config is here to name them.
+    Return the classes of the config's first data set that has as many as the model; None if no
+    set is here to name them. ``names_of``: from a set's name and metadata to its classes.
     """
     for name in data_sets_of(cfg):
         try:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .detector import TraceableDetector, output_names
-from .metadata import METADATA_FILE
+from .metadata import METADATA_FILE, Json
 
 OPSET = 17
 """The version of ONNX's operators: the newest that torch's tracing exporter writes in full."""
@@ -32,25 +32,18 @@ def check_onnx(model: nn.Module) -> None:
             "--format onnx needs onnx and onnxruntime: pip install -e '.[onnx]' in the checkout "
             f"({error})"
         ) from error
-    reason = ""
     if hasattr(model, "backbone") and "keypoints" in output_names(model):
-        reason = "Keypoint R-CNN finds keypoints in a loop that torch's exporter cannot write"
-    if reason:
-        raise ValueError(f"--format onnx: {reason}. Use --format torchscript.")
+        raise ValueError(
+            "--format onnx: Keypoint R-CNN finds keypoints in a loop that torch's exporter cannot "
+            "write. Use --format torchscript."
+        )
 
 
-def export_onnx(model: nn.Module, image: Tensor, path: str, metadata: dict[str, Any]) -> None:
-    """
-    Args:
-        model: a detector, or a deployed classifier, in eval mode.
-        image: its input as documented.
-        path: of the file.
-        metadata: goes into the file's own.
-    """
+def export_onnx(model: nn.Module, image: Tensor, path: str, metadata: Json) -> None:
+    """Write a detector or a deployed classifier, in eval mode; the image is an example input."""
     import onnx
 
-    is_detector = hasattr(model, "backbone")
-    if is_detector:
+    if hasattr(model, "backbone"):  # a detector
         traceable: nn.Module = TraceableDetector(model, as_tuple=True).eval()
         input_name, names = "image", output_names(model)
         axes = {"image": {1: "height", 2: "width"}, **{name: {0: "detections"} for name in names}}
@@ -81,9 +74,8 @@ def export_onnx(model: nn.Module, image: Tensor, path: str, metadata: dict[str, 
 
 def load_onnx(path: str) -> Callable[[Tensor], Any]:
     """
-    Returns:
-        A function that runs the file with onnxruntime on the CPU, from an image to dict[str,
-        Tensor] (a detector) or from images to logits.
+    Return a function that runs the file with onnxruntime on the CPU, from an image to dict[str,
+    Tensor] (a detector) or from images to logits.
     """
     import onnxruntime
 

@@ -17,10 +17,8 @@ PIXELS = 10
 
 def compare_detections(expected: dict[str, Tensor], found: dict[str, Tensor]) -> dict[str, float]:
     """
-    Match the detections of one image: each with the closest box of its class.
-
-    Args:
-        expected, found: see :mod:`mokd_det.export.detector`.
+    Match the detections (see :mod:`mokd_det.export.detector`) of one image: each with the closest
+    box of its class.
 
     Returns:
         ``unmatched``, the number of detections that only one side has, and the largest difference
@@ -43,11 +41,11 @@ def compare_detections(expected: dict[str, Tensor], found: dict[str, Tensor]) ->
 
 def _match(expected: dict[str, Tensor], found: dict[str, Tensor]) -> tuple[list[int], list[int]]:
     """Return indices of detections that belong together, of both sides."""
-    if expected["classes"].tolist() == found["classes"].tolist():
-        # In order, unless equal scores changed places.
-        if _largest(expected["boxes"], found["boxes"]) < 1:
-            everything = list(range(len(found["classes"])))
-            return everything, everything
+    same_classes = expected["classes"].tolist() == found["classes"].tolist()
+    # In order, unless equal scores changed places.
+    if same_classes and _largest(expected["boxes"], found["boxes"]) < 1:
+        everything = list(range(len(found["classes"])))
+        return everything, everything
     mine: list[int] = []
     theirs: list[int] = []
     free = torch.ones(len(found["classes"]), dtype=torch.bool)
@@ -67,12 +65,9 @@ def _match(expected: dict[str, Tensor], found: dict[str, Tensor]) -> tuple[list[
 
 def compare_tensors(expected: Any, found: Any) -> dict[str, float]:
     """
-    Args:
-        expected, found: the same nesting of dicts, lists and tuples of tensors.
-
-    Returns:
-        ``outputs``, the largest difference of any element, relative to the tensor's largest
-        absolute value where that exceeds 1 (float32 has seven digits).
+    Compare the same nesting of dicts, lists and tuples of tensors. Return ``outputs``, the largest
+    difference of any element, relative to the tensor's largest absolute value where that exceeds 1
+    (float32 has seven digits).
     """
     mine, theirs = (torch.utils._pytree.tree_leaves(side) for side in (expected, found))
     if len(mine) != len(theirs):
@@ -97,15 +92,13 @@ def parity(
     """
     Args:
         expected, found: outputs of the model and of its export, for each input.
-        inputs: of several sizes.
         tolerance: see ``DEFAULT_TOLERANCE`` and ``PIXELS``.
         compare: :func:`compare_detections` or :func:`compare_tensors`.
 
     Returns:
         ``passed`` (bool), ``tolerance``, ``sizes`` of the inputs, and the largest
         ``max_..._difference`` of each output over them. For detections also their number, how many
-        are ``unmatched`` and whether there was an image ``without_detections``. Without any
-        detection nothing was compared, and it is not passed.
+        are ``unmatched`` and whether there was an image ``without_detections``.
     """
     worst: dict[str, float] = {}
     unmatched: float = 0
@@ -114,16 +107,12 @@ def parity(
         unmatched += differences.pop("unmatched", 0)
         for name, value in differences.items():
             worst[name] = max(worst.get(name, 0.0), value)
-    passed = unmatched == 0 and all(
-        value <= tolerance * (PIXELS if name in ("boxes", "keypoints") else 1)
-        for name, value in worst.items()
-    )
+    limits = {"boxes": PIXELS * tolerance, "keypoints": PIXELS * tolerance}
+    passed = not unmatched and all(v <= limits.get(name, tolerance) for name, v in worst.items())
     result: dict[str, Any] = {"tolerance": tolerance, "sizes": [list(x.shape) for x in inputs]}
     result.update({f"max_{name}_difference": value for name, value in worst.items()})
     if compare is compare_detections:
         counts = [len(outputs["scores"]) for outputs in expected]
-        result["detections"] = sum(counts)
-        result["unmatched"] = unmatched
-        result["without_detections"] = 0 in counts
-        passed = passed and any(counts)
+        result.update(detections=sum(counts), unmatched=unmatched, without_detections=0 in counts)
+        passed = passed and any(counts)  # without any, nothing was compared
     return {"passed": passed, **result}

@@ -11,13 +11,9 @@ from torch import Tensor
 
 
 class HalfBackbone(Backbone):
-    """A backbone (with its FPN) in float16 that takes and returns float32."""
+    """A backbone (with its FPN), made float16, that takes and returns float32."""
 
     def __init__(self, backbone: Backbone):
-        """
-        Args:
-            backbone: becomes float16.
-        """
         super().__init__()
         self.backbone = backbone.half()
 
@@ -46,21 +42,12 @@ def halve_backbone(model: Any) -> None:
     """
     Run a detector's backbone in float16, in place. Heads stay float32: float16 counts pixels in
     steps of 0.5 from 512 on, and the CPU's NMS and ROIAlign have none.
-
-    Args:
-        model: a detector.
     """
     model.backbone = HalfBackbone(model.backbone)
 
 
 def check_half(run: Callable[[], Any]) -> None:
-    """
-    Args:
-        run: the model in float16 on an image.
-
-    Raises:
-        ValueError: an operator of it does not exist in float16 on this device.
-    """
+    """Run a model in float16; ValueError if an operator does not have that on this device."""
     try:
         with torch.no_grad():
             run()

@@ -15,7 +15,7 @@ from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from torch import Tensor, nn
 from torch.export import Dim
 
-from .metadata import METADATA_FILE
+from .metadata import METADATA_FILE, Json
 
 
 class EverySecondPixel(nn.Module):
@@ -39,10 +39,6 @@ class BackboneAndHead(nn.Module):
     pixel_std: Tensor
 
     def __init__(self, model: Any):
-        """
-        Args:
-            model: a detector.
-        """
         super().__init__()
         self.backbone = copy.deepcopy(model.backbone)
         top_block = getattr(self.backbone, "top_block", None)
@@ -60,28 +56,25 @@ class BackboneAndHead(nn.Module):
         """
         Args:
             images: (N, 3, H, W) float32 in [0, 255], both sides multiples of the backbone's
-                ``size_divisibility``. Padding, if any, has the value of pixel_mean.
+                ``size_divisibility``; padding has the value of pixel_mean.
 
         Returns:
             ``features``, dict[str, Tensor]; ``head``, what the head returns: a tuple of lists with
             an (N, ., H / stride, W / stride) tensor for each level.
         """
         features = self.backbone((images - self.pixel_mean) / self.pixel_std)
-        return {
-            "features": features,
-            "head": self.head([features[name] for name in self.in_features]),
-        }
+        head = self.head([features[name] for name in self.in_features])
+        return {"features": features, "head": head}
 
 
 def export_program(
-    module: nn.Module, images: Tensor, path: str, metadata: dict[str, Any], multiple: int = 1
+    module: nn.Module, images: Tensor, path: str, metadata: Json, multiple: int = 1
 ) -> None:
     """
+    Write a :class:`BackboneAndHead` or a deployed classifier, in eval mode, as a .pt2 file.
+
     Args:
-        module: a :class:`BackboneAndHead` or a deployed classifier, in eval mode.
         images: (N, 3, H, W) example, N > 1.
-        path: of the .pt2 file.
-        metadata: goes into the file.
         multiple: sides of images are multiples of this; 0: they are fixed.
 
     Raises:

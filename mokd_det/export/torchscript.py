@@ -4,6 +4,7 @@
 import contextlib
 import copy
 import json
+import types
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -16,25 +17,17 @@ from detectron2.modeling.roi_heads import cascade_rcnn
 from torch import Tensor, nn
 from torchvision.ops import boxes
 
-from .detector import (
-    TraceableDetector,
-    TracedDetector,
-    check_scripting,
-    instances_fields,
-    scriptable_detector,
-)
-from .metadata import METADATA_FILE
+from . import detector
+from .metadata import METADATA_FILE, Json
+
+DEPRECATED = ".*torch.jit.* is deprecated"
 
 
 def trace(model: nn.Module, image: Tensor) -> torch.jit.ScriptModule:
-    """
-    Args:
-        model: a detector in eval mode.
-        image: its input as documented; best one with detections, so that every part runs.
-    """
+    """Trace a detector in eval mode, best on an image with detections, so that every part runs."""
     with _scripted_nms(), _without_gradient_scaling():
-        traced = _trace(TraceableDetector(model).eval(), image)
-        return _script(TracedDetector(traced).eval())
+        traced = _trace(detector.TraceableDetector(model).eval(), image)
+        return _script(detector.TracedDetector(traced).eval())
 
 
 def trace_network(model: nn.Module, images: Tensor) -> torch.jit.ScriptModule:
@@ -43,18 +36,26 @@ def trace_network(model: nn.Module, images: Tensor) -> torch.jit.ScriptModule:
     return _script(_AnyType(_trace(model, images)).eval())
 
 
-def _trace(model: nn.Module, example: Tensor) -> Any:
-    with torch.no_grad(), warnings.catch_warnings():
-        # Of tensors that become Python numbers or constants, and of TorchScript's deprecation:
-        # what the trace computes is compared with the model in any case.
-        warnings.simplefilter("ignore")
-        return torch.jit.trace(model, (example.to(torch.float32),), strict=False, check_trace=False)
-
-
-def _script(module: nn.Module) -> torch.jit.ScriptModule:
+@contextlib.contextmanager
+def _quiet(message: str = "") -> Iterator[None]:
+    """
+    Without warnings of tensors that become Python numbers or constants, and of TorchScript's
+    deprecation: what a file computes is compared with the model in any case.
+    """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # as in _trace()
-        return torch.jit.script(module)
+        warnings.filterwarnings("ignore", message)
+        yield
+
+
+@torch.no_grad()
+@_quiet()
+def _trace(model: nn.Module, example: Tensor) -> Any:
+    return torch.jit.trace(model, (example.to(torch.float32),), strict=False, check_trace=False)
+
+
+@_quiet()
+def _script(module: nn.Module) -> torch.jit.ScriptModule:
+    return torch.jit.script(module)
 
 
 def _scripted_nms() -> Any:
@@ -70,36 +71,26 @@ def _without_gradient_scaling() -> Any:
     Cascade R-CNN of Detectron2 0.6 scales gradients in inference too, by Python code that an
     archive cannot hold and that leaves values as they are. Later versions do it in training only.
     """
-    return mock.patch.object(cascade_rcnn, "_ScaleGradient", _NoScaling)
+    no_scaling = types.SimpleNamespace(apply=lambda features, scale: features)
+    return mock.patch.object(cascade_rcnn, "_ScaleGradient", no_scaling)
 
 
-class _NoScaling:
-    @staticmethod
-    def apply(features, scale):
-        return features
-
-
-class _AnyType(torch.nn.Module):
+class _AnyType(nn.Module):
     def __init__(self, traced):
         super().__init__()
         self.network = traced
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         return self.network(images.to(torch.float32))
 
 
 def script(model: nn.Module) -> torch.jit.ScriptModule:
-    """
-    Args:
-        model: a detector in eval mode.
-
-    Raises:
-        ValueError: TorchScript cannot compile it.
-    """
-    check_scripting(model)
+    """Script a detector in eval mode; ValueError: TorchScript cannot compile it."""
+    detector.check_scripting(model)
     with _refusals_explained():
         model = _with_scripted_graphs(model)
-        return scripting_with_instances(scriptable_detector(model), instances_fields(model))
+        fields = detector.instances_fields(model)
+        return scripting_with_instances(detector.ScriptableDetector(model).eval(), fields)
 
 
 def script_network(model: nn.Module) -> torch.jit.ScriptModule:
@@ -111,8 +102,7 @@ def script_network(model: nn.Module) -> torch.jit.ScriptModule:
 @contextlib.contextmanager
 def _refusals_explained() -> Iterator[None]:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # as in _trace()
+        with _quiet():
             yield
     except (RuntimeError, TypeError, AttributeError, ValueError, NotImplementedError) as error:
         # torch.jit's own errors derive from these, one for each kind of Python it does not know.
@@ -138,37 +128,23 @@ def _with_scripted_graphs(model: nn.Module) -> nn.Module:
 
 
 def freeze(module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
-    """
-    Args:
-        module: of :func:`trace` or :func:`script`.
-
-    Returns:
-        Weights are constants, BatchNorm is folded into convolutions.
-    """
+    """Make weights of a traced or scripted module constants, with BatchNorm in convolutions."""
     methods = [name for name in ("batch", "paste_masks") if hasattr(module, name)]
     return torch.jit.freeze(module, preserved_attrs=methods)
 
 
-def save_torchscript(module: torch.jit.ScriptModule, path: str, metadata: dict[str, Any]) -> None:
+def save_torchscript(module: torch.jit.ScriptModule, path: str, metadata: Json) -> None:
     """Write the archive with ``metadata`` as JSON inside."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*torch.jit.* is deprecated")
+    with _quiet(DEPRECATED):
         torch.jit.save(module, path, _extra_files={METADATA_FILE: json.dumps(metadata, indent=2)})
 
 
 def load_torchscript(
     path: str, device: str | torch.device = "cpu"
-) -> tuple[torch.jit.ScriptModule, dict[str, Any]]:
+) -> tuple[torch.jit.ScriptModule, Json]:
     """
-    Args:
-        path: a file of :func:`save_torchscript`.
-        device: of a traced detector, that of its export.
-
-    Returns:
-        The module, on ``device``, and its metadata.
-
-    Raises:
-        ValueError: a detector that was traced on another kind of device.
+    Return the module of a file of :func:`save_torchscript`, on a device, and its metadata;
+    ValueError: a detector that was traced on another kind of device.
     """
     with zipfile.ZipFile(path) as archive:
         (name,) = (n for n in archive.namelist() if n.endswith(f"/extra/{METADATA_FILE}"))
@@ -179,8 +155,7 @@ def load_torchscript(
             f"{path} was traced on '{traced_on}' and cannot run on '{device}': export it with "
             f"MODEL.DEVICE {device.type}, or with --method scripting."
         )
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*torch.jit.* is deprecated")
+    with _quiet(DEPRECATED):
         # A trace calculates with sizes of images on the CPU, wherever its weights are: each of its
         # constants stays where it was.
         module = torch.jit.load(path, map_location=None if traced_on else device)
