@@ -69,6 +69,8 @@ class Balancer:
         steps: int | None = None,
     ):
         """
+        ValueError for options out of range, and those that change nothing with this rule.
+
         Args:
             rescale: a key of ``RESCALES``.
             smoothing: in [0, 1): the rule sees a :class:`RunningGram` with this share of the past
@@ -77,9 +79,6 @@ class Balancer:
             schedule: factors of all weights but the task's at the first and the last step, a
                 straight line in between. None: the rule's own.
             steps: of the whole training; needed if the schedule is not constant.
-
-        Raises:
-            ValueError: an option out of its range, or one that changes nothing with this rule.
         """
         if rescale not in RESCALES:
             raise ValueError(
@@ -96,13 +95,9 @@ class Balancer:
             raise ValueError(f"MOKD.BALANCING.SMOOTHING is {smoothing}: expected 0 <= s < 1.")
         if not isinstance(interval, int) or interval < 1:
             raise ValueError(f"MOKD.BALANCING.INTERVAL is {interval}: expected 1 or more steps.")
-        self.rule = rule
-        self.rescale = rescale
-        self.smoothing = smoothing
-        self.interval = interval
+        self.rule, self.rescale, self.smoothing, self.interval = rule, rescale, smoothing, interval
         self.schedule = _checked_schedule(rule.schedule if schedule is None else schedule, steps)
-        self.steps = steps
-        self.step = 0
+        self.steps, self.step = steps, 0
         self.weights: Tensor | None = None
         self.projector_weights: Tensor | None = None
         self._gram = RunningGram(smoothing) if smoothing and rule.reads_gradients else None
@@ -131,8 +126,8 @@ class Balancer:
             agree: from this process's (3, K) weights, projector weights and whether there was no
                 fallback to those of all.
         """
-        # Small and double on the CPU: rules stay readable, and 1e-6 differences of norms survive.
-        # One copy, because each makes the CPU wait for a GPU.
+        # In double, so that 1e-6 differences of norms survive, and in one copy to the CPU, because
+        # each makes it wait for a GPU.
         packed = torch.cat([parts.detach().flatten(), losses.detach().to(parts)])
         packed = packed.to("cpu", torch.float64)
         parts, losses = packed[: parts.numel()].view_as(parts), packed[parts.numel() :]
@@ -145,8 +140,7 @@ class Balancer:
                 seen_losses = self._losses.update(losses)
         weights, own, fallback = self._ask(seen, seen_losses)
         usual = torch.full_like(weights, not fallback)
-        if agree:
-            # Ranks must agree, so do not branch on local state.
+        if agree:  # do not branch on local state before
             given = torch.stack([weights, weights if own is None else own, usual])
             weights, own, usual = agree(given)
             own = own if self.rule.weighs_projectors else None
@@ -188,11 +182,9 @@ class Balancer:
         own = self.rule.projector_weights(among) if self.rule.weighs_projectors else None
         if not (weights.isfinite().all() and (own is None or own.isfinite().all())):
             return ones, None, "undefined"
-
-        def among_all(factors: Tensor) -> Tensor:
-            return torch.zeros_like(ones).index_copy(0, kept, factors)
-
-        return among_all(weights), None if own is None else among_all(own), fallback
+        zeros = torch.zeros_like(ones)
+        own = None if own is None else zeros.index_copy(0, kept, own)
+        return zeros.index_copy(0, kept, weights), own, fallback
 
     def _check_signs(self, losses: Tensor) -> None:
         # Not by less than rounding: a divergence of two equal distributions may end below zero.
@@ -204,8 +196,6 @@ class Balancer:
             )
 
     def _scheduled(self, weights: Tensor) -> Tensor:
-        if self.schedule == (1.0, 1.0):
-            return weights
         first, last = self.schedule
         # A constant schedule may come without the number of steps.
         done = min(self.step / max((self.steps or 1) - 1, 1), 1.0)
@@ -231,8 +221,7 @@ class Balancer:
                 f"{self.rule.name} now. Resume with the same rule, or start a new run (another "
                 "OUTPUT_DIR) with the checkpoint as MODEL.WEIGHTS."
             )
-        self.step = state["step"]
-        self.weights = state["weights"]
+        self.step, self.weights = state["step"], state["weights"]
         self.projector_weights = state["projector_weights"]
         # One side has none where SMOOTHING was or is 0.
         for mean, values in ((self._gram, state["gram"]), (self._losses, state["losses"])):

@@ -2,12 +2,12 @@
 """
 Where the gradients of task and distillation meet.
 
-The features that all objectives share pass through a boundary, which gives each objective a branch
-of its own: copies of the features, and of the parameters besides the shared ones that it uses. In
-the backward pass the boundary receives every objective's gradient at once, asks the rule for
-weights, and sends the weighted sum on. So heads get the task gradient, and what lies before the
-boundary (backbone and FPN) the balanced one. There is one graph and one ordinary ``backward()``,
-hence nothing that DistributedDataParallel, GradScaler or gradient accumulation would have to know.
+The shared features pass through a boundary, which gives each objective a branch of its own: copies
+of the features, and of the parameters besides the shared ones that it uses. In the backward pass it
+receives every objective's gradient at once, asks the rule for weights, and sends the weighted sum
+on. So heads get the task gradient, and what lies before the boundary (backbone and FPN) the
+balanced one. There is one graph and one ordinary ``backward()``, hence nothing that
+DistributedDataParallel, GradScaler or gradient accumulation would have to know.
 """
 
 import abc
@@ -31,9 +31,9 @@ class Parameters:
     What an objective uses besides the shared features. It does not count in the measurement.
 
     Attributes:
-        own: nothing else uses these (projectors): their gradient is multiplied by the objective's
+        own: nothing else uses these (projectors); their gradient is multiplied by the objective's
             ``Decision.projector_weights``.
-        borrowed: the task uses these as well (a head): what the objective adds to their gradient is
+        borrowed: the task uses these, too (a head); what the objective adds to their gradient is
             multiplied by its weight.
     """
 
@@ -50,10 +50,6 @@ class Branch:
     """
     One objective's copies, which share their memory with the originals; changing one in place is an
     error of autograd's. They must lead to this objective's loss only.
-
-    Attributes:
-        features: by name.
-        parameters: the copy of each parameter.
     """
 
     features: dict[str, Tensor]
@@ -66,14 +62,13 @@ class Boundary(abc.ABC):
     ``accumulate``, then ``finish``; :meth:`backward` is all of it for a single batch.
 
     Attributes:
-        measured_at: where gradients are measured, for logs.
         balancer: decides the weights, and holds all state. None: there is nothing to balance.
         names: of the features split last, in their order.
         last: what the latest step decided, or None.
     """
 
-    measured_at: str | None = None
-    # Whether DistributedDataParallel averages the gradients over the ranks, or the boundary.
+    measured_at: str | None = None  # for logs
+    # The boundary averages the gradients over the ranks, not DistributedDataParallel.
     reduces_gradients = False
 
     def __init__(self, balancer: Balancer | None):
@@ -84,12 +79,8 @@ class Boundary(abc.ABC):
 
     def start(self, micro_batches: int = 1, scale: Tensor | None = None) -> None:
         """
-        Begin a step.
-
-        Args:
-            micro_batches: M; each contributes 1 / M of the gradient.
-            scale: the factor of ``torch.amp.GradScaler``, which the gradients keep and the Gram
-                matrix does not.
+        Begin a step of so many micro-batches. The gradients keep the ``scale`` of
+        ``torch.amp.GradScaler``, the Gram matrix does not.
         """
         self.last = None
         self._micro_batches = micro_batches
@@ -103,39 +94,26 @@ class Boundary(abc.ABC):
         self, features: Mapping[str, Tensor], parameters: Mapping[str, Parameters]
     ) -> dict[str, Branch]:
         """
+        Return a branch for each objective, by its name.
+
         Args:
             features: the shared ones, of any shapes. They may depend on each other (several
                 layers): each counts with the gradient that reaches it directly.
-            parameters: of each objective by its name, the task first.
-
-        Returns:
-            A branch for each objective, by its name.
+            parameters: of each objective, the task first.
         """
 
     @abc.abstractmethod
     def accumulate(self, losses: Mapping[str, Tensor]) -> None:
         """
-        Run the backward pass of one micro-batch.
-
-        Args:
-            losses: a scalar for each objective, the task first, computed from the branches of the
-                latest :meth:`split`.
-
-        Raises:
-            RuntimeError: the losses do not depend on the split features.
+        Run the backward pass of one micro-batch: of a scalar for each objective, the task first,
+        from the branches of the latest :meth:`split`; RuntimeError if they do not depend on it.
         """
 
     @abc.abstractmethod
     def finish(self, parameters: Iterable[Parameter] = ()) -> Decision | None:
         """
-        End a step: afterwards every ``.grad`` is that of the balanced step.
-
-        Args:
-            parameters: all of the model; used where the boundary averages the gradients over the
-                ranks itself.
-
-        Returns:
-            Also kept as ``last``.
+        End a step: now every ``.grad`` is that of the balanced step. Where ``reduces_gradients`` it
+        needs all parameters of the model. What is returned is kept as ``last``.
         """
 
     def backward(
@@ -146,23 +124,31 @@ class Boundary(abc.ABC):
         self.accumulate(losses)
         return self.finish(parameters)
 
+    def _branches(
+        self, objectives: Iterable[str], copies: list[list[Tensor]], uses: dict["Use", Tensor]
+    ) -> dict[str, Branch]:
+        """From each objective's copies of the features, and all copies of parameters."""
+        return {
+            name: Branch(
+                dict(zip(self.names, part)),
+                {use.of: copy for use, copy in uses.items() if use.objective == index},
+            )
+            for index, (name, part) in enumerate(zip(objectives, copies))
+        }
+
     def _backward(self, losses: Mapping[str, Tensor]) -> None:
         total = sum(losses.values())
         assert isinstance(total, Tensor), "[Boundary] there is no loss"
         (total if self._factor is None else total * self._factor).backward()
-
-    def _unscaled(self, gram: Tensor) -> Tensor:
-        return gram if self._factor is None else gram / self._factor**2
 
 
 class FeatureBoundary(Boundary):
     """
     Measures at the features themselves: the cost of a few inner products.
 
-    With several micro-batches each is balanced for itself: features of different samples have no
-    common gradient that could be added up first. Under DistributedDataParallel one all-reduce of
-    4 (P K^2 + K) bytes (P features, K objectives; float32) in each backward pass makes the Gram
-    matrix that of the joined batch, equal on all ranks; the gradients are averaged as always.
+    Each micro-batch is balanced for itself: features of different samples have no common gradient.
+    Under DistributedDataParallel, which averages the gradients as always, one all-reduce in each
+    backward pass makes the Gram matrix that of the joined batch, equal on all ranks.
     """
 
     measured_at = "features"
@@ -177,17 +163,10 @@ class FeatureBoundary(Boundary):
     ) -> dict[str, Branch]:
         self.names = list(features)
         uses = uses_of(parameters)
-        count = len(parameters)
+        count, size = len(parameters), len(features)
         copies = _Split.apply(self, count, uses, *features.values(), *(use.of for use in uses))
-        first = count * len(features)
-        of_parameters = dict(zip(((use.objective, use.of) for use in uses), copies[first:]))
-        return {
-            name: Branch(
-                dict(zip(features, copies[i * len(features) :])),
-                {p: copy for (owner, p), copy in of_parameters.items() if owner == i},
-            )
-            for i, name in enumerate(parameters)
-        }
+        parts = [copies[i * size : (i + 1) * size] for i in range(count)]
+        return self._branches(parameters, parts, dict(zip(uses, copies[count * size :])))
 
     def accumulate(self, losses: Mapping[str, Tensor]) -> None:
         self._losses = stacked(losses)
@@ -202,12 +181,14 @@ class FeatureBoundary(Boundary):
         return self.last
 
     def decide(self, gradients: Sequence[Sequence[Tensor | None]]) -> Decision:
-        """Called in the backward pass, once for each micro-batch, with K lists of gradients."""
+        """Called in the backward pass of each micro-batch, with K lists of gradients."""
         if self.balancer.due:
-            parts, losses = self._unscaled(gram_by_part(gradients)), self._losses
+            parts, losses = gram_by_part(gradients), self._losses
+            if self._factor is not None:
+                parts = parts / self._factor**2
             if ranks() > 1:
-                # The gradient of the ranks' mean loss at one rank's features is 1 / ranks times
-                # the local one, and ranks hold different samples: the squares of parts add up.
+                # Of the ranks' mean loss a rank's features get 1 / ranks of the local gradient;
+                # ranks hold different samples, so the squares add up.
                 packed = torch.cat([parts.flatten() / ranks() ** 2, losses.to(parts) / ranks()])
                 dist.all_reduce(packed)
                 parts, losses = packed[: parts.numel()].view_as(parts), packed[parts.numel() :]
@@ -245,9 +226,8 @@ def uses_of(parameters: Mapping[str, Parameters]) -> list[Use]:
 class _Split(torch.autograd.Function):
     @staticmethod
     def forward(ctx, boundary, objectives, uses, *tensors):
-        ctx.boundary = boundary
-        ctx.objectives = objectives
-        ctx.uses = uses  # of the last tensors; the others are for all objectives
+        # The uses are of the last tensors; the others are for all objectives.
+        ctx.boundary, ctx.objectives, ctx.uses = boundary, objectives, uses
         ctx.set_materialize_grads(False)
         count = len(tensors) - len(uses)
         features, extra = tensors[:count], tensors[count:]
@@ -259,8 +239,8 @@ class _Split(torch.autograd.Function):
         count = (len(gradients) - len(ctx.uses)) // ctx.objectives
         by_objective = [gradients[i * count : (i + 1) * count] for i in range(ctx.objectives)]
         decision = ctx.boundary.decide(by_objective)
-        extra = gradients[len(gradients) - len(ctx.uses) :]
-        weighted = [weighted_use(decision, use, g) for use, g in zip(ctx.uses, extra)]
+        extra = zip(ctx.uses, gradients[ctx.objectives * count :])
+        weighted = [weighted_use(decision, use, gradient) for use, gradient in extra]
         combined = combine(decision.weights.tolist(), by_objective)
         return (None, None, None, *combined, *weighted)
 
@@ -274,13 +254,8 @@ def combine(
     weights: Sequence[float], gradients: Sequence[Sequence[Tensor | None]]
 ) -> list[Tensor | None]:
     """
-    Args:
-        weights: K.
-        gradients: K lists of the same length.
-
-    Returns:
-        The weighted sums; None only where all are. All weights zero give zeros:
-        DistributedDataParallel waits for every parameter that it has seen in the graph.
+    Return the weighted sums of K lists; None only where all are. All weights zero give zeros:
+    DistributedDataParallel waits for every parameter that it has seen in the graph.
     """
     combined = []
     for part in zip(*gradients):

@@ -39,10 +39,8 @@ def build_balancer(
     steps: int | None = None,
 ) -> Balancer:
     """
-    Args:
-        rule, options: see :func:`build_rule`.
-        objectives: their number, the task included, so that a rule that does not fit fails now.
-        rescale, smoothing, interval, schedule, steps: see :class:`Balancer`.
+    Build the :class:`Balancer` of a rule (:func:`build_rule`). ``objectives`` is their number, the
+    task included, so that a rule that does not fit fails now.
 
     Raises:
         ValueError: an option out of its range, or one that changes nothing.

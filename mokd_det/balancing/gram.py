@@ -65,10 +65,7 @@ def dominance(gram: Tensor, i: int, j: int) -> float:
 
 
 def share(gram: Tensor, weights: Tensor, i: int) -> float:
-    """
-    Part of the weighted gradients' norms that objective i has: ``w_i |g_i| / sum_j w_j |g_j|``.
-    Unlike the share of the weights it does not depend on the units of the losses.
-    """
+    """Objective i's ``w_i |g_i| / sum_j w_j |g_j|``: independent of the units of the losses."""
     norms = weights.abs() * gram.diagonal().clamp_min(0).sqrt()
     return float(norms[i] / norms.sum()) if norms.sum() > 0 else 0.0
 

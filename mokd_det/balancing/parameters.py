@@ -20,6 +20,7 @@ from .boundary import ranks, stacked, uses_of, weighted_use
 from .gram import gram_matrix
 
 Gradients = list[Tensor | None]
+Pairs = list[tuple[Parameter, Tensor | None]]
 
 
 class ParameterBoundary(Boundary):
@@ -42,10 +43,8 @@ class ParameterBoundary(Boundary):
         """
         Args:
             shared: makes the features; all objectives share its parameters.
-            layers: names of submodules (or parameters) of ``shared`` to measure on. Empty: all.
-
-        Raises:
-            ValueError: a layer that does not exist or does not train.
+            layers: names of submodules (or parameters) of ``shared`` to measure on. Empty: all. One
+                that does not exist or does not train is a ValueError.
         """
         super().__init__(balancer)
         if shared is None:
@@ -62,20 +61,18 @@ class ParameterBoundary(Boundary):
 
     def _parameters(self) -> tuple[list[Parameter], list[int]]:
         """Shared parameters that train, and which of them are measured."""
-        named = [(n, p) for n, p in self.shared.named_parameters() if p.requires_grad]
+        named = {n: p for n, p in self.shared.named_parameters() if p.requires_grad}
+        measured = set() if self.layers else set(range(len(named)))
         for layer in self.layers:
-            if not any(_within(name, layer) for name, _ in named):
+            within = [i for i, n in enumerate(named) if n == layer or n.startswith(f"{layer}.")]
+            measured.update(within)
+            if not within:
                 children = [n for n, m in self.shared.named_modules() if n and n.count(".") < 2]
                 raise ValueError(
                     f"MOKD.BALANCING.LAYERS has '{layer}', which is no part of the shared "
                     f"{type(self.shared).__name__} that trains. It has: {', '.join(children)}."
                 )
-        measured = [
-            index
-            for index, (name, _) in enumerate(named)
-            if not self.layers or any(_within(name, layer) for layer in self.layers)
-        ]
-        return [p for _, p in named], measured
+        return list(named.values()), sorted(measured)
 
     def start(self, micro_batches: int = 1, scale: Tensor | None = None) -> None:
         super().start(micro_batches, scale)
@@ -91,25 +88,21 @@ class ParameterBoundary(Boundary):
     ) -> dict[str, Branch]:
         self.names = list(features)
         if not torch.is_grad_enabled():  # a forward pass for its losses only
-            return {
-                name: Branch(dict(features), {p: p for p in used})
-                for name, used in parameters.items()
-            }
+            return {n: Branch(dict(features), {p: p for p in x}) for n, x in parameters.items()}
         self._features = list(features.values())
-        # The backward pass of the losses ends here.
         self._copies = [[*map(_leaf, self._features)] for _ in parameters]
         self._uses = {use: _leaf(use.of) for use in uses_of(parameters)}
-        return {
-            name: Branch(
-                dict(zip(features, copies)),
-                {use.of: copy for use, copy in self._uses.items() if use.objective == index},
-            )
-            for index, (name, copies) in enumerate(zip(parameters, self._copies))
-        }
+        return self._branches(parameters, self._copies, self._uses)
 
     def accumulate(self, losses: Mapping[str, Tensor]) -> None:
         shared, measured = self._parameters()
-        around = self._backward_around(losses, shared)
+        # What reaches shared parameters around the features' copies, where the backward pass stops:
+        # the task's gradient of layers behind the last tapped feature.
+        kept = [p.grad for p in shared]
+        self._set(shared, [None] * len(shared))
+        self._backward(losses)
+        around = [p.grad for p in shared]
+        self._set(shared, kept)
         self._losses.append(stacked(losses))
         features, copies = self._features, self._copies
         self._features, self._copies = [], []
@@ -136,7 +129,9 @@ class ParameterBoundary(Boundary):
             return
         # One backward pass of the weighted sum, added to the parameters' gradients.
         weights = self._decision.weights.tolist()
-        _backward_through(features, combine(weights, cotangents))
+        if pairs := _reached(features, combine(weights, cotangents)):
+            outputs, given = zip(*pairs)
+            torch.autograd.backward(outputs, given)
         around = combine(weights[:1], [around])
         self._set(shared, _sums([p.grad for p in shared], around))
 
@@ -144,12 +139,12 @@ class ParameterBoundary(Boundary):
         shared, measured = self._parameters()
         is_shared = {id(p) for p in shared}
         others = [p for p in parameters if p.requires_grad and id(p) not in is_shared]
-        extra = [(use.of, gradient) for use, gradient in self._extra.items()]
         if self._sums is None:  # one weighted backward pass has filled all gradients
             others = shared + others
-            rest = self._averaged([], [], [*((p, p.grad) for p in others), *extra])[1]
+        pairs = [(p, p.grad) for p in others] + [(use.of, g) for use, g in self._extra.items()]
+        if self._sums is None:
+            rest = self._averaged([], [], pairs)[1]
         else:
-            pairs = [*((p, p.grad) for p in others), *extra]
             gradients, rest, losses = self._averaged(self._sums, shared, pairs)
             self._sums = None
             self._decision = self._decide([[g[i] for i in measured] for g in gradients], losses)
@@ -163,18 +158,6 @@ class ParameterBoundary(Boundary):
         self.balancer.end_step()
         return self.last
 
-    def _backward_around(self, losses: Mapping[str, Tensor], shared: list[Parameter]) -> Gradients:
-        """
-        The backward pass of the losses, down to the features' copies. Returns what reaches shared
-        parameters around these: the task's gradient of layers behind the last tapped feature.
-        """
-        kept = [p.grad for p in shared]
-        self._set(shared, [None] * len(shared))
-        self._backward(losses)
-        around = [p.grad for p in shared]
-        self._set(shared, kept)
-        return around
-
     def _mean_losses(self) -> Tensor:
         return torch.stack(self._losses).mean(0)
 
@@ -185,19 +168,16 @@ class ParameterBoundary(Boundary):
             gram = gram / self._scale**2
 
         def agreed(weights: Tensor) -> Tensor:
-            # Each rank computed them from equal gradients, but maybe on other hardware.
+            # Computed from equal gradients, but maybe on other hardware.
             weights = weights.to(gram.device)
             dist.broadcast(weights, 0)
             return weights.cpu()
 
-        # Parts of a list of parameters say nothing to a reader: one Gram matrix.
+        # One Gram matrix: parts of a list of parameters say nothing to a reader.
         return self.balancer.weigh(gram[None], losses, agreed if ranks() > 1 else None)
 
     def _averaged(
-        self,
-        gradients: list[Gradients],
-        shared: list[Parameter],
-        others: list[tuple[Parameter, Tensor | None]],
+        self, gradients: list[Gradients], shared: list[Parameter], others: Pairs
     ) -> tuple[list[Gradients], Gradients, Tensor]:
         """
         Return means over the ranks, in one all-reduce: of the K lists of gradients of ``shared``;
@@ -208,8 +188,8 @@ class ParameterBoundary(Boundary):
             return gradients, [g for _, g in others], self._mean_losses()
         pairs = [*(pair for row in gradients for pair in zip(shared, row)), *others]
         tensors = [torch.zeros_like(p) if g is None else g for p, g in pairs]
-        reached = [any(g is not None for g in column) for column in zip(*gradients)]
-        reached += [g is not None for _, g in others]
+        columns = [*zip(*gradients), *((g,) for _, g in others)]
+        reached = [any(g is not None for g in column) for column in columns]
         losses = self._mean_losses()
         tensors += [losses.new_tensor(reached), losses]
         packed = torch.cat([t.detach().reshape(-1).float() for t in tensors])
@@ -237,10 +217,6 @@ def _leaf(tensor: Tensor) -> Tensor:
     return tensor.detach().requires_grad_(tensor.requires_grad)
 
 
-def _within(name, layer):
-    return name == layer or name.startswith(f"{layer}.")
-
-
 def _reached(features, cotangents):
     return [(f, c) for f, c in zip(features, cotangents) if c is not None and f.requires_grad]
 
@@ -260,9 +236,3 @@ def _sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:
 
 def _sums(first: Sequence[Tensor | None], second: Sequence[Tensor | None]) -> Gradients:
     return list(map(_sum, first, second))
-
-
-def _backward_through(features, cotangents):
-    if pairs := _reached(features, cotangents):
-        outputs, gradients = zip(*pairs)
-        torch.autograd.backward(outputs, gradients)

@@ -48,8 +48,7 @@ class _RunningRatios:
         return {name: getattr(self, name) for name in self.state}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name, value in state.items():
-            setattr(self, name, value)
+        vars(self).update(state)
 
 
 class RunningGram(_RunningRatios):
@@ -77,14 +76,12 @@ class RunningGram(_RunningRatios):
         if self.cosines is None:
             self.cosines = torch.eye(len(gram)).to(gram)
         vanished = vanishing(gram)
-        if vanished.any():
-            sizes = norms if self.first is None else self._times_mean(norms[0])
-            sizes = torch.where(vanished, torch.zeros_like(sizes), sizes)
-            return self.cosines * torch.outer(sizes, sizes)
-        new = 1 - self.smoothing
-        self.cosines = self.smoothing * self.cosines + new * gram / torch.outer(norms, norms)
-        self._add(norms / norms[0])
-        sizes = self._times_mean(norms[0])
+        if not vanished.any():
+            new = 1 - self.smoothing
+            self.cosines = self.smoothing * self.cosines + new * gram / torch.outer(norms, norms)
+            self._add(norms / norms[0])
+        sizes = norms if self.first is None else self._times_mean(norms[0])
+        sizes = torch.where(vanished, torch.zeros_like(sizes), sizes)
         return self.cosines * torch.outer(sizes, sizes)
 
 

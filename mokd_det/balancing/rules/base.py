@@ -11,10 +11,7 @@ from torch import Tensor
 from ...registry import Registry
 
 RULES = Registry("RULES", "MOKD.BALANCING.RULE")
-"""
-Subclasses of :class:`Rule`, built as ``cls(**options)`` with the options of the config's node
-``MOKD.BALANCING.<NAME>``, by lower-case name.
-"""
+"""Subclasses of :class:`Rule`, built with their options: see :func:`build_rule`."""
 
 
 class Rule(abc.ABC):
@@ -31,18 +28,12 @@ class Rule(abc.ABC):
     # RunningGram and with `averages_losses` RunningLosses.
     smoothing: ClassVar[float] = 0.0
     averages_losses: ClassVar[bool] = False
-    # Default of MOKD.BALANCING.SCHEDULE.
-    schedule: ClassVar[tuple[float, float]] = (1.0, 1.0)
-    # It looks at the Gram matrix at all: else SMOOTHING would change nothing.
-    reads_gradients: bool = True
-    # It has an answer for gradients that vanish; else the others are weighed without them.
-    takes_vanishing_gradients: bool = False
-    # It weighs losses by their values, so that one below zero is an error.
-    needs_positive_losses: bool = False
-    # It has weights of its own for projectors: projector_weights().
-    weighs_projectors: ClassVar[bool] = False
-    # update() wants the losses of the batch after the step: one more forward pass.
-    needs_second_forward: ClassVar[bool] = False
+    schedule: ClassVar[tuple[float, float]] = (1.0, 1.0)  # default of MOKD.BALANCING.SCHEDULE
+    reads_gradients: bool = True  # the Gram matrix; else SMOOTHING would change nothing
+    takes_vanishing_gradients: bool = False  # else the others are weighed without them
+    needs_positive_losses: bool = False  # one below zero is an error
+    weighs_projectors: ClassVar[bool] = False  # projector_weights()
+    needs_second_forward: ClassVar[bool] = False  # update() wants the losses after the step
 
     @abc.abstractmethod
     def weights(self, gram: Tensor, losses: Tensor) -> Tensor:
@@ -84,10 +75,6 @@ def positive(option: str, value: float) -> float:
     return float(value)
 
 
-def _none(weights: Tensor, gram: Tensor) -> Tensor:
-    return weights
-
-
 def _convex(weights: Tensor, gram: Tensor) -> Tensor:
     # Rules with negative weights may have a sum below zero, and dividing by it would turn the
     # update round: NaN is "undefined".
@@ -95,18 +82,14 @@ def _convex(weights: Tensor, gram: Tensor) -> Tensor:
     return weights / total if total > 0 else torch.full_like(weights, torch.nan)
 
 
-def _sum(weights: Tensor, gram: Tensor) -> Tensor:
-    return len(weights) * _convex(weights, gram)
-
-
 def _task_norm(weights: Tensor, gram: Tensor) -> Tensor:
     return weights * torch.sqrt(gram[0, 0] / (weights @ gram @ weights))
 
 
 RESCALES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "none": _none,
+    "none": lambda weights, gram: weights,
     "convex": _convex,
-    "sum": _sum,
+    "sum": lambda weights, gram: len(weights) * _convex(weights, gram),
     "task_norm": _task_norm,
 }
 """How a rule's weights are scaled, see MOKD.BALANCING.RESCALE: from weights and Gram matrix."""

@@ -27,13 +27,7 @@ class Famo(Rule):
     needs_positive_losses = True
 
     def __init__(self, lr: float = 0.025, weight_decay: float = 0.01):
-        """
-        Args:
-            lr, weight_decay: of xi; the latter draws the shares to each other.
-
-        Raises:
-            ValueError: an option out of its range.
-        """
+        """Both are of xi; weight decay draws the shares to each other."""
         if not 0 <= weight_decay < float("inf"):
             raise ValueError(
                 f"MOKD.BALANCING.FAMO.WEIGHT_DECAY is {weight_decay}: expected a number >= 0."

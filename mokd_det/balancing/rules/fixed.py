@@ -17,11 +17,7 @@ class FixedWeights(Rule):
     takes_vanishing_gradients = True
 
     def __init__(self, weights: Sequence[float] = ()):
-        """
-        Args:
-            weights: of the task and of each distillation objective, >= 0. Empty: 1 for each.
-                Others are a ValueError.
-        """
+        """``weights``: of the task and of each distillation objective. Empty: 1 for each."""
         self._option = f"MOKD.BALANCING.{self.name.upper()}.WEIGHTS"
         if any(not 0 <= w < float("inf") for w in weights) or (len(weights) and not any(weights)):
             raise ValueError(

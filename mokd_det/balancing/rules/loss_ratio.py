@@ -37,9 +37,6 @@ class LossRatio(Rule):
             cap: largest norm of the weighted distillation gradients over the task gradient's,
                 before the schedule. It bounds the weight of a loss near zero.
             agreement: cosine from which on a gradient is trusted in full; in (0, 1].
-
-        Raises:
-            ValueError: an option out of its range.
         """
         self.ratio = positive("MOKD.BALANCING.LOSS_RATIO.RATIO", ratio)
         self.cap = positive("MOKD.BALANCING.LOSS_RATIO.CAP", cap)
@@ -50,22 +47,15 @@ class LossRatio(Rule):
         self.agreement = agreement
 
     def weights(self, gram: Tensor, losses: Tensor) -> Tensor:
-        distillation = self.ratio * self._trust(gram) * losses[0] / losses[1:]
-        return self._capped(torch.cat([losses.new_ones(1), distillation]), gram)
+        norms = gram.diagonal().sqrt()
+        cosines = (gram[0, 1:] / norms[1:] / norms[0]).clamp(0, 1)
+        trust = (2 * cosines / self.agreement - 1).clamp(0, 1)
+        distillation = self.ratio * trust * losses[0] / losses[1:]
+        norm = torch.sqrt((distillation @ gram[1:, 1:] @ distillation).clamp_min(0) / gram[0, 0])
+        if norm > self.cap:
+            distillation = distillation * (self.cap / norm)
+        return torch.cat([losses.new_ones(1), distillation])
 
     def projector_weights(self, gram: Tensor) -> Tensor:
         norms = gram.diagonal().sqrt()
         return norms[0] / norms
-
-    def _trust(self, gram: Tensor) -> Tensor:
-        """(K - 1,) in [0, 1]."""
-        norms = gram.diagonal().sqrt()
-        cosines = (gram[0, 1:] / norms[1:] / norms[0]).clamp(0, 1)
-        return (2 * cosines / self.agreement - 1).clamp(0, 1)
-
-    def _capped(self, weights: Tensor, gram: Tensor) -> Tensor:
-        rest = weights[1:]
-        norm = torch.sqrt((rest @ gram[1:, 1:] @ rest).clamp_min(0) / gram[0, 0])
-        if not norm > self.cap:
-            return weights
-        return torch.cat([weights[:1], rest * (self.cap / norm)])

@@ -26,8 +26,7 @@ class MinNorm(Rule):
         """
         Args:
             clip: False for the literal formula without the bounds of the simplex (K = 2).
-            log_losses: False for the gradients of the losses themselves, which is MGDA (Sener and
-                Koltun 2018): the scale of a loss then matters.
+            log_losses: False for MGDA (Sener and Koltun 2018): the scale of a loss then matters.
         """
         self.clip = clip
         self.log_losses = self.needs_positive_losses = log_losses
@@ -86,8 +85,7 @@ def min_norm_simplex(gram: Tensor) -> Tensor:
     best: tuple[Tensor, Tensor] | None = None  # weights and their squared norm
     for count in range(1, size + 1):
         for face in itertools.combinations(range(size), count):
-            weights = _min_norm_on_face(gram, list(face))
-            if weights is None:
+            if (weights := _min_norm_on_face(gram, list(face))) is None:
                 continue
             norm = weights @ gram @ weights
             # Smaller faces come first, so among equal norms the sparsest stays.

@@ -23,13 +23,10 @@ class TorchjdRule(Rule):
 
     def __init__(self, name: str, **options: Any):
         """
-        Args:
-            name: without "Weighting", e.g. "UPGrad", "CAGrad", "AlignedMTL".
-            options: of the weighting, e.g. c=0.5 for CAGrad.
+        ``options`` are those of ``<name>Weighting``, e.g. c=0.5 for the name "CAGrad".
 
         Raises:
             ImportError: TorchJD, or what this weighting needs, is not installed.
-            ValueError: no such weighting, or bad options.
         """
         try:
             from torchjd import aggregation
@@ -62,8 +59,7 @@ class TorchjdRule(Rule):
         self.name = f"torchjd.{name}"
         # A vector of options has an entry for each objective, also for one that vanishes.
         self.takes_vanishing_gradients = any(isinstance(v, Tensor) for v in options.values())
-        self._options = options
-        self.calls = 0
+        self._options, self.calls = options, 0
         self._built = self._held()
 
     def check_objectives(self, count: int) -> None:
