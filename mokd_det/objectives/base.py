@@ -50,8 +50,8 @@ class StudentOutputs:
     What the student says about a batch, on one objective's branch of the boundary.
 
     Attributes:
-        features: its shared features by name: of a detector's backbone (N, C, H / stride,
-            W / stride); of a classifier what is tapped.
+        features: by name: of a detector's backbone (N, C, H / stride, W / stride); of a classifier
+            what is tapped.
         batch: what the student was given, with ground truth: a list of Detectron2's dicts, or a
             :class:`mokd_det.data.classification.Batch`.
         parameters: this branch's copies of the parameters that the objective borrows.
@@ -85,12 +85,9 @@ class Objective(nn.Module):
     name: str = ""
     # Options and their defaults, in the config's node MOKD.<NAME>; LOSS_WEIGHT is always there.
     options: ClassVar[dict[str, Any]] = {}
-    # Kinds of models that it is for, by the names of their tasks; empty: all.
-    tasks: ClassVar[tuple[str, ...]] = ()
-    # It compares both sides class by class, by the classes' numbers.
-    compares_classes: ClassVar[bool] = False
-    # The student's features that it reads, where these are tapped (classifiers). Set by instances.
-    taps: Sequence[str] = ()
+    tasks: ClassVar[tuple[str, ...]] = ()  # names of those that it is for; empty: all
+    compares_classes: ClassVar[bool] = False  # of both sides, by the classes' numbers
+    taps: Sequence[str] = ()  # the student's features that it reads, where these are tapped
 
     @classmethod
     def check_config(cls, cfg: CfgNode) -> None:
@@ -101,27 +98,15 @@ class Objective(nn.Module):
         cls, cfg: CfgNode, task: "Task", student: nn.Module, teacher: Teacher
     ) -> "Objective":
         """
-        Build it for a pair of models.
-
-        Args:
-            cfg: the student's config.
-            task: knows where models of this kind are tapped.
-            student: the stock model.
-            teacher: asked here for whatever of its outputs is needed.
-
-        Raises:
-            ValueError: the student or the teacher lacks what is to be matched.
+        Build it by the student's config; ValueError if a model lacks what is to be matched. The
+        task knows where models are tapped. The teacher is asked here for the outputs it shall give.
         """
         return cls()
 
     def forward(self, student: StudentOutputs, teacher: TeacherOutputs) -> dict[str, Tensor]:
         """
-        Args:
-            student, teacher: what both say about the same images.
-
-        Returns:
-            Named losses, scalars whose sum is the objective. The names are unique among all
-            objectives and the student's own losses, and begin with "loss_".
+        Return named scalars whose sum is the objective. Names begin with "loss_" and are unique
+        among all objectives and the student's own losses.
         """
         raise NotImplementedError
 
@@ -134,10 +119,8 @@ class Objective(nn.Module):
     def used_parameters(self) -> Parameters:
         """Return the trained parameters that it has for itself, and those that it borrows."""
         borrowed = [p for m in self.__dict__.get("_borrowed", ()) for p in m.parameters()]
-        return Parameters(
-            own=[p for p in self.parameters() if p.requires_grad],
-            borrowed=[p for p in borrowed if p.requires_grad],
-        )
+        own, borrowed = ([p for p in x if p.requires_grad] for x in (self.parameters(), borrowed))
+        return Parameters(own, borrowed)
 
     def on_branch(
         self,

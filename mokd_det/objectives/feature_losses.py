@@ -44,21 +44,13 @@ def align_resolution(
     student: Tensor, teacher: Tensor, student_stride: int, teacher_stride: int
 ) -> tuple[Tensor, Tensor]:
     """
-    Bring the teacher's map onto the student's grid. Both start at the image's upper left corner;
-    they end apart if the two models pad the image differently, and what only one covers is cut.
-
-    Args:
-        student: (N, C_s, H_s, W_s).
-        teacher: (N, C_t, H_t, W_t).
-        student_stride, teacher_stride: in pixels of the input.
-
-    Returns:
-        (N, C_s, H, W) and (N, C_t, H, W). With equal strides only a crop; else
-        the teacher is averaged to the coarser grid, or interpolated to the finer one.
+    Bring the teacher's map (N, C_t, H_t, W_t) onto the grid of the student's (N, C_s, H_s, W_s);
+    strides are in pixels of the input. Both start at the image's upper left corner; what only one
+    covers, because the two models pad differently, is cut. With equal strides that is all; else
+    the teacher is averaged to the coarser grid, or interpolated to the finer one.
     """
     if student_stride == teacher_stride:
-        height = min(student.shape[-2], teacher.shape[-2])
-        width = min(student.shape[-1], teacher.shape[-1])
+        height, width = map(min, student.shape[-2:], teacher.shape[-2:])
         return student[..., :height, :width], teacher[..., :height, :width]
     # The part that both cover, in whole cells of both.
     cell = math.lcm(student_stride, teacher_stride)

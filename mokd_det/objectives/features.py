@@ -28,7 +28,6 @@ class Level:
 
     Attributes:
         student, teacher: names of the features.
-        student_channels, teacher_channels: C_s and C_t.
         align: from the two features to maps (N, C_s, H, W) and (N, C_t, H, W) on one grid.
         stride: of the student's map, in pixels; None where there is none (classifiers).
     """
@@ -56,46 +55,35 @@ class FeatureObjective(Objective):
         level_weights: str = "equal",
     ):
         """
-        Args:
-            levels: what is matched.
-            projectors: by the student's feature name, see ``PROJECTORS``.
-            loss: of two (N, n, H, W), see ``FEATURE_LOSSES``.
-            foreground, foreground_share, foreground_score, level_weights: see ``MOKD.FEATURES``.
+        Projectors (see ``PROJECTORS``) are by the student's feature name; for the loss see
+        ``FEATURE_LOSSES``, for the rest ``MOKD.FEATURES``.
         """
         super().__init__()
         self.levels = tuple(levels)
         self.taps = tuple(level.student for level in self.levels)
         # Names of modules may not have dots.
         self.projectors = nn.ModuleDict({_key(name): p for name, p in projectors.items()})
-        self.loss = loss
-        self.foreground = foreground
-        self.share = foreground_share
-        self.score = foreground_score
-        self.level_weights = level_weights
+        self.loss, self.level_weights = loss, level_weights
+        self.foreground, self.share, self.score = foreground, foreground_share, foreground_score
 
     @classmethod
     def check_config(cls, cfg: CfgNode) -> None:
         options = cfg.MOKD.FEATURES
-        if options.FOREGROUND not in SOURCES:
-            raise ValueError(
-                f"MOKD.FEATURES.FOREGROUND is '{options.FOREGROUND}': expected one of {SOURCES}."
-            )
-        for option in ("FOREGROUND_SHARE", "FOREGROUND_SCORE"):
+        for option, known in (("FOREGROUND", SOURCES), ("LEVEL_WEIGHTS", LEVEL_WEIGHTS)):
+            if options[option] not in known:
+                raise ValueError(
+                    f"MOKD.FEATURES.{option} is '{options[option]}': expected one of {known}."
+                )
+        readers = {"FOREGROUND_SHARE": SOURCES[1:], "FOREGROUND_SCORE": ("teacher",)}
+        for option, sources in readers.items():
             if not 0 <= options[option] <= 1:
                 raise ValueError(
                     f"MOKD.FEATURES.{option} is {options[option]}: expected a number in [0, 1]."
                 )
-        if options.LEVEL_WEIGHTS not in LEVEL_WEIGHTS:
-            raise ValueError(
-                f"MOKD.FEATURES.LEVEL_WEIGHTS is '{options.LEVEL_WEIGHTS}': expected one of "
-                f"{LEVEL_WEIGHTS}."
-            )
-        for option, source in (("FOREGROUND_SHARE", ""), ("FOREGROUND_SCORE", "teacher")):
-            is_read = options.FOREGROUND == source if source else options.FOREGROUND
-            if options[option] != 0.5 and not is_read:
+            if options[option] != 0.5 and options.FOREGROUND not in sources:
                 raise ValueError(
                     f"MOKD.FEATURES.{option} is {options[option]}, but it is read with "
-                    f"FOREGROUND {source or 'ground_truth or teacher'} only: remove it."
+                    f"FOREGROUND {' or '.join(sources)} only: remove it."
                 )
         FEATURE_LOSSES.get(options.LOSS)
         PROJECTORS.get(options.PROJECTOR)
@@ -110,22 +98,12 @@ class FeatureObjective(Objective):
             teacher.read_boxes()
         projector = PROJECTORS.get(options.PROJECTOR)
         levels = task.match_features(cfg, student, teacher, options.STUDENT, options.TEACHER)
-        logging.getLogger(__name__).info(
-            "Features (student -> teacher): %s",
-            ", ".join(f"{level.student} -> {level.teacher}" for level in levels),
-        )
-        projectors = {
-            level.student: projector(
-                level.student_channels,
-                level.teacher_channels,
-                dim=options.DIM,
-                teacher_side=options.TEACHER_SIDE,
-            )
-            for level in levels
-        }
+        pairs = ", ".join(f"{level.student} -> {level.teacher}" for level in levels)
+        logging.getLogger(__name__).info("Features (student -> teacher): %s", pairs)
+        sides = {"dim": options.DIM, "teacher_side": options.TEACHER_SIDE}
         return cls(
             levels,
-            projectors,
+            {x.student: projector(x.student_channels, x.teacher_channels, **sides) for x in levels},
             FEATURE_LOSSES.get(options.LOSS),
             options.FOREGROUND,
             options.FOREGROUND_SHARE,

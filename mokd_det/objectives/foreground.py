@@ -12,17 +12,12 @@ def foreground_weights(
 ) -> Tensor:
     """
     Args:
-        boxes: for each of N images (B_i, 4), XYXY in pixels.
-        size: (H, W) of the feature map.
-        stride: of the feature map, in pixels.
+        boxes: for each of N images (B_i, 4), XYXY in pixels. Those with an angle are a ValueError.
+        size, stride: (H, W) of the feature map, and in pixels.
         share: of the loss that cells touched by a box get together.
 
     Returns:
-        (N, 1, H, W), with mean one for each image: ``share`` of it inside the boxes and
-        the rest outside; one everywhere if either is empty.
-
-    Raises:
-        ValueError: boxes with an angle.
+        (N, 1, H, W), with mean one for each image; one everywhere if no or every cell is touched.
     """
     if any(image_boxes.shape[1] != 4 for image_boxes in boxes):
         raise ValueError(
@@ -37,15 +32,9 @@ def foreground_weights(
         in_rows = (rows < y1) & (rows + stride > y0)  # (B, H)
         in_columns = (columns < x1) & (columns + stride > x0)  # (B, W)
         inside = (in_rows[:, :, None] & in_columns[:, None, :]).any(dim=0)
-        count = inside.sum()
-        cells = height * width
-        image[0] = torch.where(
-            (count == 0) | (count == cells),
-            torch.ones_like(image[0]),
-            torch.where(
-                inside,
-                share * cells / count.clamp_min(1),
-                (1 - share) * cells / (cells - count).clamp_min(1),
-            ),
-        )
+        count, cells = inside.sum(), height * width
+        touched = share * cells / count.clamp_min(1)
+        others = (1 - share) * cells / (cells - count).clamp_min(1)
+        uniform = (count == 0) | (count == cells)
+        image[0] = torch.where(uniform, image[0], torch.where(inside, touched, others))
     return weights

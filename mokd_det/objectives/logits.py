@@ -21,8 +21,7 @@ class LogitObjective(Objective):
     """
     Kullback-Leibler divergence of the student's class probabilities from the teacher's, at a
     temperature and times its square (Hinton et al. 2015). The head runs a second time for it, on
-    copies of the features and of its own parameters, so that the boundary can weigh what this
-    objective adds to each.
+    copies of features and parameters, so that the boundary can weigh what it adds to each.
     """
 
     tasks = ("classification",)
@@ -30,11 +29,7 @@ class LogitObjective(Objective):
     taps = (PRE_LOGITS,)
 
     def __init__(self, head: nn.Module, temperature: float = 1.0):
-        """
-        Args:
-            head: of the student, from features to logits.
-            temperature: divides the logits of both; > 0.
-        """
+        """``head``: of the student, from features to logits, which the temperature divides."""
         super().__init__()
         # A list: a part of the student, not of this module.
         self._head = [self.borrow(_WithoutHooks(head))]

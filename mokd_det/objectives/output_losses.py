@@ -23,68 +23,44 @@ def check_temperature(option: str, temperature: float) -> None:
 
 def class_loss(student: BoxOutputs, teacher: BoxOutputs, temperature: float = 1.0) -> Tensor:
     """
-    Kullback-Leibler divergence of the student's class probabilities from the teacher's, times the
-    temperature squared (Hinton et al. 2015), averaged over boxes. Two softmaxes are compared as
-    such, background included; else every class for itself, as present or absent.
-
-    Args:
-        student, teacher: at the same R boxes, of the same C classes.
-        temperature: divides the logits of both.
-
-    Returns:
-        A scalar; zero without boxes.
+    Kullback-Leibler divergence of the student's class probabilities from the teacher's at the same
+    R boxes, times the temperature squared (Hinton et al. 2015), averaged over boxes: a scalar, zero
+    without boxes. Two softmaxes are compared as such, background included; else every class for
+    itself, as present or absent.
     """
-    boxes = max(len(student.logits), 1)
     if student.exclusive and teacher.exclusive:
-        ours = F.log_softmax(student.logits.float() / temperature, dim=1)
-        theirs = F.log_softmax(teacher.logits.float() / temperature, dim=1)
-        total: Any = F.kl_div(ours, theirs, reduction="sum", log_target=True)
+        pairs = [[F.log_softmax(x.logits.float() / temperature, 1)] for x in (student, teacher)]
     else:
-        total = sum(
-            F.kl_div(ours, theirs, reduction="sum", log_target=True)
-            for ours, theirs in zip(
-                student.log_probabilities(temperature), teacher.log_probabilities(temperature)
-            )
-        )
-    return total * temperature**2 / boxes
+        pairs = [[*x.log_probabilities(temperature)] for x in (student, teacher)]
+    total: Any = sum(
+        F.kl_div(ours, theirs, reduction="sum", log_target=True) for ours, theirs in zip(*pairs)
+    )
+    return total * temperature**2 / max(len(student.logits), 1)
 
 
 def box_loss(student: BoxOutputs, teacher: BoxOutputs) -> Tensor:
     """
     Generalised IoU loss (Rezatofighi et al. 2019) between the refined boxes of both for the
-    teacher's most probable class, weighted by that probability: where the teacher sees background
-    its box means nothing.
-
-    Args:
-        student, teacher: as in :func:`class_loss`.
-
-    Returns:
-        A scalar: the weighted sum over the number of all boxes (as Fast R-CNN's own box
-        loss); zero without boxes.
+    teacher's most probable class, weighted by that probability (where the teacher sees background
+    its box means nothing): the weighted sum over the number of all boxes, as Fast R-CNN's own box
+    loss; zero without boxes.
     """
     confidence, classes = teacher.confidence()
-    losses = generalized_box_iou_loss(
-        student.boxes_of(classes).float(), teacher.boxes_of(classes).float()
-    )
+    ours, theirs = (x.boxes_of(classes).float() for x in (student, teacher))
+    losses = generalized_box_iou_loss(ours, theirs)
     return (confidence * losses).sum() / max(len(losses), 1)
 
 
 def rpn_losses(student: AnchorOutputs, teacher: AnchorOutputs) -> tuple[Tensor, Tensor]:
     """
     Divergence of the student's objectness from the teacher's at each anchor, and smooth L1 loss of
-    the deltas weighted by the teacher's objectness (after Chen et al. 2017, "Learning Efficient
-    Object Detection Models with Knowledge Distillation").
+    the deltas weighted by the teacher's objectness: two scalars (after Chen et al. 2017, "Learning
+    Efficient Object Detection Models with Knowledge Distillation").
 
     Of an image's thousands of anchors nearly all are background to both sides. So both sums over
     them are divided by, and the first is weighted with, the objectness of the side that is surer
     of an object; by one at least, so that an image without objects counts little. The mean over
     images is that of as many processes with an image each.
-
-    Args:
-        student, teacher: of the same anchors at the same positions.
-
-    Returns:
-        Two scalars, of objectness and of boxes.
     """
     logits, deltas = student.flat()
     targets, target_deltas = teacher.flat()

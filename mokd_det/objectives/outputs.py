@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 class OutputObjective(Objective):
     """
     Classes and boxes of both sides at the teacher's proposals, and what their RPNs say at each
-    anchor. The student's heads run a second time for it, on copies of the features and of their
-    own parameters, so that the boundary can weigh what this objective adds to each.
+    anchor. The student's heads run a second time for it, on copies of features and parameters, so
+    that the boundary can weigh what it adds to each.
     """
 
     tasks = ("detection",)
@@ -35,17 +35,10 @@ class OutputObjective(Objective):
         rpn_weight: float = 1.0,
         rpn_readers: tuple[RPNReader, RPNReader] | None = None,
     ):
-        """
-        Args:
-            student_reader:
-            temperature, class_weight, box_weight, rpn_weight: see ``MOKD.OUTPUTS``.
-            rpn_readers: of student and teacher; None: RPNs are not compared.
-        """
+        """``rpn_readers``: of student and teacher, or None. For the rest see ``MOKD.OUTPUTS``."""
         super().__init__()
         self.temperature = temperature
-        self.class_weight = class_weight
-        self.box_weight = box_weight
-        self.rpn_weight = rpn_weight
+        self.class_weight, self.box_weight, self.rpn_weight = class_weight, box_weight, rpn_weight
         # A list: parts of the student and the teacher, not of this module.
         self._readers: list[Any] = [self.borrow(student_reader)]
         if rpn_readers and rpn_weight:

@@ -54,10 +54,8 @@ class SubspaceProjector(nn.Module):
     ):
         """
         Args:
-            student_channels, teacher_channels: C_s and C_t.
             dim: n, dimension of the subspace. 0: the larger of C_s and C_t.
-            teacher_side: "learned", "frozen" (random semi-orthogonal) or "identity" (n is
-                then C_t).
+            teacher_side: "learned", "frozen" (random semi-orthogonal) or "identity" (n is C_t).
 
         Raises:
             ValueError: a bad ``dim`` or ``teacher_side``.
@@ -82,12 +80,8 @@ class SubspaceProjector(nn.Module):
 
     def forward(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         """
-        Args:
-            student: (N, C_s, H, W).
-            teacher: (N, C_t, H, W), without gradient.
-
-        Returns:
-            Two (N, n, H, W), each channel with mean 0 and variance 1 over N, H, W.
+        From (N, C_s, H, W) and (N, C_t, H, W), the latter without gradient, to two (N, n, H, W),
+        each channel with mean 0 and variance 1 over N, H, W.
         """
         student = _project(student, self.student.weight)
         if self.teacher_side == "learned":
@@ -117,17 +111,11 @@ class SemiOrthogonal(nn.Module):
     """
 
     def forward(self, matrix: Tensor) -> Tensor:
-        """
-        Args:
-            matrix: (rows, columns) of full rank.
-
-        Returns:
-            Same shape, with orthonormal columns if rows >= columns, else rows.
-        """
+        """A matrix of full rank with orthonormal columns if rows >= columns, else rows."""
         if matrix.shape[0] < matrix.shape[1]:
             return self.forward(matrix.T).T
         with torch.autocast(matrix.device.type, enabled=False):
-            # Without its check for success, for which the CPU would wait for a GPU: a matrix that
+            # Without the check for success, for which the CPU would wait for a GPU: a matrix that
             # lost its rank gives NaN, and that stops the run.
             factor = torch.linalg.cholesky_ex(matrix.T @ matrix, upper=True).L
             return torch.linalg.solve_triangular(factor, matrix, upper=True, left=False)
@@ -149,14 +137,8 @@ def _project(features: Tensor, weight: Tensor) -> Tensor:
 
 def standardise(features: Tensor, eps: float = 1e-5) -> Tensor:
     """
-    Args:
-        features: (N, C, H, W).
-        eps: added to the variance.
-
-    Returns:
-        Same shape; each channel has mean 0 and variance 1 over N, H, W of the batch of
-        all processes. Zero, without gradient, where a channel has a single value (a 1 x 1 map of
-        one image).
+    Give each channel of (N, C, H, W) mean 0 and variance 1 over N, H, W of the batch of all
+    processes. Zero, without gradient, where it has a single value (a 1 x 1 map of one image).
     """
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         return _standardise_together(features, eps)
