@@ -64,9 +64,7 @@ def benchmark(
     if cfg.MOKD.ENABLED:
         teacher_cfg = task.teacher_config_at_students_size(cfg)
         folder = os.path.join(output_dir, "teacher")
-        teacher = export_model(
-            task, teacher_cfg, folder, options, images, option="MOKD.TEACHER.WEIGHTS"
-        )
+        teacher = export_model(task, teacher_cfg, folder, options, images, "MOKD.TEACHER.WEIGHTS")
         if not teacher["parity"]["passed"]:
             raise ValueError(
                 f"--benchmark: the exported teacher differs from its source: {teacher['parity']}. "
@@ -134,11 +132,10 @@ def latencies(
         within a round, for the others.
     """
     seconds: dict[str, list[float]] = {name: [] for name in models}
-    for i in range(warm_up + rounds):
+    for _ in range(warm_up + rounds):
         for name, run in models.items():
-            elapsed = seconds_of(run)
-            if i >= warm_up:
-                seconds[name].append(elapsed)
+            seconds[name].append(seconds_of(run))
+    seconds = {name: times[warm_up:] for name, times in seconds.items()}
     first, *others = seconds
     result = {f"{name}_seconds": statistics.median(times) for name, times in seconds.items()}
     for name in others:
@@ -164,9 +161,7 @@ def compare_with_scratch(task: "Task", cfg: CfgNode, image: Tensor) -> Json:
     scratch_cfg.MODEL.WEIGHTS = ""
     scratch = task.build_student(scratch_cfg).eval()
     both = (student, scratch)
-    shapes = [
-        {key: tuple(value.shape) for key, value in model.state_dict().items()} for model in both
-    ]
+    shapes = [{k: tuple(v.shape) for k, v in model.state_dict().items()} for model in both]
     task.stock_module(scratch).load_state_dict(task.stock_module(student).state_dict(), strict=True)
     inputs = task.exporter(cfg).eager_input(image)
     timed = {"eager_student": lambda: student(inputs), "eager_scratch": lambda: scratch(inputs)}

@@ -39,7 +39,6 @@ class ClassifierExporter(Exporter):
 
     def metadata(self, model: Any) -> Json:
         options = self.cfg.INPUT.CLASSIFICATION
-        stock_cfg = stock_config(self.cfg, self.stock_options)
         return {
             "task": "classification",
             "class_names": class_names_of(self.cfg, model.num_classes, _class_names),
@@ -51,7 +50,7 @@ class ClassifierExporter(Exporter):
             },
             "input": INPUT,
             "outputs": {"logits": "(N, C) float32; their softmax are probabilities"},
-            **common_metadata(self.cfg, model, stock_cfg),
+            **common_metadata(self.cfg, model, stock_config(self.cfg, self.stock_options)),
         }
 
     def to_tensor(self, image: np.ndarray) -> Tensor:
@@ -98,8 +97,7 @@ class ClassifierExporter(Exporter):
         expected = [module(x) for x in inputs]
         result = parity(expected, found, inputs, options.tolerance, compare_tensors)
         if options.half:
-            expected = [in_float32(x) for x in inputs]
-            result["float32"] = differences(expected, found, compare_tensors)
+            result["float32"] = differences([in_float32(x) for x in inputs], found, compare_tensors)
         return result
 
 

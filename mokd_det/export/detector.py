@@ -97,9 +97,8 @@ def num_classes(model: Any) -> int:
 
 def score_threshold(model: Any) -> float:
     """Return the score that the detections of a detector exceed."""
-    if isinstance(model, DenseDetector):
-        return float(model.test_score_thresh)
-    return float(_last_predictor(model).test_score_thresh)
+    predictor = model if isinstance(model, DenseDetector) else _last_predictor(model)
+    return float(predictor.test_score_thresh)
 
 
 def _last_predictor(model: Any) -> Any:
@@ -180,15 +179,12 @@ def paste_masks(masks: Tensor, boxes: Tensor, height: int, width: int) -> Tensor
     return pasted
 
 
-class TracedDetector(nn.Module):
-    """What a traced detector is saved as: any input type, and masks can be pasted."""
+class _DeployedDetector(nn.Module):
+    """What both kinds of files have: masks can be pasted."""
 
-    def __init__(self, traced: torch.jit.ScriptModule):
+    def __init__(self, model: nn.Module):
         super().__init__()
-        self.model = traced  # a TraceableDetector
-
-    def forward(self, image: Tensor) -> Dict[str, Tensor]:  # noqa: UP006
-        return self.model(image.to(torch.float32))
+        self.model: Any = model
 
     @torch.jit.export
     def paste_masks(self, masks: Tensor, boxes: Tensor, height: int, width: int) -> Tensor:
@@ -196,7 +192,14 @@ class TracedDetector(nn.Module):
         return paste_masks(masks, boxes, height, width)
 
 
-class ScriptableDetector(nn.Module):
+class TracedDetector(_DeployedDetector):
+    """What a traced :class:`TraceableDetector` is saved as: it takes any type."""
+
+    def forward(self, image: Tensor) -> Dict[str, Tensor]:  # noqa: UP006
+        return self.model(image.to(torch.float32))
+
+
+class ScriptableDetector(_DeployedDetector):
     """What ``scripting_with_instances`` takes, and is saved. It also takes a batch."""
 
     has_masks: torch.jit.Final[bool]
@@ -204,8 +207,7 @@ class ScriptableDetector(nn.Module):
     is_dense: torch.jit.Final[bool]
 
     def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model: Any = model
+        super().__init__(model)
         self.has_masks = "masks" in output_names(model)
         self.has_keypoints = "keypoints" in output_names(model)
         self.is_dense = isinstance(model, DenseDetector)
@@ -237,11 +239,6 @@ class ScriptableDetector(nn.Module):
                 outputs["keypoints"] = result.pred_keypoints[kept]
             found.append(outputs)
         return found
-
-    @torch.jit.export
-    def paste_masks(self, masks: Tensor, boxes: Tensor, height: int, width: int) -> Tensor:
-        """See :func:`paste_masks`."""
-        return paste_masks(masks, boxes, height, width)
 
 
 def instances_fields(model: nn.Module) -> dict[str, type]:

@@ -18,13 +18,12 @@ from .metadata import Json
 if TYPE_CHECKING:
     from ..tasks import Task
 
-FORMATS = {
+FORMATS = {  # format -> name of the file
     "torchscript": "model.ts",
     "onnx": "model.onnx",
     "torch_export": "model.pt2",
     "checkpoint": "model.pth",
 }
-"""Format -> name of the file."""
 METHODS = ("tracing", "scripting")
 DEFAULT_OPTIONS = ExportOptions()
 
@@ -63,7 +62,8 @@ def export_model(
     option: str = "MODEL.WEIGHTS",
 ) -> Json:
     """
-    Write a trained model for deployment, read the file again and compare it with the model.
+    Write a trained model for deployment, read the file again and compare it with the model. What
+    is refused (ValueError, ImportError, FileNotFoundError) is so before anything is written.
 
     Args:
         task, cfg: of the model, with its trained ``MODEL.WEIGHTS``.
@@ -76,9 +76,6 @@ def export_model(
         :func:`mokd_det.export.parity.parity`, and in it ``batch``, if two sizes go into one batch,
         and with ``half`` ``float32``, the differences to the model in float32. For a checkpoint
         only ``format``, ``bytes``, ``weights`` and ``config``.
-
-    Raises:
-        ValueError, ImportError, FileNotFoundError: see the checks; nothing has been written.
     """
     format = options.format
     check_options(format, options.method, options.half, options.freeze)

@@ -14,23 +14,16 @@ from detectron2.data.detection_utils import read_image
 from PIL import Image
 from torch import Tensor
 
-SCALES = (1.0, 0.75, 0.5)
-"""Sizes of the comparison, as parts of the test size."""
+SCALES = (1.0, 0.75, 0.5)  # of the test size: those of the comparison
 
 
 def read_images(
     cfg: CfgNode, files: Sequence[str] = (), count: int = 3
 ) -> tuple[list[np.ndarray], str]:
     """
-    Args:
-        files: images; empty: the first ``count`` of ``DATASETS.TEST``, if registered.
-
-    Returns:
-        (H, W, 3) uint8 RGB arrays, and where they come from. Without files and data sets they are
-        drawn at random, and the second says that.
-
-    Raises:
-        FileNotFoundError: one of ``files`` is missing.
+    Return images, (H, W, 3) uint8 RGB, and where they come from: files (FileNotFoundError: one is
+    missing), else the first ``count`` of ``DATASETS.TEST``, if registered. Without both they are
+    drawn at random, and the second says that.
     """
     for file in files:
         if not os.path.isfile(file):

@@ -15,10 +15,8 @@ import mokd_det
 
 from ..data.paths import sha256_of
 
-Json = dict[str, Any]
-"""What is written as JSON."""
-METADATA_FILE = "metadata.json"
-"""Name of the extra file inside a TorchScript archive, and of the entry in an ONNX or .pt2 file."""
+Json = dict[str, Any]  # what is written as JSON
+METADATA_FILE = "metadata.json"  # inside a TorchScript or .pt2 archive, or an entry of ONNX's own
 
 
 def common_metadata(cfg: CfgNode, model: Any, stock_cfg: CfgNode) -> Json:

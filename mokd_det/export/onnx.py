@@ -14,16 +14,11 @@ from torch import Tensor, nn
 from .detector import TraceableDetector, output_names
 from .metadata import METADATA_FILE, Json
 
-OPSET = 17
-"""The version of ONNX's operators: the newest that torch's tracing exporter writes in full."""
+OPSET = 17  # the newest that torch's tracing exporter writes in full
 
 
 def check_onnx(model: nn.Module) -> None:
-    """
-    Raises:
-        ImportError: onnx or onnxruntime are not installed.
-        ValueError: a model that ONNX does not hold faithfully.
-    """
+    """Raise ImportError without onnx or onnxruntime, ValueError if ONNX cannot hold the model."""
     try:
         import onnx  # noqa: F401
         import onnxruntime  # noqa: F401
@@ -49,9 +44,8 @@ def export_onnx(model: nn.Module, image: Tensor, path: str, metadata: Json) -> N
         axes = {"image": {1: "height", 2: "width"}, **{name: {0: "detections"} for name in names}}
     else:
         traceable, input_name, names = model, "images", ["logits"]
-        axes = {"images": {0: "batch", 2: "height", 3: "width"}, "logits": {0: "batch"}}
-        if metadata["image_size"] != "any":
-            axes["images"] = {0: "batch"}
+        sides = {2: "height", 3: "width"} if metadata["image_size"] == "any" else {}
+        axes = {"images": {0: "batch", **sides}, "logits": {0: "batch"}}
     # torch's newer exporter (dynamo=True) fails at Detectron2's lists and asserts, so this is the
     # one that traces. It prints the graph when it fails.
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):

@@ -9,10 +9,8 @@ from torch import Tensor
 
 Compare = Callable[[Any, Any], dict[str, float]]
 
-DEFAULT_TOLERANCE = 1e-3
-"""Largest difference of a score, probability or logit (of logits beyond 1: relative)."""
-PIXELS = 10
-"""A box or keypoint may differ by this many times the tolerance, in pixels."""
+DEFAULT_TOLERANCE = 1e-3  # of a score, probability or logit (of logits beyond 1: relative)
+PIXELS = 10  # a box or keypoint may differ by this many times the tolerance, in pixels
 
 
 def compare_detections(expected: dict[str, Tensor], found: dict[str, Tensor]) -> dict[str, float]:
@@ -25,8 +23,7 @@ def compare_detections(expected: dict[str, Tensor], found: dict[str, Tensor]) ->
         of each output in the matched ones; of ``classes`` none.
     """
     expected, found = ({k: v.cpu() for k, v in side.items()} for side in (expected, found))
-    pairs = _match(expected, found)
-    mine, theirs = (torch.tensor(side, dtype=torch.long) for side in pairs)
+    mine, theirs = (torch.tensor(side, dtype=torch.long) for side in _match(expected, found))
     count = max(len(expected["scores"]), len(found["scores"]))
     differences: dict[str, float] = {"unmatched": count - len(mine)}
     for name in expected:
@@ -65,9 +62,8 @@ def _match(expected: dict[str, Tensor], found: dict[str, Tensor]) -> tuple[list[
 
 def compare_tensors(expected: Any, found: Any) -> dict[str, float]:
     """
-    Compare the same nesting of dicts, lists and tuples of tensors. Return ``outputs``, the largest
-    difference of any element, relative to the tensor's largest absolute value where that exceeds 1
-    (float32 has seven digits).
+    Return ``outputs``, the largest difference of any element of two like nestings of tensors,
+    relative to a tensor's largest absolute value beyond 1 (float32 has seven digits).
     """
     mine, theirs = (torch.utils._pytree.tree_leaves(side) for side in (expected, found))
     if len(mine) != len(theirs):

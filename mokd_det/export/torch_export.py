@@ -54,13 +54,10 @@ class BackboneAndHead(nn.Module):
 
     def forward(self, images: Tensor) -> dict[str, Any]:
         """
-        Args:
-            images: (N, 3, H, W) float32 in [0, 255], both sides multiples of the backbone's
-                ``size_divisibility``; padding has the value of pixel_mean.
-
-        Returns:
-            ``features``, dict[str, Tensor]; ``head``, what the head returns: a tuple of lists with
-            an (N, ., H / stride, W / stride) tensor for each level.
+        Take (N, 3, H, W) float32 images in [0, 255], sides multiples of the backbone's
+        ``size_divisibility``, padding of the value of pixel_mean. Return ``features``, dict[str,
+        Tensor], and what the head does as ``head``: a tuple of lists with an (N, ., H / stride,
+        W / stride) tensor for each level.
         """
         features = self.backbone((images - self.pixel_mean) / self.pixel_std)
         head = self.head([features[name] for name in self.in_features])
@@ -71,14 +68,12 @@ def export_program(
     module: nn.Module, images: Tensor, path: str, metadata: Json, multiple: int = 1
 ) -> None:
     """
-    Write a :class:`BackboneAndHead` or a deployed classifier, in eval mode, as a .pt2 file.
+    Write a :class:`BackboneAndHead` or a deployed classifier, in eval mode, as a .pt2 file;
+    ValueError: torch.export does not take it.
 
     Args:
         images: (N, 3, H, W) example, N > 1.
         multiple: sides of images are multiples of this; 0: they are fixed.
-
-    Raises:
-        ValueError: torch.export does not take this model.
     """
     sizes = {0: Dim("batch")}
     if multiple:
@@ -88,9 +83,8 @@ def export_program(
         sizes.update({2: multiple * sides[0], 3: multiple * sides[1]})
     try:
         with torch.no_grad():
-            program = torch.export.export(
-                module, (images.to(torch.float32),), dynamic_shapes=(sizes,), strict=False
-            )
+            example = (images.to(torch.float32),)
+            program = torch.export.export(module, example, dynamic_shapes=(sizes,), strict=False)
     except (RuntimeError, AssertionError, TypeError, ValueError) as error:
         raise ValueError(
             f"--format torch_export: torch {torch.__version__} does not take this model: "
