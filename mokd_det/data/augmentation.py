@@ -9,13 +9,9 @@ from fvcore.transforms.transform import BlendTransform
 
 
 class RandomChannelGain(T.Augmentation):
-    """Multiplies each channel by a number of its own: another sun, another camera."""
+    """Multiplies each channel by a uniform number of its own: another sun, another camera."""
 
     def __init__(self, low: float, high: float):
-        """
-        Args:
-            low, high: the factors are uniform in this range.
-        """
         super().__init__()
         self._init(locals())
 
@@ -25,10 +21,7 @@ class RandomChannelGain(T.Augmentation):
 
 
 def check_augmentation(cfg: CfgNode) -> None:
-    """
-    Raises:
-        ValueError: an option of ``INPUT`` out of its range, or options that exclude each other.
-    """
+    """Raise ValueError for options of ``INPUT`` out of their range, or that exclude each other."""
     jitter, options = cfg.INPUT.COLOR_JITTER, cfg.INPUT.LSJ
     if not 0 <= jitter < 1:
         raise ValueError(f"INPUT.COLOR_JITTER is {jitter}: expected 0 (off) or more, below 1.")
@@ -46,16 +39,9 @@ def check_augmentation(cfg: CfgNode) -> None:
 
 def build_train_mapper(cfg: CfgNode) -> DatasetMapper:
     """
-    Args:
-        cfg: ``INPUT.LSJ``, ``INPUT.COLOR_JITTER`` and what Detectron2's mapper reads.
-
-    Returns:
-        Detectron2's own mapper. With large-scale jitter it resizes and crops accordingly; for a
-        positive colour jitter j the image's contrast and each channel's brightness are multiplied
-        by random factors in [1 - j, 1 + j] first.
-
-    Raises:
-        ValueError: see :func:`check_augmentation`.
+    Return Detectron2's own mapper. With ``INPUT.LSJ`` it resizes and crops accordingly; for a
+    positive ``INPUT.COLOR_JITTER`` j the image's contrast and each channel's brightness are
+    multiplied by random factors in [1 - j, 1 + j] first. ValueError: :func:`check_augmentation`.
     """
     check_augmentation(cfg)
     jitter = cfg.INPUT.COLOR_JITTER
@@ -64,10 +50,7 @@ def build_train_mapper(cfg: CfgNode) -> DatasetMapper:
         options["augmentations"] = _large_scale_jitter(cfg)
         options["recompute_boxes"] = cfg.MODEL.MASK_ON
     if jitter > 0:
-        colour = [
-            T.RandomContrast(1 - jitter, 1 + jitter),
-            RandomChannelGain(1 - jitter, 1 + jitter),
-        ]
+        colour = [make(1 - jitter, 1 + jitter) for make in (T.RandomContrast, RandomChannelGain)]
         options["augmentations"] = [*colour, *options["augmentations"]]
     return DatasetMapper(**options)
 

@@ -32,33 +32,30 @@ def register_datasets(cfg: CfgNode) -> None:
     for entry in [*IMAGENET, *cfg.DATASETS.CLASSIFICATION]:
         _register_classification(entry)
     for entry in cfg.DATASETS.COCO:
-        if len(entry) != 3 or not all(isinstance(part, str) and part for part in entry):
-            raise ValueError(
-                f"DATASETS.COCO has the entry {entry!r}: expected [name, JSON file, image folder]."
-            )
-        name, json_file, image_root = entry
-        json_file, image_root = local_path(json_file), local_path(image_root)
-        if name in DatasetCatalog.list():
-            known = MetadataCatalog.get(name)
-            if known.get("json_file") == json_file and known.get("image_root") == image_root:
-                if cfg.MODEL.KEYPOINT_ON:
-                    _set_keypoint_metadata(name, json_file)
-                continue
+        _check_entry("COCO", entry, ["name", "JSON file", "image folder"])
+        name, json_file, image_root = entry[0], local_path(entry[1]), local_path(entry[2])
+        if name not in DatasetCatalog.list():
+            register_coco_instances(name, {}, json_file, image_root)
+        known = MetadataCatalog.get(name)
+        if known.get("json_file") != json_file or known.get("image_root") != image_root:
             raise ValueError(
                 f"DATASETS.COCO: the name '{name}' is taken by another data set "
                 f"({known.get('json_file', 'not in COCO format')}). Choose another name."
             )
-        register_coco_instances(name, {}, json_file, image_root)
         if cfg.MODEL.KEYPOINT_ON:
             _set_keypoint_metadata(name, json_file)
 
 
-def _register_classification(entry):
-    if len(entry) != 2 or not all(isinstance(part, str) and part for part in entry):
+def _check_entry(option, entry, parts):
+    if len(entry) != len(parts) or not all(isinstance(part, str) and part for part in entry):
         raise ValueError(
-            f"DATASETS.CLASSIFICATION has the entry {entry!r}: expected [name, path of a folder of "
-            "class folders or of a packed .npz]."
+            f"DATASETS.{option} has the entry {entry!r}: expected [{', '.join(parts)}]."
         )
+
+
+def _register_classification(entry):
+    parts = ["name", "path of a folder of class folders or of a packed .npz"]
+    _check_entry("CLASSIFICATION", entry, parts)
     name, path = entry[0], local_path(entry[1])
     if name in DatasetCatalog.list():
         known = MetadataCatalog.get(name)
@@ -78,11 +75,7 @@ def _register_classification(entry):
 
 def check_classes(cfg: CfgNode, options: Sequence[str] = ("TRAIN", "TEST")) -> None:
     """
-    Check the data sets of a classifier against it, by the names of their classes.
-
-    Args:
-        cfg: of a classifier.
-        options: keys of ``cfg.DATASETS`` with names of sets that exist.
+    Check the data sets of a classifier, in these keys of ``cfg.DATASETS``, against it.
 
     Raises:
         ValueError: a set for detection, sets of different classes, or another number of classes
@@ -98,8 +91,7 @@ def check_classes(cfg: CfgNode, options: Sequence[str] = ("TRAIN", "TEST")) -> N
                     "MODEL.META_ARCHITECTURE is 'Classifier': name one of DATASETS.CLASSIFICATION."
                 )
             classes = class_names(MetadataCatalog.get(name).image_path)
-            if first is None:
-                first = name, classes
+            first = first or (name, classes)
             if classes != first[1]:
                 raise ValueError(
                     f"DATASETS.{option}: '{name}' has other classes ({_listed(classes)}) than "
@@ -116,13 +108,8 @@ def check_classes(cfg: CfgNode, options: Sequence[str] = ("TRAIN", "TEST")) -> N
 def check_teacher_classes(cfg: CfgNode, teacher_cfg: CfgNode) -> None:
     """
     Outputs are compared class by class, so both sides must number the classes alike. Checked by
-    the names in the training sets of both configs, where these are known without reading images.
-
-    Args:
-        cfg, teacher_cfg: the student's and the teacher's config.
-
-    Raises:
-        ValueError: the same names in another order.
+    the names in the training sets of both configs, where these are known without reading images;
+    ValueError: the same names in another order.
     """
     names, teacher_names = _class_names(cfg), _class_names(teacher_cfg)
     if not names or not teacher_names or names == teacher_names:
@@ -172,10 +159,7 @@ def _listed(names, most=5):
 
 
 def _set_keypoint_metadata(name, json_file):
-    """
-    The keypoints' names from the JSON file, and those that change places in a mirrored image:
-    "left_x" and "right_x".
-    """
+    """From the JSON: names, and which ("left_x", "right_x") change places in a mirrored image."""
     metadata = MetadataCatalog.get(name)
     if metadata.get("keypoint_names") or not PathManager.isfile(json_file):
         return  # a missing file is :func:`check_datasets`' to explain
@@ -194,11 +178,8 @@ def _set_keypoint_metadata(name, json_file):
 
 def check_datasets(names: Sequence[str], option: str) -> None:
     """
-    Check that data sets are registered and their files exist, without reading any of them.
-
-    Args:
-        names: of data sets.
-        option: the config key that holds them, for the message.
+    Check that the data sets of a config key are registered and their files exist, without reading
+    any of them.
 
     Raises:
         ValueError: no name at all, or one that is not registered.
@@ -215,25 +196,17 @@ def check_datasets(names: Sequence[str], option: str) -> None:
                 f"['{name}', JSON file, image folder] to DATASETS.COCO (classification: "
                 f"['{name}', path] to DATASETS.CLASSIFICATION), or register it in Python."
             )
-        metadata = MetadataCatalog.get(name)
-        remedy = _remedy(name)
-        json_file, image_root = metadata.get("json_file"), metadata.get("image_root")
-        if json_file is not None and not PathManager.isfile(json_file):
-            raise FileNotFoundError(
-                f"{option}: the annotations of '{name}' are missing: expected the file "
-                f"{os.path.abspath(json_file)}. {remedy}"
-            )
-        if image_root is not None and not PathManager.isdir(image_root):
-            raise FileNotFoundError(
-                f"{option}: the images of '{name}' are missing: expected the folder "
-                f"{os.path.abspath(image_root)}. {remedy}"
-            )
-        image_path = metadata.get("image_path")
-        if image_path is not None and not os.path.exists(image_path):
-            raise FileNotFoundError(
-                f"{option}: the images of '{name}' are missing: expected "
-                f"{os.path.abspath(image_path)}. {remedy}"
-            )
+        for key, what, kind, exists in (
+            ("json_file", "annotations", "the file ", PathManager.isfile),
+            ("image_root", "images", "the folder ", PathManager.isdir),
+            ("image_path", "images", "", os.path.exists),
+        ):
+            path = MetadataCatalog.get(name).get(key)
+            if path is not None and not exists(path):
+                raise FileNotFoundError(
+                    f"{option}: the {what} of '{name}' are missing: expected {kind}"
+                    f"{os.path.abspath(path)}. {_remedy(name)}"
+                )
 
 
 def _remedy(name):

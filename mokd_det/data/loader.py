@@ -1,15 +1,15 @@
 # Copyright (c) The mokd_det authors.
 """
-A training loader that can go on where it stopped.
+A training loader that can go on where it stopped; Detectron2's starts anew after a resume.
 
-Detectron2's loader starts anew after a resume: other images, other augmentations. Here the stream
-of batches is a function of a seed, and the augmentation of a sample a function of the seed and of
-the sample's position in the stream. So position N can be reached without loading what comes
-before, and gives the same batch with any number of workers.
+The stream of batches is a function of a seed, and the augmentation of a sample a function of the
+seed and of the sample's position in the stream. So position N can be reached without loading what
+comes before, and gives the same batch with any number of workers.
 """
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import itertools
 import random
@@ -33,10 +33,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 @contextlib.contextmanager
 def isolated_rng(seed: int | None = None) -> Iterator[None]:
     """
-    Restore the random states of Python, NumPy and torch (CPU and CUDA) afterwards.
-
-    Args:
-        seed: seed the three of them (torch: CPU only) inside.
+    Restore the random states of Python, NumPy and torch (CPU and CUDA) afterwards; inside, the
+    three are seeded (torch: CPU only) if a seed is given.
     """
     state = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
@@ -58,9 +56,7 @@ class _SeededDataset(Dataset):
     """Maps the element at an index under a random state of its own."""
 
     def __init__(self, elements, mapper, seed):
-        self.elements = elements
-        self.mapper = mapper
-        self.seed = seed
+        self.elements, self.mapper, self.seed = elements, mapper, seed
 
     def __len__(self):
         return len(self.elements)
@@ -80,10 +76,8 @@ class _BatchStream(Sampler):
     """Batches of (position, index), infinite, from batch number ``start`` on."""
 
     def __init__(self, sampler, batch_size, groups, start):
-        self.sampler = sampler
-        self.batch_size = batch_size
-        self.groups = groups
-        self.start = start
+        self.sampler, self.batch_size = sampler, batch_size
+        self.groups, self.start = groups, start
 
     def __iter__(self):
         return itertools.islice(self._batches(), self.start, None)
@@ -99,52 +93,35 @@ class _BatchStream(Sampler):
                 group.clear()
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class ResumableLoader:
     """
-    An infinite iterable of batches.
-
-    Nothing is loaded and no worker starts before the first batch is asked for, so that a
-    checkpoint loaded after the loader was built still decides where it starts.
+    An infinite iterable of batches. Nothing is loaded and no worker starts before the first batch
+    is asked for, so that a checkpoint loaded after the loader was built still decides where it
+    starts.
 
     Attributes:
+        elements: a sequence of data set dicts.
+        mapper: from an element (a copy) to a sample; None drops it.
+        make_sampler: from a seed to an infinite iterable of indices.
+        seed: of the order and the augmentations; equal on all ranks.
+        batch_size: of this rank.
+        groups: a group for each element; a batch holds one group only.
+        collate: from samples to a batch; what it draws at random it must take from the samples.
+        pin_memory: of the batches, which a GPU then reads by itself.
         start: number of batches to skip, without loading them, when iterating starts.
     """
 
-    def __init__(
-        self,
-        elements: Any,
-        mapper: Callable[[Any], Any],
-        make_sampler: Callable[[int], Iterable[int]],
-        seed: int,
-        batch_size: int,
-        groups: Sequence | None = None,
-        num_workers: int = 0,
-        collate: Callable[[list], Any] = trivial_batch_collator,
-        pin_memory: bool = False,
-    ):
-        """
-        Args:
-            elements: a sequence of data set dicts.
-            mapper: from an element (a copy) to a sample; None drops it.
-            make_sampler: from a seed to an infinite iterable of indices.
-            seed: of the order and the augmentations; equal on all ranks.
-            batch_size: of this rank.
-            groups: a group for each element; a batch holds one group only.
-            num_workers: of processes.
-            collate: from a list of samples to a batch; whatever it draws at random it
-                must take from the samples.
-            pin_memory: of the batches, which a GPU then reads by itself.
-        """
-        self.elements = elements
-        self.mapper = mapper
-        self.make_sampler = make_sampler
-        self.seed = seed
-        self.batch_size = batch_size
-        self.groups = groups
-        self.num_workers = num_workers
-        self.collate = collate
-        self.pin_memory = pin_memory
-        self.start = 0
+    elements: Any
+    mapper: Callable[[Any], Any]
+    make_sampler: Callable[[int], Iterable[int]]
+    seed: int
+    batch_size: int
+    groups: Sequence | None = None
+    num_workers: int = 0
+    collate: Callable[[list], Any] = trivial_batch_collator
+    pin_memory: bool = False
+    start: int = dataclasses.field(default=0, init=False)
 
     def __iter__(self) -> Iterator[Any]:
         sampler = self.make_sampler(self.seed)
@@ -170,16 +147,9 @@ def build_resumable_train_loader(
     cfg: CfgNode, mapper: Callable[[dict], Any] | None = None
 ) -> ResumableLoader:
     """
-    Build the training loader of a Detectron2 config, with its samplers, filters, mapper and
-    aspect-ratio grouping.
-
-    Args:
-        cfg: Detectron2's ``DATASETS``, ``DATALOADER``, ``INPUT``, ``SOLVER``.
-        mapper: default ``DatasetMapper(cfg, is_train=True)``.
-
-    Raises:
-        ValueError: a sampler that Detectron2 does not have, or a batch that the ranks cannot
-            share equally.
+    Build the training loader of a Detectron2 config, with its samplers, filters, mapper (by
+    default ``DatasetMapper(cfg, is_train=True)``) and aspect-ratio grouping. ValueError: a sampler
+    that Detectron2 does not have, or a batch that the ranks cannot share equally.
     """
     batch_size = images_per_process(cfg)
     elements = training_elements(cfg)
@@ -198,8 +168,7 @@ def build_resumable_train_loader(
 
 
 def images_per_process(cfg: CfgNode) -> int:
-    """Return the part of ``SOLVER.IMS_PER_BATCH`` of each process; ValueError if it is no whole
-    number."""
+    """Return each process's part of ``SOLVER.IMS_PER_BATCH``; ValueError if that is not whole."""
     ranks = comm.get_world_size()
     if cfg.SOLVER.IMS_PER_BATCH % ranks:
         raise ValueError(
@@ -211,20 +180,19 @@ def images_per_process(cfg: CfgNode) -> int:
 
 def training_elements(cfg: CfgNode) -> list[dict[str, Any]]:
     """Return Detectron2's dicts of the images in ``DATASETS.TRAIN``, after its filters."""
+    keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
     return get_detection_dataset_dicts(
         cfg.DATASETS.TRAIN,
         filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-        min_keypoints=(
-            cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
-        ),
+        min_keypoints=keypoints if cfg.MODEL.KEYPOINT_ON else 0,
         proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
     )
 
 
 def _make_sampler(cfg, elements, seed):
-    name = cfg.DATALOADER.SAMPLER_TRAIN
+    name, size = cfg.DATALOADER.SAMPLER_TRAIN, len(elements)
     if name == "TrainingSampler":
-        return TrainingSampler(len(elements), seed=seed)
+        return TrainingSampler(size, seed=seed)
     if name == "RepeatFactorTrainingSampler":
         factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
             elements, cfg.DATALOADER.REPEAT_THRESHOLD
@@ -232,9 +200,7 @@ def _make_sampler(cfg, elements, seed):
         return RepeatFactorTrainingSampler(factors, seed=seed)
     if name == "RandomSubsetTrainingSampler":
         ratio = cfg.DATALOADER.RANDOM_SUBSET_RATIO
-        return RandomSubsetTrainingSampler(
-            len(elements), ratio, seed_shuffle=seed, seed_subset=seed
-        )
+        return RandomSubsetTrainingSampler(size, ratio, seed_shuffle=seed, seed_subset=seed)
     raise ValueError(
         f"DATALOADER.SAMPLER_TRAIN is '{name}': expected TrainingSampler, "
         "RepeatFactorTrainingSampler or RandomSubsetTrainingSampler."

@@ -29,15 +29,9 @@ def check_schedule(cfg: CfgNode) -> None:
 
 def schedule_in_iterations(cfg: CfgNode) -> CfgNode:
     """
-    Args:
-        cfg: with ``SOLVER.UNIT``; its data sets are registered.
-
-    Returns:
-        As given if the unit is an iteration. Else a new one in iterations: of E epochs of N images
-        in batches of B, ``ceil(E N / B)``.
-
-    Raises:
-        ValueError: see :func:`check_schedule`.
+    Return a config, its data sets registered, as it is if ``SOLVER.UNIT`` is an iteration. Else a
+    new one in iterations: of E epochs of N images in batches of B, ``ceil(E N / B)``.
+    ValueError: see :func:`check_schedule`.
     """
     check_schedule(cfg)
     if cfg.SOLVER.UNIT == "iteration":

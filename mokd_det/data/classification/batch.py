@@ -1,5 +1,5 @@
 # Copyright (c) The mokd_det authors.
-"""A batch of labelled images."""
+"""Batches of labelled images."""
 
 import dataclasses
 
@@ -9,22 +9,16 @@ from torch import Tensor
 
 @dataclasses.dataclass
 class Batch:
-    """
-    Attributes:
-        images: (N, 3, H, W), RGB in [0, 255]; uint8, or float32 if they were mixed.
-        targets: (N,) int64 labels, or (N, C) float32 probabilities.
-        names: of the images, where they are evaluated.
-    """
+    """Images with their targets, and names where they are evaluated."""
 
-    images: Tensor
-    targets: Tensor
+    images: Tensor  # (N, 3, H, W), RGB in [0, 255]; uint8, or float32 if they were mixed
+    targets: Tensor  # (N,) int64 labels, or (N, C) float32 probabilities
     names: list[str] = dataclasses.field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, part: slice) -> "Batch":
-        """Return the batch of a slice of its images."""
         return Batch(self.images[part], self.targets[part], self.names[part])
 
     def to(self, device: str | torch.device) -> "Batch":

@@ -22,7 +22,6 @@ from ..loader import ResumableLoader, images_per_process, isolated_rng
 from .batch import Batch
 from .transforms import BatchMixing, build_transform
 
-BROKEN = ("error", "skip")
 # What PIL and torchvision raise for files that are no (whole) images.
 BROKEN_ERRORS = (OSError, RuntimeError, SyntaxError, ValueError, Image.DecompressionBombError)
 JPEG = b"\xff\xd8"
@@ -38,19 +37,13 @@ class ImageMapper:
         Args:
             read: :func:`read_tensor` or :func:`read_image`.
             transform: from what that returns to a (3, S, S) uint8 tensor.
-            broken: "error" or "skip", see ``DATASETS.BROKEN_IMAGES``.
-
-        Raises:
-            ValueError: another ``broken``.
+            broken: "error" or "skip", see ``DATASETS.BROKEN_IMAGES``; else ValueError.
         """
-        if broken not in BROKEN:
+        if broken not in ("error", "skip"):
             raise ValueError(
-                f"DATASETS.BROKEN_IMAGES is '{broken}': expected one of "
-                f"{', '.join(map(repr, BROKEN))}."
+                f"DATASETS.BROKEN_IMAGES is '{broken}': expected one of 'error', 'skip'."
             )
-        self.read = read
-        self.transform = transform
-        self.skips = broken == "skip"
+        self.read, self.transform, self.skips = read, transform, broken == "skip"
         # Of all worker processes together.
         self._skipped = torch.zeros(1, dtype=torch.int64).share_memory_()
 
@@ -61,15 +54,8 @@ class ImageMapper:
 
     def __call__(self, element: dict[str, Any]) -> dict[str, Any] | None:
         """
-        Args:
-            element: of a source.
-
-        Returns:
-            ``image``, ``label``, ``name`` and ``seed``, a random number; None for an image that
-            cannot be read and is skipped.
-
-        Raises:
-            ValueError: an image that cannot be read and is not skipped; names it.
+        Return ``image``, ``label``, ``name`` and ``seed``, a random number, of a source's element.
+        An image that cannot be read is None if it is skipped, else a ValueError that names it.
         """
         try:
             image = self.read(element)
@@ -81,12 +67,9 @@ class ImageMapper:
                 f"The image {element.get('file_name', element['name'])} cannot be read: {error}. "
                 "Mend or remove it, or set DATASETS.BROKEN_IMAGES to 'skip'."
             ) from error
-        return {
-            "image": self.transform(image),
-            "label": element["label"],
-            "name": element["name"],
-            "seed": int(torch.randint(2**31, ())),
-        }
+        image = self.transform(image)
+        seed = int(torch.randint(2**31, ()))  # drawn after the transform's
+        return {"image": image, "label": element["label"], "name": element["name"], "seed": seed}
 
 
 def read_image(element: dict[str, Any]) -> Image.Image:
@@ -113,11 +96,7 @@ def read_tensor(element: dict[str, Any]) -> Tensor:
 
 
 def make_batch(samples: Sequence[dict | None], mixing: BatchMixing | None = None) -> Batch:
-    """
-    Args:
-        samples: of an :class:`ImageMapper`; None are left out.
-        mixing: mixes the images, with the first sample's seed.
-    """
+    """Join samples of an :class:`ImageMapper` but None, mixed with the first one's seed."""
     kept = [sample for sample in samples if sample is not None]
     if not kept:
         return Batch(torch.zeros(0, 3, 1, 1, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64))
@@ -137,15 +116,7 @@ class RepeatedAugmentationSampler(TrainingSampler):
     """
 
     def __init__(self, size: int, repeats: int, seed: int | None = None):
-        """
-        Args:
-            size: of the set.
-            repeats: of each image.
-            seed: of the order; equal on all ranks.
-
-        Raises:
-            ValueError: fewer than one repeat.
-        """
+        """The seed is equal on all ranks; ValueError: fewer than one repeat."""
         super().__init__(size, seed=seed)
         if repeats < 1:
             raise ValueError(
@@ -165,22 +136,14 @@ class RepeatedAugmentationSampler(TrainingSampler):
 
 def build_train_loader(cfg: CfgNode) -> ResumableLoader:
     """
-    Args:
-        cfg: of a classifier.
-
-    Returns:
-        Of :class:`Batch`; its ``mapper`` counts what it skips.
-
-    Raises:
-        ValueError: an option out of its range, or a batch that the processes cannot share.
+    Return a classifier's training loader of :class:`Batch`, whose ``mapper`` counts what it skips;
+    ValueError: an option out of its range, or a batch that the processes cannot share.
     """
     batch_size = images_per_process(cfg)
     options = cfg.INPUT.CLASSIFICATION
     transform = build_transform(cfg, is_train=True)
     mixing = BatchMixing(options.MIXUP, options.CUTMIX, cfg.MODEL.CLASSIFIER.NUM_CLASSES)
-    sources: ConcatDataset = ConcatDataset(
-        [DatasetCatalog.get(name) for name in cfg.DATASETS.TRAIN]
-    )
+    sources: ConcatDataset = ConcatDataset(list(map(DatasetCatalog.get, cfg.DATASETS.TRAIN)))
     repeats = cfg.DATALOADER.REPEATED_AUGMENTATION
     return ResumableLoader(
         sources,
@@ -196,8 +159,7 @@ def build_train_loader(cfg: CfgNode) -> ResumableLoader:
 
 class _Mapped(torch.utils.data.Dataset):
     def __init__(self, source, mapper):
-        self.source = source
-        self.mapper = mapper
+        self.source, self.mapper = source, mapper
 
     def __len__(self):
         return len(self.source)
@@ -208,16 +170,8 @@ class _Mapped(torch.utils.data.Dataset):
 
 def build_test_loader(cfg: CfgNode, name: str) -> DataLoader:
     """
-    Args:
-        cfg: of a classifier.
-        name: of a registered data set.
-
-    Returns:
-        Of :class:`Batch`, over this process's share of the images: every image once, in one process
-        only.
-
-    Raises:
-        ValueError: an option out of its range.
+    Return a loader of :class:`Batch` over this process's share of a registered set: every image
+    once, in one process only. ValueError: an option out of its range.
     """
     if cfg.TEST.BATCH_SIZE < 1:
         raise ValueError(f"TEST.BATCH_SIZE is {cfg.TEST.BATCH_SIZE}: expected 1 or more.")

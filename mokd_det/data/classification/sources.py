@@ -20,18 +20,13 @@ logger = logging.getLogger(__name__)
 
 
 class ClassFolders:
-    """A folder with a folder of images for each class, as torchvision's ``ImageFolder`` reads it:
-    labels count the classes in the order of their names."""
+    """
+    A folder with a folder of images for each class, as torchvision's ``ImageFolder`` reads it:
+    labels count the classes in the order of their names. A class without images counts as well,
+    with a warning; FileNotFoundError: no folder, or no image in them.
+    """
 
     def __init__(self, path: str):
-        """
-        Args:
-            path: the folder.
-
-        Raises:
-            FileNotFoundError: no folder in it, or no image in them. A class without images is
-                warned of; labels count it.
-        """
         self.path = path
         self.classes = class_names(path)
         labels = {name: label for label, name in enumerate(self.classes)}
@@ -52,24 +47,17 @@ class ClassFolders:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         file_name, label = self._samples[index]
-        return {
-            "file_name": file_name,
-            "label": label,
-            "name": os.path.relpath(file_name, self.path),
-        }
+        name = os.path.relpath(file_name, self.path)
+        return {"file_name": file_name, "label": label, "name": name}
 
 
 class PackedImages:
-    """An .npz file of :func:`write_packed`, held in memory: for small sets of small images."""
+    """
+    An .npz file of :func:`write_packed`, held in memory: for small sets of small images;
+    ValueError: the file holds something else.
+    """
 
     def __init__(self, path: str):
-        """
-        Args:
-            path: the file.
-
-        Raises:
-            ValueError: the file holds something else.
-        """
         self.path = path
         with _open_packed(path) as arrays:
             self.images, self.labels = arrays["images"], arrays["labels"]
@@ -96,11 +84,8 @@ class PackedImages:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {
-            "image": self.images[index],
-            "label": int(self.labels[index]),
-            "name": f"{os.path.basename(self.path)}#{index}",
-        }
+        name = f"{os.path.basename(self.path)}#{index}"
+        return {"image": self.images[index], "label": int(self.labels[index]), "name": name}
 
 
 def _open_packed(path):
@@ -116,13 +101,8 @@ def _open_packed(path):
 
 def write_packed(path: str, images: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> None:
     """
-    Write a packed data set.
-
-    Args:
-        path: of the .npz file.
-        images: (N, H, W) grey or (N, H, W, 3) RGB, uint8.
-        labels: (N,) integers, indices of ``classes``.
-        classes: names.
+    Write a packed data set as .npz: images (N, H, W) grey or (N, H, W, 3) RGB, uint8; labels (N,)
+    integers, indices of ``classes``.
     """
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     # Within one folder, so the file is either absent or whole.
@@ -133,17 +113,8 @@ def write_packed(path: str, images: np.ndarray, labels: np.ndarray, classes: Seq
 
 def class_names(path: str) -> list[str]:
     """
-    The classes of a data set without reading its images.
-
-    Args:
-        path: as of :func:`open_source`.
-
-    Returns:
-        In the order of their labels.
-
-    Raises:
-        FileNotFoundError: a folder without folders.
-        ValueError: a packed file that is none.
+    Return the classes at a path of :func:`open_source` in the order of their labels, without
+    reading images; FileNotFoundError: a folder without folders, ValueError: no packed file.
     """
     if path.endswith(".npz"):
         with _open_packed(path) as arrays:
@@ -160,8 +131,5 @@ def class_names(path: str) -> list[str]:
 
 @functools.lru_cache(maxsize=8)  # looking through a million files takes seconds
 def open_source(path: str) -> ClassFolders | PackedImages:
-    """
-    Args:
-        path: a folder of class folders, or a packed ``.npz``.
-    """
+    """Return the source at a path: a folder of class folders, or a packed ``.npz``."""
     return PackedImages(path) if path.endswith(".npz") else ClassFolders(path)

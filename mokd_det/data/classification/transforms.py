@@ -1,6 +1,7 @@
 # Copyright (c) The mokd_det authors.
 """Augmentation for classification, by torchvision's transforms."""
 
+import functools
 from typing import Any
 
 import torch
@@ -8,55 +9,36 @@ from detectron2.config import CfgNode
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode, v2
 
-INTERPOLATIONS = {
-    "bilinear": InterpolationMode.BILINEAR,
-    "bicubic": InterpolationMode.BICUBIC,
-}
+INTERPOLATIONS = {"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.BICUBIC}
 CROPS = ("resized", "padded")
 
 
 def build_transform(cfg: CfgNode, is_train: bool) -> nn.Module:
     """
-    Args:
-        cfg: ``INPUT.CLASSIFICATION``, ``INPUT.RANDOM_FLIP``; the mean colour.
-        is_train: with augmentation.
-
-    Returns:
-        To a (3, S, S) uint8 tensor: in training from a (3, H, W) uint8 tensor, which is faster to
-        crop; in evaluation from an RGB PIL image. Evaluation computes what torchvision's presets
-        for its weights do, up to their normalisation.
-
-    Raises:
-        ValueError: an option out of its range.
+    Return the transform to a (3, S, S) uint8 tensor: in training from a (3, H, W) uint8 tensor,
+    which is faster to crop; in evaluation from an RGB PIL image. Evaluation computes what
+    torchvision's presets for its weights do, up to their normalisation. ValueError: an option out
+    of its range.
     """
-    options = cfg.INPUT.CLASSIFICATION
     check_transform(cfg)
+    options = cfg.INPUT.CLASSIFICATION
     interpolation = INTERPOLATIONS[options.INTERPOLATION]
     if not is_train:
         resized = [v2.Resize(options.RESIZE_TEST, interpolation), v2.CenterCrop(options.SIZE_TEST)]
         return v2.Compose([*resized, v2.PILToTensor()])
     mean = [round(value) for value in cfg.MODEL.PIXEL_MEAN]
+    size = options.SIZE_TRAIN
+    steps: list[nn.Module]
+    # Antialiased as by PIL.
     if options.CROP == "resized":
-        crop = [
-            v2.RandomResizedCrop(
-                options.SIZE_TRAIN,
-                tuple(options.SCALE),
-                tuple(options.RATIO),
-                interpolation,
-                antialias=True,  # as PIL does
-            )
-        ]
+        ranges = tuple(options.SCALE), tuple(options.RATIO)
+        steps = [v2.RandomResizedCrop(size, *ranges, interpolation, antialias=True)]
     else:
-        crop = [
-            v2.Resize(options.SIZE_TRAIN, interpolation, antialias=True),
-            v2.RandomCrop(options.SIZE_TRAIN, options.PADDING),
-        ]
-    flips = {
-        "none": [],
-        "horizontal": [v2.RandomHorizontalFlip()],
-        "vertical": [v2.RandomVerticalFlip()],
-    }
-    steps = [*crop, *flips[cfg.INPUT.RANDOM_FLIP]]
+        steps = [v2.Resize(size, interpolation, antialias=True)]
+        steps.append(v2.RandomCrop(size, options.PADDING))
+    if cfg.INPUT.RANDOM_FLIP != "none":
+        flips = {"horizontal": v2.RandomHorizontalFlip, "vertical": v2.RandomVerticalFlip}
+        steps.append(flips[cfg.INPUT.RANDOM_FLIP]())
     if options.AUTO_AUGMENT:
         steps += _automatic(options, interpolation)
     if options.ERASING:
@@ -65,17 +47,17 @@ def build_transform(cfg: CfgNode, is_train: bool) -> nn.Module:
 
 
 def _automatic(options: CfgNode, interpolation: InterpolationMode) -> list[Any]:
-    if options.AUTO_AUGMENT == "augmix":
-        return [v2.AugMix(interpolation=interpolation)]
     ways = {
-        "autoaugment": lambda: v2.AutoAugment(interpolation=interpolation),
-        "randaugment": lambda: v2.RandAugment(
-            magnitude=options.MAGNITUDE, interpolation=interpolation
-        ),
-        "trivialaugment": lambda: v2.TrivialAugmentWide(interpolation=interpolation),
+        "autoaugment": v2.AutoAugment,
+        "randaugment": functools.partial(v2.RandAugment, magnitude=options.MAGNITUDE),
+        "trivialaugment": v2.TrivialAugmentWide,
+        "augmix": v2.AugMix,
     }
-    # Its warps take PIL a fraction of the time that they take torch.
-    return [v2.ToPILImage(), ways[options.AUTO_AUGMENT](), v2.PILToTensor()]
+    way = ways[options.AUTO_AUGMENT](interpolation=interpolation)
+    if options.AUTO_AUGMENT == "augmix":
+        return [way]
+    # The warps of the others take PIL a fraction of the time that they take torch.
+    return [v2.ToPILImage(), way, v2.PILToTensor()]
 
 
 class BatchMixing(nn.Module):
@@ -84,11 +66,8 @@ class BatchMixing(nn.Module):
     def __init__(self, mixup: float, cutmix: float, num_classes: int):
         """
         Args:
-            mixup, cutmix: parameters of their Beta distributions; 0 is off.
-            num_classes: of the probabilities that labels become.
-
-        Raises:
-            ValueError: negative parameters, or fewer than two classes.
+            mixup, cutmix: parameters of their Beta distributions; 0 is off, negative a ValueError.
+            num_classes: of the probabilities that labels become; ValueError: fewer than two.
         """
         super().__init__()
         for option, value in (("MIXUP", mixup), ("CUTMIX", cutmix)):
@@ -105,12 +84,8 @@ class BatchMixing(nn.Module):
 
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """
-        Args:
-            images: (N, 3, H, W) uint8.
-            labels: (N,) int64.
-
-        Returns:
-            As given if both are off; else float32 images and (N, C) probabilities.
+        Return (N, 3, H, W) uint8 images and (N,) labels as they are if both are off; else float32
+        images and (N, C) probabilities.
         """
         if self.way is None:
             return images, labels
@@ -118,10 +93,7 @@ class BatchMixing(nn.Module):
 
 
 def check_transform(cfg: CfgNode) -> None:
-    """
-    Raises:
-        ValueError: an option of ``INPUT`` out of its range.
-    """
+    """Raise ValueError for an option of ``INPUT`` out of its range."""
     options = cfg.INPUT.CLASSIFICATION
 
     def refuse(option, expected, section="INPUT.CLASSIFICATION"):
