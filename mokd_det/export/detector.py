@@ -2,7 +2,7 @@
 """
 A deployed detector of any family: from one image, a (3, H, W) tensor in [0, 255], uint8 or float32,
 in the channel order of its metadata, of any height and width, to the ``OUTPUTS`` of its R
-detections. Normalisation is inside, resizing is not.
+detections, boxes clipped to the image. Normalisation is inside, resizing is not.
 """
 
 from typing import Any, Dict, List  # noqa: UP035  (TorchScript knows these, and not dict[...] everywhere)

@@ -62,8 +62,8 @@ def export_model(
     option: str = "MODEL.WEIGHTS",
 ) -> Json:
     """
-    Write a trained model for deployment, read the file again and compare it with the model. What
-    is refused (ValueError, ImportError, FileNotFoundError) is so before anything is written.
+    Write a trained model for deployment, read the file again and compare it with the model.
+    Refusals (ValueError, ImportError, FileNotFoundError) come before anything is written.
 
     Args:
         task, cfg: of the model, with its trained ``MODEL.WEIGHTS``.

@@ -55,8 +55,8 @@ class BackboneAndHead(nn.Module):
     def forward(self, images: Tensor) -> dict[str, Any]:
         """
         Take (N, 3, H, W) float32 images in [0, 255], sides multiples of the backbone's
-        ``size_divisibility``, padding of the value of pixel_mean. Return ``features``, dict[str,
-        Tensor], and what the head does as ``head``: a tuple of lists with an (N, ., H / stride,
+        ``size_divisibility``, padded with the value of pixel_mean. Return ``features``, dict[str,
+        Tensor], and ``head``, what the head returns: a tuple of lists with an (N, ., H / stride,
         W / stride) tensor for each level.
         """
         features = self.backbone((images - self.pixel_mean) / self.pixel_std)
