@@ -40,7 +40,7 @@ class TeacherOutputs:
     Attributes:
         features: by name: of a detector's backbone (N, C, H / stride, W / stride); of a classifier
             what is tapped.
-        answers: of questions that objectives asked, see :meth:`remember`.
+        answers: see :meth:`remember`.
     """
 
     features: dict[str, Tensor]
@@ -73,13 +73,8 @@ class Teacher:
         stream: bool = False,
     ):
         """
-        Args:
-            model: the whole teacher.
-            body: the part of it that is compiled and whose memory format changes.
-            precision, channels_last, compile, inference_mode, stream: see ``MOKD.TEACHER``.
-
-        Raises:
-            ValueError: an option that this model or machine does not have.
+        ``body`` is the part of the model that is compiled and whose memory format changes; options
+        are those of ``MOKD.TEACHER``. ValueError for one that this model or machine does not have.
         """
         # Any: what else it has is its task's to know, and Detectron2 has no types.
         self.model: Any = model.eval().requires_grad_(False)
@@ -99,31 +94,24 @@ class Teacher:
             check_backend(compile, "MOKD.TEACHER.COMPILE")
             body.forward = torch.compile(body.forward, backend=compile)
         self._inference_mode = inference_mode
-        self._stream: torch.cuda.Stream | None = None
-        if stream:
-            if device.type != "cuda":
-                raise ValueError(
-                    f"MOKD.TEACHER.STREAM True needs a GPU, but MODEL.DEVICE is '{device}': set "
-                    "it to False."
-                )
-            self._stream = torch.cuda.Stream(device)
+        if stream and device.type != "cuda":
+            raise ValueError(
+                f"MOKD.TEACHER.STREAM True needs a GPU, but MODEL.DEVICE is '{device}': set it to "
+                "False."
+            )
+        self._stream = torch.cuda.Stream(device) if stream else None
 
     def run(self, batch: Any, input_format: str) -> TeacherOutputs:
         """
-        Args:
-            batch: as the student takes it, before its preprocessing.
-            input_format: channel order of its images, "RGB" or "BGR".
-
-        Returns:
-            Under the teacher's own preprocessing. On a stream of its own, tensors are ready after
-            :meth:`wait`.
+        Return outputs under the teacher's own preprocessing for a batch as the student takes it,
+        whose images are "RGB" or "BGR". On a stream of its own they are ready after :meth:`wait`.
         """
         raise NotImplementedError
 
     def wait(self, outputs: TeacherOutputs) -> None:
         """Make the current CUDA stream wait for what :meth:`run` returned."""
         if self._stream is not None:
-            current = _students_stream(self._stream)
+            current = torch.cuda.current_stream(self._stream.device)  # may not be the current GPU's
             current.wait_stream(self._stream)
             for tensor in _tensors(outputs):
                 tensor.record_stream(current)
@@ -132,7 +120,7 @@ class Teacher:
         """As :meth:`_run`, on the teacher's own stream if it has one."""
         if self._stream is None:
             return self._run(function, *args)
-        self._stream.wait_stream(_students_stream(self._stream))
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         with torch.cuda.stream(self._stream):
             return self._run(function, *args)
 
@@ -142,26 +130,14 @@ class Teacher:
         mode = torch.inference_mode if self._inference_mode else torch.no_grad
         with mode(), self._autocast():
             result = function(*args)
-        # Tensors made in inference mode can never take part in a backward pass, not even as
-        # constants.
+        # Tensors of inference mode cannot be part of a backward pass, not even as constants.
         return _changed(result, torch.clone) if self._inference_mode else result
 
 
 def speed_options(cfg: CfgNode) -> dict[str, Any]:
     """Return those keyword arguments of :class:`Teacher` that ``cfg.MOKD.TEACHER`` has."""
-    options = cfg.MOKD.TEACHER
-    return {
-        "precision": options.PRECISION,
-        "channels_last": options.CHANNELS_LAST,
-        "compile": options.COMPILE,
-        "inference_mode": options.INFERENCE_MODE,
-        "stream": options.STREAM,
-    }
-
-
-def _students_stream(teachers: torch.cuda.Stream) -> torch.cuda.Stream:
-    # Of the teacher's GPU, which need not be the current one.
-    return torch.cuda.current_stream(teachers.device)
+    names = ("precision", "channels_last", "compile", "inference_mode", "stream")
+    return {name: cfg.MOKD.TEACHER[name.upper()] for name in names}
 
 
 def _changed(value: Any, function: Callable[[Tensor], Any]) -> Any:

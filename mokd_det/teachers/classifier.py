@@ -21,14 +21,9 @@ PRE_LOGITS = "pre_logits"
 
 @dataclasses.dataclass
 class ClassifierTeacherOutputs(TeacherOutputs):
-    """
-    What a classifier says about a batch; its features are the tapped ones.
+    """What a classifier says about a batch; its features are the tapped ones."""
 
-    Attributes:
-        logits: (N, C).
-    """
-
-    logits: Tensor
+    logits: Tensor  # (N, C)
 
 
 class ClassifierTeacher(Teacher):
@@ -38,18 +33,11 @@ class ClassifierTeacher(Teacher):
         self, model: "Classifier", image_size: int, is_resized: bool = False, **options: Any
     ):
         """
-        Args:
-            model:
-            image_size: side of the images that it sees, in pixels.
-            is_resized: the student's images have another size.
-            options: of :class:`Teacher`.
-
-        Raises:
-            ValueError: an option that this model or machine does not have.
+        ``image_size``: side of the images that it sees, in pixels; ``is_resized``: the student's
+        images have another. Options and errors are :class:`Teacher`'s.
         """
         super().__init__(model, model.network, **options)
-        self.image_size = image_size
-        self.is_resized = is_resized
+        self.image_size, self.is_resized = image_size, is_resized
         self._found: dict[str, Tensor] = {}
         self._tapped: set[str] = set()
 
@@ -80,8 +68,7 @@ class ClassifierTeacher(Teacher):
     def _run_network(self, images: Tensor) -> ClassifierTeacherOutputs:
         images = images.to(self.model.device, torch.float32, non_blocking=True)
         if self.is_resized:
-            size = (self.image_size, self.image_size)
-            images = F.interpolate(images, size, mode="bilinear", antialias=True)
+            images = F.interpolate(images, self.image_size, mode="bilinear", antialias=True)
         images = self.model.preprocess(images).contiguous(memory_format=self.memory_format)
         self._found.clear()
         logits = self.model.network(images)

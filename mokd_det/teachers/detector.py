@@ -23,7 +23,6 @@ class DetectorTeacherOutputs(TeacherOutputs):
 
     Attributes:
         image_sizes: (height, width) of each image before padding.
-        teacher: that said it.
         proposals: for each image (P_i, 4) boxes, XYXY in pixels; None unless asked for before.
         state: what the teacher's reader needs to say more.
     """
@@ -53,18 +52,12 @@ class DetectorTeacherOutputs(TeacherOutputs):
 
 
 class DetectorTeacher(Teacher):
-    """A frozen detector."""
+    """A frozen detector of Detectron2, or another with ``backbone`` and ``preprocess_image``."""
 
     def __init__(self, model: Any, input_format: str, *, proposals: int = 256, **options: Any):
         """
-        Args:
-            model: a Detectron2 detector, with ``backbone`` and ``preprocess_image``.
-            input_format: the channel order it was trained with, "RGB" or "BGR".
-            proposals: most boxes an image at which its outputs are read.
-            options: of :class:`Teacher`.
-
-        Raises:
-            ValueError: an option that this model or machine does not have.
+        ``input_format``: it was trained with, "RGB" or "BGR"; ``proposals``: most boxes an image at
+        which its outputs are read. Options and errors are :class:`Teacher`'s.
         """
         if options.get("compile") and isinstance(model, ScriptedDetector):
             raise ValueError(
@@ -72,8 +65,7 @@ class DetectorTeacher(Teacher):
                 "compiled already: set it to ''."
             )
         super().__init__(model, model.backbone, **options)
-        self.input_format = input_format
-        self.proposals = proposals
+        self.input_format, self.proposals = input_format, proposals
         self.reader: BoxReader | None = None
         if self.precision != torch.float32:  # else it may run under the student's autocast
             pool_in_float32(self.model)
@@ -85,9 +77,7 @@ class DetectorTeacher(Teacher):
     def read_boxes(self) -> None:
         """
         From now on :meth:`run` also proposes boxes, and its outputs can be asked about boxes.
-
-        Raises:
-            ValueError: outputs of this detector cannot be read.
+        ValueError if this detector's cannot be read.
         """
         if self.reader is None:
             self.reader = build_box_reader(self.model, "teacher")

@@ -15,8 +15,7 @@ PROBE = 256  # pixels
 
 
 class ScriptedDetector(nn.Module):
-    """What a teacher needs of a detector, around a TorchScript module that maps images (N, 3, H, W)
-    to dict[str, Tensor]."""
+    """A detector's parts that a teacher needs, around a module from images to feature maps."""
 
     pixel_mean: Tensor
     pixel_std: Tensor
@@ -30,48 +29,34 @@ class ScriptedDetector(nn.Module):
         device: str,
     ):
         """
-        Args:
-            module: maps images to feature maps.
-            pixel_mean, pixel_std: as Detectron2's, in the module's channel order.
-            size_divisibility: images are padded to multiples of this.
-            device: where the module and the images go.
-
-        Raises:
-            ValueError: the module does not return maps with whole strides.
+        Pixel values are Detectron2's, in the module's channel order. ValueError if the module does
+        not return maps with whole strides.
         """
         super().__init__()
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
         self.to(device)
-        self.backbone = _ScriptedBackbone(
-            module.to(device).eval(), len(pixel_mean), size_divisibility, device
-        )
+        module, channels = module.to(device).eval(), len(pixel_mean)
+        self.backbone = _ScriptedBackbone(module, channels, size_divisibility, device)
 
     @classmethod
     def check_config(cls, cfg: CfgNode) -> None:
-        """
-        Raises:
-            FileNotFoundError, ValueError: no such file, or a second teacher named.
-        """
+        """FileNotFoundError, ValueError: no such file, or a second teacher named."""
         teacher = cfg.MOKD.TEACHER
         if teacher.CONFIG_FILE or teacher.WEIGHTS or teacher.OPTS:
             raise ValueError(
                 "MOKD.TEACHER.TORCHSCRIPT.FILE and MOKD.TEACHER.CONFIG_FILE, WEIGHTS or OPTS name "
                 "two teachers: leave one of them empty."
             )
-        if not PathManager.isfile(teacher.TORCHSCRIPT.FILE):
-            raise FileNotFoundError(
-                f"MOKD.TEACHER.TORCHSCRIPT.FILE '{teacher.TORCHSCRIPT.FILE}' does not exist."
-            )
+        file = teacher.TORCHSCRIPT.FILE
+        if not PathManager.isfile(file):
+            raise FileNotFoundError(f"MOKD.TEACHER.TORCHSCRIPT.FILE '{file}' does not exist.")
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> "ScriptedDetector":
         """
-        Args:
-            cfg: the student's config, with ``MOKD.TEACHER.TORCHSCRIPT``.
-
-        Raises:
-            FileNotFoundError, ValueError: see :meth:`check_config`; or the file is no TorchScript.
+        By ``MOKD.TEACHER.TORCHSCRIPT`` of the student's config. Errors are :meth:`check_config`'s,
+        and a ValueError if the file is no TorchScript.
         """
         cls.check_config(cfg)
         options = cfg.MOKD.TEACHER.TORCHSCRIPT
@@ -85,13 +70,8 @@ class ScriptedDetector(nn.Module):
             raise ValueError(
                 f"MOKD.TEACHER.TORCHSCRIPT.FILE '{options.FILE}' is no TorchScript file: {error}"
             ) from error
-        return cls(
-            module,
-            options.PIXEL_MEAN,
-            options.PIXEL_STD,
-            options.SIZE_DIVISIBILITY,
-            cfg.MODEL.DEVICE,
-        )
+        pixels = options.PIXEL_MEAN, options.PIXEL_STD
+        return cls(module, *pixels, options.SIZE_DIVISIBILITY, cfg.MODEL.DEVICE)
 
     @property
     def device(self) -> torch.device:
@@ -99,9 +79,8 @@ class ScriptedDetector(nn.Module):
 
     def preprocess_image(self, batched_inputs: list[dict]) -> ImageList:
         """As Detectron2's detectors."""
-        images = [
-            (x["image"].to(self.device) - self.pixel_mean) / self.pixel_std for x in batched_inputs
-        ]
+        images = [x["image"].to(self.device) for x in batched_inputs]
+        images = [(x - self.pixel_mean) / self.pixel_std for x in images]
         return ImageList.from_tensors(images, self.backbone.size_divisibility)
 
 
@@ -143,6 +122,5 @@ def _shape(feature: object) -> ShapeSpec | None:
     if not isinstance(feature, torch.Tensor) or feature.dim() != 4:
         return None
     _, channels, height, width = feature.shape
-    if height != width or PROBE % height:
-        return None
-    return ShapeSpec(channels=channels, stride=PROBE // height)
+    is_whole = height == width and PROBE % height == 0
+    return ShapeSpec(channels=channels, stride=PROBE // height) if is_whole else None
