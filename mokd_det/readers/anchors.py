@@ -26,10 +26,7 @@ class AnchorOutputs:
 
     def cropped_to(self, other: "AnchorOutputs") -> "AnchorOutputs":
         """Return these predictions at those positions that ``other`` has, too."""
-        sizes = [
-            [min(pair) for pair in zip(ours.shape[-2:], theirs.shape[-2:])]
-            for ours, theirs in zip(self.logits, other.logits)
-        ]
+        sizes = [y.shape[-2:] for y in other.logits]  # a slice beyond the end is the whole
         return AnchorOutputs(
             [x[..., :height, :width] for x, (height, width) in zip(self.logits, sizes)],
             [x[..., :height, :width] for x, (height, width) in zip(self.deltas, sizes)],
@@ -46,36 +43,22 @@ class RPNReader(nn.Module):
     """Reads an RPN at some of its levels. Its parameters are those of the RPN's head."""
 
     def __init__(self, rpn: RPN, levels: Sequence[int]):
-        """
-        Args:
-            rpn: stock.
-            levels: indices of its ``in_features``.
-        """
+        """``levels``: indices of the RPN's ``in_features``."""
         super().__init__()
         self.rpn_head = rpn.rpn_head
         self.in_features = [rpn.in_features[i] for i in levels]
 
     def forward(self, features: dict[str, Tensor]) -> AnchorOutputs:
-        """
-        Args:
-            features: the backbone's.
-        """
         logits, deltas = self.rpn_head([features[name] for name in self.in_features])
         return AnchorOutputs(list(logits), [x.unflatten(1, (-1, 4)) for x in deltas])
 
 
 def build_rpn_readers(student: nn.Module, teacher: nn.Module) -> tuple[RPNReader, RPNReader] | None:
     """
-    Args:
-        student, teacher: detectors.
-
-    Returns:
-        Of both sides, at the levels where they have the same anchors; None if there are none, or a
-        side has no stock RPN.
+    Return readers of two detectors at the levels where they have the same anchors; None if there
+    are none, or a side has no stock RPN.
     """
-    rpns: list[Any] = [
-        getattr(detector, "proposal_generator", None) for detector in (student, teacher)
-    ]
+    rpns: list[Any] = [getattr(x, "proposal_generator", None) for x in (student, teacher)]
     # Exactly these: a subclass may predict something else, as the one for rotated boxes does.
     if any(
         type(rpn) is not RPN or type(rpn.anchor_generator) is not DefaultAnchorGenerator

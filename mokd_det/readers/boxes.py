@@ -47,10 +47,7 @@ class BoxOutputs:
     boxes: Tensor
 
     def log_probabilities(self, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-        """
-        Returns:
-            (R, C) log p and log (1 - p) of every class but the background.
-        """
+        """Return (R, C) log p and log (1 - p) of every class but the background."""
         logits = self.logits.float() / temperature
         if not self.exclusive:
             return F.logsigmoid(logits), F.logsigmoid(-logits)
@@ -75,24 +72,14 @@ class BoxOutputs:
 
 
 class BoxReader(nn.Module, metaclass=abc.ABCMeta):
-    """
-    Reads one detector's outputs. Its parameters are those of the detector's heads that are read.
-
-    Attributes:
-        num_classes: C.
-    """
+    """Reads one detector's outputs. Its parameters are those of the heads that are read."""
 
     num_classes: int
 
     def forward(self, features: Features, boxes: list[Tensor], image_sizes: Sizes) -> BoxOutputs:
         """
-        Args:
-            features: the backbone's.
-            boxes: for each image (R_i, 4), XYXY in pixels.
-            image_sizes: (height, width) of each image before padding.
-
-        Returns:
-            At these boxes.
+        Return outputs at boxes, for each image (R_i, 4) XYXY in pixels; ``image_sizes`` are
+        (height, width) before padding.
         """
         return self.at(self.run(features), boxes, image_sizes)
 
@@ -106,15 +93,7 @@ class BoxReader(nn.Module, metaclass=abc.ABCMeta):
 
     @abc.abstractmethod
     def propose(self, state: Any, images: ImageList, limit: int) -> list[Tensor]:
-        """
-        Args:
-            state: what :meth:`run` returned.
-            images: that the features were made from.
-            limit: most boxes per image.
-
-        Returns:
-            For each image (P_i, 4) boxes that are likely to hold an object.
-        """
+        """Return, for each image, at most ``limit`` (P_i, 4) boxes likely to hold an object."""
 
     def locations(self, features: Features, boxes: list[Tensor]) -> list[Tensor]:
         """Return, for each image, the boxes where this detector predicts nearest to ``boxes``."""
@@ -234,8 +213,8 @@ class RetinaNetReader(BoxReader):
 
     def _nearest(self, anchors: Tensor, grids: list[torch.Size], boxes: Tensor) -> Tensor:
         """
-        Index of the anchor with the largest IoU for each box, without comparing it to all: for
-        anchors of one shape that is the one whose centre is nearest.
+        Index of the anchor with the largest IoU for each box, without comparing it to all: of one
+        shape that is the one whose centre is nearest.
         """
         generator = self.anchor_generator
         centres = (boxes[:, :2] + boxes[:, 2:]) / 2
@@ -261,12 +240,8 @@ def _iou(first: Tensor, second: Tensor) -> Tensor:
 
 def build_box_reader(detector: nn.Module, who: str) -> BoxReader:
     """
-    Args:
-        detector: stock.
-        who: "student" or "teacher", for the message.
-
-    Raises:
-        ValueError: a detector whose outputs cannot be read.
+    Return the reader of the detector that is the "student" or "teacher"; ValueError if it cannot be
+    read.
     """
     heads = getattr(detector, "roi_heads", None)
     rotated = isinstance(heads, RROIHeads)
