@@ -41,7 +41,8 @@ def launch(main: Callable[[Any], Any], args: argparse.Namespace) -> Any:
         machines = args.num_machines, args.machine_rank, args.dist_url
         return detectron2_launch(main, args.num_gpus, *machines, args=(args,))
     local_rank, local_ranks = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
-    device = load_config(args.config_file, args.opts).MODEL.DEVICE
+    with errors_as_messages(getattr(args, "debug", False)):
+        device = load_config(args.config_file, args.opts).MODEL.DEVICE
     on_gpu = device.startswith("cuda") and torch.cuda.is_available()  # if there is none: main's
     if on_gpu:
         torch.cuda.set_device(local_rank)

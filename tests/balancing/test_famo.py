@@ -50,6 +50,12 @@ def test_famo_ignores_the_scale_of_a_loss_and_its_state_goes_round():
     assert torch.equal(first.weights(torch.eye(2), losses), third.weights(torch.eye(2), losses))
 
 
+def test_a_first_step_without_weights_teaches_nothing():
+    rule = build_rule("famo")
+    rule.update(torch.ones(2), torch.ones(2) / 2)
+    assert rule.state_dict() == {}
+
+
 def test_options_of_famo_are_the_configs_after_loading():
     losses = torch.tensor([2.0, 1.0], dtype=torch.float64)
     first = build_rule("famo")

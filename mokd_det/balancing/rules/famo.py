@@ -48,10 +48,11 @@ class Famo(Rule):
         return raw / raw.sum()
 
     def update(self, before: Tensor, after: Tensor) -> None:
+        if self.xi is None or self.optimizer is None:  # nothing weighed yet: a first step failed
+            return
         if not (before.isfinite().all() and after.isfinite().all()):
             return
         change = before.clamp_min(LOSS_FLOOR).log() - after.clamp_min(LOSS_FLOOR).log()
-        assert self.xi is not None and self.optimizer is not None, "[Famo] no weights to learn"
         # The chain rule through the softmax: xi falls along J^T change.
         with torch.enable_grad():
             shares = torch.softmax(self.xi, 0)
