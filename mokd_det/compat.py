@@ -2,10 +2,9 @@
 """
 What Detectron2 0.6 needs to run on today's NumPy, Pillow, setuptools and PyTorch. Nothing else.
 
-Importing this module applies the patches, which must happen before the first import of a Detectron2
-submodule. All rooms of mokd_det that use Detectron2 import it first; `mokd_det.balancing`, which
-needs torch only, does not. Every patch looks first whether it is needed, so a Detectron2 built from
-upstream's main branch (which needs none but, with a new setuptools, the last) is left as it is.
+Importing this module applies the patches, before the first import of a Detectron2 submodule: all
+folders of mokd_det that use Detectron2 import it first. Every patch looks whether it is needed, so
+a build of upstream's main branch (which needs at most the last) is left as it is.
 """
 
 import importlib.util
@@ -24,11 +23,8 @@ BUILD_HINT = (
 
 def apply() -> list[str]:
     """
-    Apply every patch that the installed Detectron2 needs.
-
-    Returns:
-        Names of the patches applied now, among ``pillow``, ``numpy``, ``compiled``, ``caffe2``,
-        ``pkg_resources``. Empty without Detectron2 and on a second call.
+    Apply every patch that the installed Detectron2 needs, and return the names of those applied
+    now: none without Detectron2 and on a second call.
     """
     spec = importlib.util.find_spec("detectron2")
     if spec is None or not spec.submodule_search_locations:
@@ -53,9 +49,8 @@ def _patch_pillow(root: Path) -> bool:
     """Pillow 10 removed ``Image.LINEAR``; 0.6 uses it as a default argument."""
     from PIL import Image
 
-    if hasattr(Image, "LINEAR") or not _mentions(
-        root / "data" / "transforms" / "transform.py", "Image.LINEAR"
-    ):
+    source = root / "data" / "transforms" / "transform.py"
+    if hasattr(Image, "LINEAR") or not _mentions(source, "Image.LINEAR"):
         return False
     vars(Image)["LINEAR"] = Image.Resampling.BILINEAR.value
     return True
@@ -76,8 +71,8 @@ def _patch_numpy(root: Path) -> bool:
 
 def _patch_compiled(root: Path) -> bool:
     """
-    Without ``detectron2._C`` nothing imports. Detectors that need none of its operators run
-    with this stand-in; the others fail at the operator, with the way to get it.
+    Without ``detectron2._C`` nothing imports. Detectors that need none of its operators run with
+    this stand-in; the others fail at the operator, with the way to get it.
     """
     if "detectron2._C" in sys.modules or any(root.glob("_C*.so")) or any(root.glob("_C*.pyd")):
         return False
@@ -135,16 +130,10 @@ def _define_missing_torch_ops(missing_operator: Callable[[str], Callable]) -> An
 
 
 def _patch_caffe2(root: Path) -> bool:
-    """
-    0.6 imports ``detectron2.export.api``, which is all caffe2, on ``import detectron2.export``.
-    caffe2 left PyTorch in 2.0 or so; tracing and scripting do not need it.
-    """
-    name = "detectron2.export.api"
-    if (
-        name in sys.modules
-        or importlib.util.find_spec("caffe2") is not None
-        or _mentions(root / "export" / "__init__.py", "except ImportError")
-    ):
+    """``detectron2.export`` of 0.6 imports ``.api``, all caffe2, which left PyTorch about 2.0."""
+    name, package = "detectron2.export.api", root / "export" / "__init__.py"
+    needless = name in sys.modules or importlib.util.find_spec("caffe2") is not None
+    if needless or _mentions(package, "except ImportError"):
         return False
     api: Any = types.ModuleType(name, doc="Stand-in: Detectron2's caffe2 export needs caffe2.")
     api.__all__ = []

@@ -9,13 +9,8 @@ class Registry:
     """Objects by name, as Detectron2's registries."""
 
     def __init__(self, name: str, option: str):
-        """
-        Args:
-            name: of the registry, for messages.
-            option: the config key that selects from it, for messages.
-        """
-        self.name = name
-        self.option = option
+        """``option``: the config key that selects from it. Both are for messages."""
+        self.name, self.option = name, option
         self._objects: dict[str, Any] = {}
 
     def register(self, name: str) -> Callable:
