@@ -3,9 +3,7 @@
 
 from .. import compat  # first: patches Detectron2 where it needs it
 from .acceleration import accelerate_student, check_acceleration
-from .backbone_tap import replace_backbone_features
 from .classifier import Classifier, default_tap, load_trained_classifier
-from .classifier_taps import TapShape, as_map, common_grid, find_taps, replace_taps
 from .distillation import DistillationModel, check_balancing
 from .inherit import copy_weights, inheritable_names
 from .lazy_config import LazyConfigDetector, load_lazy_config
@@ -13,4 +11,5 @@ from .loading import StrictCheckpointer
 from .networks import CLASSIFIERS, build_network, implied_options, input_normalisation
 from .state import RestoredState, module_numbers, set_module_numbers
 from .supervised_model import SupervisedModel
+from .taps import TapShape, as_map, common_grid, find_taps, replace_backbone_features, replace_taps
 from .torchvision_backbone import TorchvisionBackbone

@@ -14,10 +14,7 @@ from .state import RestoredState
 
 
 def check_acceleration(cfg: CfgNode) -> None:
-    """
-    Raises:
-        ValueError: options of ``MODEL.BACKBONE`` that do not work together.
-    """
+    """Raise ValueError for options of ``MODEL.BACKBONE`` that do not work together."""
     options = cfg.MODEL.BACKBONE
     if not options.COMPILE:
         return
@@ -37,18 +34,14 @@ def check_acceleration(cfg: CfgNode) -> None:
 
 def accelerate_student(cfg: CfgNode, student: nn.Module) -> None:
     """
-    Apply ``MODEL.BACKBONE.CHECKPOINTING``, ``MODEL.BACKBONE.COMPILE`` and what training in
-    bfloat16 needs. Parameters, buffers and their names stay as they are.
-
-    Args:
-        cfg: the student's config.
-        student: with ``backbone``, if one of the first two is set.
+    Apply ``MODEL.BACKBONE.CHECKPOINTING``, ``MODEL.BACKBONE.COMPILE`` (the student then has a
+    ``backbone``) and what training in bfloat16 needs. Parameters, buffers and their names stay.
     """
     if cfg.MODEL.BACKBONE.CHECKPOINTING:
         checkpoint_stages(student.get_submodule("backbone"))
     if cfg.MODEL.BACKBONE.COMPILE:
-        # The function, not the module: its hooks, one of which is new in every step, stay
-        # outside the compiled part, and keys of the state dict keep their names.
+        # The function, not the module: hooks, one of which is new in every step, stay outside
+        # the compiled part, and the state dict keeps its keys.
         backbone = student.get_submodule("backbone")
         backbone.forward = torch.compile(backbone.forward, backend=cfg.MODEL.BACKBONE.COMPILE)
     if cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.AMP.PRECISION == "bfloat16":
@@ -56,18 +49,12 @@ def accelerate_student(cfg: CfgNode, student: nn.Module) -> None:
 
 
 def checkpoint_stages(backbone: nn.Module) -> None:
-    """
-    Keep only the outputs of a ResNet's stages in the forward pass, and compute the rest again in
-    the backward pass.
-
-    Raises:
-        ValueError: a backbone without stages.
-    """
+    """Keep a ResNet's stage outputs only, and compute the rest again in the backward pass."""
     bottom_up = getattr(backbone, "bottom_up", backbone)
     stages = getattr(bottom_up, "stages", None)
     if not stages:
         raise ValueError(
-            f"MODEL.BACKBONE.CHECKPOINTING True needs a backbone with 'stages', as Detectron2's "
+            "MODEL.BACKBONE.CHECKPOINTING True needs a backbone with 'stages', as Detectron2's "
             f"ResNet; {type(bottom_up).__name__} has none. Set it to False."
         )
     for stage in stages:

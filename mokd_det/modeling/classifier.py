@@ -1,7 +1,7 @@
 # Copyright (c) The mokd_det authors.
 """The meta-architecture of a classifier: a stock network with its preprocessing and loss."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from ..data.classification import Batch
 from ..teachers import PRE_LOGITS
 from .loading import StrictCheckpointer
-from .networks import build_network
+from .networks import HEADS, build_network
 
-HEADS = ("fc", "classifier", "head", "heads")
 # Weight of the heads for training only, of GoogLeNet (Szegedy et al. 2015) and Inception.
 AUXILIARY = 0.3
 
@@ -23,14 +22,8 @@ AUXILIARY = 0.3
 @META_ARCH_REGISTRY.register()
 class Classifier(nn.Module):
     """
-    A classification network for Detectron2's trainer and evaluation.
-
-    Its state is that of the network alone: checkpoints load into the network that torchvision
-    (or timm) builds, under the same keys, and the other way round.
-
-    Attributes:
-        network: stock.
-        head: its last part, whose output are the logits.
+    A stock classification network for Detectron2's trainer and evaluation. Its state is that of the
+    network alone: checkpoints load into what torchvision or timm builds, and the other way round.
     """
 
     pixel_mean: Tensor
@@ -48,56 +41,40 @@ class Classifier(nn.Module):
         label_smoothing: float = 0,
     ):
         """
-        Args:
-            network: maps (N, 3, H, W) to (N, C) logits.
-            pixel_mean, pixel_std: of R, G and B in [0, 255].
-            num_classes: C.
-            head: see ``MODEL.CLASSIFIER.HEAD``.
-            label_smoothing: in [0, 1).
-
-        Raises:
-            ValueError: an option out of its range, or a network without such a head.
+        ``network`` maps (N, 3, H, W) to logits (N, num_classes), ``pixel_mean`` and ``pixel_std``
+        are of R, G and B in [0, 255]; see ``MODEL.CLASSIFIER.HEAD`` for ``head``. ValueError: an
+        option out of its range, or a network without such a head.
         """
         super().__init__()
         if not 0 <= label_smoothing < 1:
             raise ValueError(
-                f"MODEL.CLASSIFIER.LABEL_SMOOTHING is {label_smoothing}: expected a number in "
-                "[0, 1)."
+                f"MODEL.CLASSIFIER.LABEL_SMOOTHING is {label_smoothing}: expected one in [0, 1)."
             )
-        for option, values in (("PIXEL_MEAN", pixel_mean), ("PIXEL_STD", pixel_std)):
+        for name, values in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
             if len(values) != 3:
-                raise ValueError(f"MODEL.{option} is {list(values)}: a classifier takes 3 numbers.")
+                raise ValueError(f"MODEL.{name.upper()} is {list(values)}: a classifier takes 3.")
+            self.register_buffer(name, torch.tensor(values).view(-1, 1, 1), False)
         self.network = network
         self.num_classes = num_classes
         self.label_smoothing = label_smoothing
         self.head_name = _find_head(network, head)
-        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
-        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, strict: bool = False) -> dict[str, Any]:
-        """
-        Args:
-            strict: MODEL.CLASSIFIER.WEIGHTS must be for this number of classes.
-        """
+        """``strict``: MODEL.CLASSIFIER.WEIGHTS must be for this number of classes."""
         options = cfg.MODEL.CLASSIFIER
         if cfg.INPUT.FORMAT != "RGB":
             raise ValueError(
                 f"INPUT.FORMAT is '{cfg.INPUT.FORMAT}': classifiers take 'RGB', and "
                 "MODEL.PIXEL_MEAN and PIXEL_STD in that order (configs/Base-Classifier.yaml)."
             )
-        network = build_network(
-            options.NAME,
-            options.NUM_CLASSES,
-            options.WEIGHTS,
-            strict=strict,
-            options={key.lower(): value for key, value in options.OPTIONS.items()},
-        )
+        settings = {key.lower(): value for key, value in options.OPTIONS.items()}
+        classes = options.NUM_CLASSES
         return {
-            "network": network,
+            "network": build_network(options.NAME, classes, options.WEIGHTS, strict, settings),
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
-            "num_classes": options.NUM_CLASSES,
+            "num_classes": classes,
             "head": options.HEAD,
             "label_smoothing": options.LABEL_SMOOTHING,
         }
@@ -108,6 +85,7 @@ class Classifier(nn.Module):
 
     @property
     def head(self) -> nn.Module:
+        """The network's last part, whose output are the logits."""
         return self.network.get_submodule(self.head_name)
 
     # The two buffers are the config's, so the network's state is all.
@@ -130,41 +108,26 @@ class Classifier(nn.Module):
 
     def forward(self, batch: Batch) -> Any:
         """
-        Returns:
-            In training dict[str, Tensor]: ``loss_cls``, the mean cross-entropy; and of networks
-            with heads for training only ``loss_auxiliary``, 0.3 times theirs.
-            In evaluation (N, C) logits.
+        Return (N, C) logits in evaluation. In training the mean cross-entropy ``loss_cls``, and of
+        networks with heads for training only ``loss_auxiliary``, 0.3 times theirs.
         """
-        if not self.training:
-            if not len(batch):  # all images of it were broken
-                return self.pixel_mean.new_zeros(0, self.num_classes)
-            return self.network(self.preprocess(batch.images))
+        if not self.training and not len(batch):  # all images of it were broken
+            return self.pixel_mean.new_zeros(0, self.num_classes)
         outputs = self.network(self.preprocess(batch.images))
+        if not self.training:
+            return outputs
         targets = batch.targets.to(self.device, non_blocking=True)
-        if isinstance(outputs, torch.Tensor):
-            return {"loss_cls": self._cross_entropy(outputs, targets)}
-        logits, *auxiliary = (x for x in outputs if x is not None)
-        losses = {"loss_cls": self._cross_entropy(logits, targets)}
-        if auxiliary:
-            rest: Any = sum(self._cross_entropy(x, targets) for x in auxiliary)
-            losses["loss_auxiliary"] = AUXILIARY * rest
-        return losses
-
-    def _cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
+        heads = [outputs] if isinstance(outputs, Tensor) else [x for x in outputs if x is not None]
+        smoothing = self.label_smoothing
+        loss, *rest = (F.cross_entropy(x, targets, label_smoothing=smoothing) for x in heads)
+        auxiliary = {"loss_auxiliary": AUXILIARY * sum(rest)} if rest else {}
+        return {"loss_cls": loss, **auxiliary}
 
 
 def load_trained_classifier(cfg: CfgNode, option: str = "MODEL.WEIGHTS") -> Classifier:
     """
-    Args:
-        cfg: with ``MODEL.WEIGHTS``, or else ``MODEL.CLASSIFIER.WEIGHTS``.
-        option: the config key they were given with, for messages.
-
-    Returns:
-        In eval mode, on the config's device.
-
-    Raises:
-        ValueError: the weights do not fit.
+    From ``MODEL.WEIGHTS``, or else ``MODEL.CLASSIFIER.WEIGHTS``, in eval mode. ``option``: the key
+    they were given with, for messages. ValueError: they do not fit.
     """
     model = Classifier(cfg, strict=True).to(cfg.MODEL.DEVICE)
     if cfg.MODEL.WEIGHTS:
@@ -175,31 +138,29 @@ def load_trained_classifier(cfg: CfgNode, option: str = "MODEL.WEIGHTS") -> Clas
 
 def _find_head(network: nn.Module, name: str) -> str:
     modules = dict(network.named_modules())
+    kind, known = type(network).__name__, ", ".join(shallow_names(modules))
+    for candidate in [name] if name else HEADS:
+        if candidate in modules:
+            return candidate
     if name:
-        if name not in modules:
-            raise ValueError(
-                f"MODEL.CLASSIFIER.HEAD is '{name}', which {type(network).__name__} does not have. "
-                f"It has: {', '.join(key for key in modules if key and key.count('.') < 2)}."
-            )
-        return name
-    for name in HEADS:
-        if name in modules:
-            return name
+        raise ValueError(
+            f"MODEL.CLASSIFIER.HEAD is '{name}', which {kind} does not have. It has: {known}."
+        )
     raise ValueError(
-        f"{type(network).__name__} has none of {', '.join(map(repr, HEADS))}: name the submodule "
-        "whose output are the logits in MODEL.CLASSIFIER.HEAD."
+        f"{kind} has none of {', '.join(map(repr, HEADS))}: name the submodule whose output are "
+        "the logits in MODEL.CLASSIFIER.HEAD."
     )
+
+
+def shallow_names(modules: Iterable[str]) -> list[str]:
+    return [name for name in modules if name and name.count(".") < 2]
 
 
 def default_tap(classifier: Classifier) -> str:
     """
-    Where features are matched unless the config says: at the head's input. A head with hidden
-    layers on a flattened map (AlexNet, VGG) has tens of thousands of inputs; there, the last map.
-
-    Returns:
-        A submodule's name, or ``PRE_LOGITS``.
+    Where features are matched unless the config says: at the head's input; or the last map, where
+    the head takes it flattened (AlexNet, VGG): tens of thousands of inputs.
     """
     linear = next((m for m in classifier.head.modules() if isinstance(m, nn.Linear)), None)
     takes_flat_map = linear is not None and linear.in_features > 8192
-    has_map = takes_flat_map and hasattr(classifier.network, "features")
-    return "features" if has_map else PRE_LOGITS
+    return "features" if takes_flat_map and hasattr(classifier.network, "features") else PRE_LOGITS

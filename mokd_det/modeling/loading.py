@@ -1,6 +1,7 @@
 # Copyright (c) The mokd_det authors.
 """Loading weights so that all of them fit, or none are used."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,10 +16,7 @@ class StrictCheckpointer(DetectionCheckpointer):
     """
 
     def __init__(self, model: nn.Module, *args: Any, option: str = "MODEL.WEIGHTS", **kwargs: Any):
-        """
-        Args:
-            option: the config key of the weights, for the message. Others: Detectron2's.
-        """
+        """``option``: the config key of the weights, for the message. Others: Detectron2's."""
         super().__init__(model, *args, **kwargs)
         self.option = option
 
@@ -28,37 +26,34 @@ class StrictCheckpointer(DetectionCheckpointer):
 
     def _load_model(self, checkpoint):
         given = dict(checkpoint["model"])
-        incompatible = super()._load_model(checkpoint)
-        misshaped = [key for key, _, _ in incompatible.incorrect_shapes]
+        found = super()._load_model(checkpoint)
+        misshaped = {
+            key: f"{key} (file {tuple(theirs)}, model {tuple(mine)})"
+            for key, theirs, mine in found.incorrect_shapes
+        }
         problems = {
-            "missing": [key for key in incompatible.missing_keys if key not in misshaped],
-            # Buffers of older checkpoints; the config says them now.
-            "unexpected": [
-                key
-                for key in incompatible.unexpected_keys
-                if key not in ("pixel_mean", "pixel_std") or not self._is_equal(given[key], key)
-            ],
-            "of another shape": [
-                f"{key} (file {tuple(found)}, model {tuple(expected)})"
-                for key, found, expected in incompatible.incorrect_shapes
-            ],
+            "missing": [key for key in found.missing_keys if key not in misshaped],
+            "unexpected": [k for k in found.unexpected_keys if not self._is_config(given, k)],
+            "of another shape": list(misshaped.values()),
         }
         if any(problems.values()):
-            lines = [f"  {what}: {_shortened(keys)}" for what, keys in problems.items() if keys]
+            lines = [f"  {what}: {shortened(keys)}\n" for what, keys in problems.items() if keys]
             raise ValueError(
                 f"{self.option} '{self._path}' does not fit the model of its config:\n"
-                + "\n".join(lines)
-                + "\nGive the weights that were trained with this config, or the config that "
-                "these weights were trained with."
+                f"{''.join(lines)}Give the weights that were trained with this config, or the "
+                "config that these weights were trained with."
             )
-        return incompatible
+        return found
 
-    def _is_equal(self, given, key):
+    def _is_config(self, given, key):
+        """Of a buffer of older checkpoints, which the config says now: whether it says the same."""
         mine = getattr(self.model, key, None)
-        given = torch.as_tensor(given, dtype=torch.float32).flatten()
-        return mine is not None and torch.allclose(mine.cpu().flatten(), given)
+        if mine is None or key not in ("pixel_mean", "pixel_std"):
+            return False
+        value = torch.as_tensor(given[key], dtype=torch.float32).flatten()
+        return torch.allclose(mine.cpu().flatten(), value)
 
 
-def _shortened(keys, most=8):
-    rest = f", ... ({len(keys)} in all)" if len(keys) > most else ""
-    return ", ".join(keys[:most]) + rest
+def shortened(names: Sequence[str], most: int = 8) -> str:
+    rest = f", ... ({len(names)} in all)" if len(names) > most else ""
+    return (", ".join(names[:most]) or "none") + rest

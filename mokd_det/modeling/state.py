@@ -1,17 +1,27 @@
 # Copyright (c) The mokd_det authors.
 """What a forward pass in training mode changes in a module besides its outputs."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
 
+@contextlib.contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
 def module_numbers(model: nn.Module) -> dict[str, dict[str, int | float]]:
     """
-    Plain numbers that modules keep, e.g. the running mean of positives by which Detectron2's
-    RetinaNet divides its loss. They are in no state dict.
-
-    Returns:
-        By the module's name.
+    Return plain numbers that modules keep, by the module's name. They are in no state dict, e.g.
+    the running mean of positives by which Detectron2's RetinaNet divides its loss.
     """
     return {name: _numbers(module) for name, module in model.named_modules()}
 

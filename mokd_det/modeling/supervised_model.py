@@ -6,16 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import Parameter
 
 from ..balancing import Boundary, Branch, Parameters
 
 
 class SupervisedModel(nn.Module):
-    """
-    The student alone, with the interface of :class:`DistillationModel`: for training from scratch
-    with options that Detectron2's own trainer does not have.
-    """
+    """With :class:`DistillationModel`'s interface, for options Detectron2's trainer lacks."""
 
     names = ("task",)
 
@@ -27,15 +23,12 @@ class SupervisedModel(nn.Module):
         self.inference: Callable[..., Any] = student.__call__
 
     @property
-    def device(self) -> torch.device:
-        # A detector of your own may have no name for it.
+    def device(self) -> torch.device:  # a detector of your own may have no name for it
         return next(self.student.parameters()).device
 
     def forward(self, batch: Any) -> Any:
         """Return ``{"task": losses}`` in training; what the student returns in evaluation."""
-        if not self.training:
-            return self.inference(batch)
-        return {"task": self.student(batch)}
+        return {"task": self.student(batch)} if self.training else self.inference(batch)
 
 
 class NoBalancing(Boundary):
@@ -52,5 +45,5 @@ class NoBalancing(Boundary):
     def accumulate(self, losses: Mapping[str, Tensor]) -> None:
         self._backward(losses)
 
-    def finish(self, parameters: Iterable[Parameter] = ()) -> None:
+    def finish(self, parameters: Iterable[nn.Parameter] = ()) -> None:
         return None

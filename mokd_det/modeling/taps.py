@@ -1,5 +1,5 @@
 # Copyright (c) The mokd_det authors.
-"""Reading features inside a classifier, and replacing the last of them."""
+"""Reading features inside a module, and replacing them for what comes after."""
 
 import contextlib
 import dataclasses
@@ -9,20 +9,56 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..teachers import PRE_LOGITS
-from .classifier import Classifier
+from .classifier import Classifier, shallow_names
+from .loading import shortened
+from .state import eval_mode
+
+Replacement = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+
+
+@contextlib.contextmanager
+def replace_backbone_features(module: nn.Module, function: Replacement) -> Iterator[None]:
+    """
+    While the context lasts, every output of ``module``, e.g. a detector's backbone, passes through
+    ``function``. The hook is attached to the module object, so no renaming (by
+    DistributedDataParallel or a compiler) can make it miss; outside, the module is stock.
+
+    Raises:
+        TypeError: the output is no dict.
+        RuntimeError: the module did not run exactly once inside the context. A distillation that
+            is silently absent, or counts a feature twice, would go unnoticed otherwise.
+    """
+    backbone, calls = f"The student's backbone ({type(module).__name__})", 0
+
+    def hook(_module, _inputs, output):
+        nonlocal calls
+        calls += 1
+        if not isinstance(output, dict):
+            kind = type(output).__name__
+            raise TypeError(f"{backbone} returned a {kind}: distillation needs dict[str, Tensor].")
+        return function(output)
+
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+    if calls != 1:
+        raise RuntimeError(
+            f"{backbone} ran {calls} times in one forward pass of the student; distillation needs "
+            "exactly one."
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class TapShape:
     """
-    Attributes:
-        kind: "vector" (N, C), "map" (N, C, H, W), "map_channels_last" (N, H, W, C; Swin), or
-            "tokens" (N, L, C; vision transformers).
-        channels: C.
+    ``kind``: "vector" (N, C), "map" (N, C, H, W), "map_channels_last" (N, H, W, C; Swin), or
+    "tokens" (N, L, C; vision transformers). ``channels``: C.
     """
 
     kind: str
@@ -31,23 +67,12 @@ class TapShape:
 
 @contextlib.contextmanager
 def replace_taps(
-    classifier: Classifier,
-    names: Sequence[str],
-    function: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+    classifier: Classifier, names: Sequence[str], function: Replacement
 ) -> Iterator[None]:
     """
     While the context lasts, the tapped features of a forward pass go through ``function``, and its
-    replacement of the last one goes on through the network.
-
-    Args:
-        classifier: whose forward pass it is.
-        names: of submodules, whose output is tapped, or ``PRE_LOGITS``; in the order in which they
-            run.
-        function: from all taps to what they are replaced by.
-
-    Raises:
-        RuntimeError: a tapped module did not run exactly once. A distillation that is silently
-            absent, or counts a feature twice, would go unnoticed otherwise.
+    replacement of the last one goes on through the network. ``names``: of submodules, whose output
+    is tapped, or ``PRE_LOGITS``; in the order in which they run. RuntimeError: not exactly once.
     """
     found: dict[str, Any] = {}
 
@@ -64,21 +89,17 @@ def replace_taps(
         # ReLU), which must not change the feature that is read, and cannot work on a view.
         return value.clone()
 
-    handles = [_hooked(classifier, name, take) for name in names]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for name in names:
+            hooks.callback(_hooked(classifier, name, take).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
     if missing := [name for name in names if name not in found]:
         raise RuntimeError(f"{missing} of the classifier did not run in its forward pass.")
 
 
 def _hooked(classifier: Classifier, name: str, take: Callable[[str, Any], Any]) -> RemovableHandle:
     if name == PRE_LOGITS:
-        return classifier.head.register_forward_pre_hook(
-            lambda _module, args: (take(name, args[0]),)
-        )
+        return classifier.head.register_forward_pre_hook(lambda _, args: (take(name, args[0]),))
     module = classifier.network.get_submodule(name)
     return module.register_forward_hook(lambda _module, _args, output: take(name, output))
 
@@ -88,16 +109,8 @@ def find_taps(
     classifier: Classifier, names: Sequence[str], size: int, option: str
 ) -> dict[str, TapShape]:
     """
-    Look at the features with an image of zeros.
-
-    Args:
-        classifier: its network is run.
-        names: submodules or ``PRE_LOGITS``.
-        size: side of the image in pixels.
-        option: the config key of the names, for messages.
-
-    Returns:
-        In the order in which they run.
+    Look at features with an image of zeros, ``size`` pixels wide; return them in the order in which
+    they run. ``names``: submodules or ``PRE_LOGITS``, of the config key ``option`` (for messages).
 
     Raises:
         ValueError: a name that does not exist, runs more than once, or is no features.
@@ -109,9 +122,7 @@ def find_taps(
         found.update(features)
         return features
 
-    training = classifier.training
-    classifier.eval()
-    with contextlib.ExitStack() as stack:
+    with eval_mode(classifier), contextlib.ExitStack() as stack:
         for name in dict.fromkeys(names):
             stack.enter_context(replace_taps(classifier, [name], keep))
         try:
@@ -121,8 +132,6 @@ def find_taps(
                 f"{type(classifier.network).__name__} does not take images of {size} x {size}, or "
                 f"{option} {list(names)} do not suit it: {error}"
             ) from error
-        finally:
-            classifier.train(training)
     return {name: _shape_of(name, value, option) for name, value in found.items()}
 
 
@@ -132,7 +141,7 @@ def _check_names(classifier: Classifier, names: Sequence[str], option: str) -> N
         if name != PRE_LOGITS and (not name or name not in modules):
             raise ValueError(
                 f"{option} has '{name}', which {type(classifier.network).__name__} does not have. "
-                f"Use '{PRE_LOGITS}' or a submodule: {_listed(modules)}."
+                f"Use '{PRE_LOGITS}' or a submodule: {shortened(shallow_names(modules), 40)}."
             )
         if f"{name}.".startswith(f"{classifier.head_name}."):
             raise ValueError(
@@ -142,41 +151,26 @@ def _check_names(classifier: Classifier, names: Sequence[str], option: str) -> N
 
 
 def _shape_of(name: str, value: Any, option: str) -> TapShape:
-    if isinstance(value, torch.Tensor) and value.dim() == 2:
-        return TapShape("vector", value.shape[1])
-    if isinstance(value, torch.Tensor) and value.dim() == 3:
-        return TapShape("tokens", value.shape[2])
-    if isinstance(value, torch.Tensor) and value.dim() == 4:
-        _, a, b, c = value.shape
-        if a == b != c:  # images are square, so are maps
-            return TapShape("map_channels_last", c)
-        return TapShape("map", a)
-    got = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+    shape = tuple(value.shape) if isinstance(value, Tensor) else ()
+    if len(shape) == 2:
+        return TapShape("vector", shape[1])
+    if len(shape) == 3:
+        return TapShape("tokens", shape[2])
+    if len(shape) == 4:
+        _, a, b, c = shape  # images are square, so are maps
+        return TapShape("map_channels_last", c) if a == b != c else TapShape("map", a)
     raise ValueError(
-        f"{option} has '{name}', whose output ({got}) is no features: expected a tensor (N, C), "
-        "(N, C, H, W), (N, H, W, C) or (N, L, C)."
+        f"{option} has '{name}', whose output ({shape or type(value).__name__}) is no features: "
+        "expected a tensor (N, C), (N, C, H, W), (N, H, W, C) or (N, L, C)."
     )
 
 
-def _listed(modules, most=40):
-    shallow = [name for name in modules if name and name.count(".") < 2]
-    return ", ".join(shallow[:most]) + (", ..." if len(shallow) > most else "")
-
-
 def as_map(features: Tensor, shape: TapShape) -> Tensor:
-    """
-    Args:
-        features: as the tap gives them.
-        shape: of the tap.
-
-    Returns:
-        (N, C, H, W). A vector has H = W = 1. Tokens are those of the patches, on their
-        square grid; a class token before them is left out.
-    """
-    if shape.kind == "vector":
-        return features[:, :, None, None]
+    """(N, C, H, W). A vector has H = W = 1; tokens are the patches', without a class token."""
     if shape.kind == "map":
         return features
+    if shape.kind == "vector":
+        return features[:, :, None, None]
     if shape.kind == "map_channels_last":
         return features.permute(0, 3, 1, 2)
     side = math.isqrt(features.shape[1])
@@ -185,20 +179,10 @@ def as_map(features: Tensor, shape: TapShape) -> Tensor:
 
 
 def common_grid(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """
-    Average two maps to the coarser grid of both, in each direction. So a map beside a vector is
-    pooled.
-
-    Args:
-        student, teacher: (N, C_s, H_s, W_s) and (N, C_t, H_t, W_t) of the same images.
-
-    Returns:
-        (N, C_s, H, W) and (N, C_t, H, W).
-    """
-    height, width = (min(student.shape[d], teacher.shape[d]) for d in (-2, -1))
+    """Average two maps (N, C, H, W) to their coarser grid; a map beside a vector is pooled."""
+    grid = min(student.shape[-2], teacher.shape[-2]), min(student.shape[-1], teacher.shape[-1])
 
     def pooled(x: Tensor) -> Tensor:
-        is_coarse = x.shape[-2:] == (height, width)
-        return x if is_coarse else F.adaptive_avg_pool2d(x, (height, width))
+        return x if x.shape[-2:] == grid else F.adaptive_avg_pool2d(x, grid)
 
     return pooled(student), pooled(teacher)

@@ -185,7 +185,7 @@ def test_classifiers_train_and_evaluate(config_file, labelled, tmp_path, monkeyp
     cfg = load_config(config_file, [*opts, *labelled(classes)])
     if cfg.MOKD.ENABLED:
         monkeypatch.setattr("mokd_det.modeling.networks._load", lambda *args: None)
-        monkeypatch.setattr("mokd_det.modeling.networks._torchvision_weights", no_download)
+        monkeypatch.setattr("mokd_det.modeling.networks.torchvision_weights", no_download)
         if cfg.MOKD.TEACHER.CONFIG_FILE:
             weights = tmp_path / "teacher.pth"
             teacher = load_config(cfg.MOKD.TEACHER.CONFIG_FILE)
