@@ -7,9 +7,11 @@ folders of mokd_det that use Detectron2 import it first. Every patch looks wheth
 a build of upstream's main branch (which needs at most the last) is left as it is.
 """
 
+import importlib
 import importlib.util
 import sys
 import types
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,7 +39,12 @@ def apply() -> list[str]:
         "caffe2": _patch_caffe2,
         "pkg_resources": _patch_pkg_resources,
     }
-    return [name for name, patch in patches.items() if patch(root)]
+    applied = [name for name, patch in patches.items() if patch(root)]
+    with warnings.catch_warnings():
+        # It scripts two modules, and PyTorch 2.10 says each time that scripting is deprecated.
+        warnings.simplefilter("ignore", FutureWarning)
+        importlib.import_module("detectron2.modeling")
+    return applied
 
 
 def _mentions(file: Path, text: str) -> bool:

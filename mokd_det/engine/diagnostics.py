@@ -104,11 +104,8 @@ class BalanceDiagnostics:
             self.warned = True
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "degenerate": self.degenerate,
-            "non_finite": self.non_finite,
-            "starved": list(self.starved),
-        }
+        counts = {"degenerate": self.degenerate, "non_finite": self.non_finite}
+        return {**counts, "starved": list(self.starved)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.degenerate = state["degenerate"]

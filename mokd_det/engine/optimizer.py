@@ -50,8 +50,5 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         overrides=embeddings,
     )
     return maybe_add_gradient_clipping(cfg, torch.optim.AdamW)(
-        parameters,
-        lr=solver.BASE_LR,
-        betas=tuple(solver.BETAS),
-        weight_decay=solver.WEIGHT_DECAY,
+        parameters, solver.BASE_LR, tuple(solver.BETAS), weight_decay=solver.WEIGHT_DECAY
     )

@@ -87,7 +87,7 @@ def replace_taps(
             value = function({name: found[name] for name in names})[name]
         # A copy goes on: what follows may work in place (the dropout of EfficientNet's head, a
         # ReLU), which must not change the feature that is read, and cannot work on a view.
-        return value.clone()
+        return value.clone() if isinstance(value, Tensor) else value
 
     with contextlib.ExitStack() as hooks:
         for name in names:

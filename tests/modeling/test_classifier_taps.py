@@ -39,6 +39,12 @@ def test_taps_that_cannot_be_read(name, message):
         find_taps(classifier("resnet18"), [name], 32, "X")
 
 
+def test_an_output_of_several_tensors_is_no_feature():
+    tap = "encoder.layers.encoder_layer_0.self_attention"
+    with pytest.raises(ValueError, match=f"X has '{tap}', whose output .tuple. is no features"):
+        find_taps(classifier("vit_b_16"), [tap], 224, "X")
+
+
 def test_a_tap_that_does_not_run_is_an_error():
     model = classifier("resnet18")
     with pytest.raises(RuntimeError, match=r"\['layer2'\] of the classifier did not run"):
