@@ -10,8 +10,7 @@ from torch import nn
 OPTIMIZERS = ("SGD", "AdamW")
 # Of torchvision's and timm's transformers.
 EMBEDDINGS = (
-    *("class_token", "pos_embedding", "cls_token", "pos_embed", "dist_token"),
-    "relative_position_bias_table",
+    "class_token pos_embedding cls_token pos_embed dist_token relative_position_bias_table".split()
 )
 
 

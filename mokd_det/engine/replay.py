@@ -50,8 +50,7 @@ class Replay:
                 set_module_numbers(self.model.student, numbers)
                 with context():
                     objectives = self.model(batch, teacher_outputs)
-                results.append(
-                    torch.stack([sum(parts.values()).float() for parts in objectives.values()])
-                )
+                losses = [sum(parts.values()).float() for parts in objectives.values()]
+                results.append(torch.stack(losses))
                 self.model.teacher_outputs = None
         return torch.stack(results).mean(0)

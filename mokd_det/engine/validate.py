@@ -21,11 +21,8 @@ from .step import PRECISIONS
 
 # Rules of version 0.1, and what is nearest to them.
 GONE = {
-    "aligned": "'loss_ratio'",
-    "anchored": "'loss_ratio'",
-    "constant_dominance": "'loss_ratio'",
+    **dict.fromkeys(("aligned", "anchored", "constant_dominance", "look_ahead"), "'loss_ratio'"),
     "imtl_g": "'torchjd.IMTLG'",
-    "look_ahead": "'loss_ratio'",
     "protected_min_norm": "'min_norm', which can starve the task, or 'loss_ratio'",
 }
 

@@ -8,10 +8,7 @@ from detectron2.utils.file_io import PathManager
 
 
 class BalanceWriter(EventWriter):
-    """
-    Appends one JSON object a step to a file: ``iteration`` and every scalar under ``balance/``,
-    as it was computed. Lines are appended if the file exists.
-    """
+    """Appends one JSON object a step: ``iteration``, and every scalar ``balance/...`` as it was."""
 
     def __init__(self, json_file: str):
         self._file = PathManager.open(json_file, "a")
