@@ -1,7 +1,9 @@
 # Copyright (c) The mokd_det authors.
-"""What an installation holds."""
+"""What an installation holds, and how it hangs together."""
 
+import ast
 import configparser
+import graphlib
 import subprocess
 import sys
 import zipfile
@@ -20,6 +22,19 @@ def test_every_package_is_installed():
         for path in (ROOT / "mokd_det").rglob("__init__.py")
     }
     assert listed == found | {"mokd_det.configs"}
+
+
+def test_imports_between_folders_point_one_way():
+    """Those at the top of files. (Types alone and one stand-in of ``compat`` look back.)"""
+    imported = {}
+    for path in (ROOT / "mokd_det").rglob("*.py"):
+        parts = path.relative_to(ROOT / "mokd_det").with_suffix("").parts
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ImportFrom) and node.level == len(parts):
+                names = [node.module] if node.module else [alias.name for alias in node.names]
+                imported.setdefault(parts[0], set()).update(name.split(".")[0] for name in names)
+    assert imported["engine"] >= {"tasks", "objectives", "balancing"}
+    graphlib.TopologicalSorter(imported).prepare()  # raises CycleError
 
 
 def test_version_of_the_citation_and_the_changelog():
