@@ -8,17 +8,17 @@ from typing import Any
 class Registry:
     """Objects by name, as Detectron2's registries."""
 
-    def __init__(self, name: str, option: str):
-        """``option``: the config key that selects from it. Both are for messages."""
-        self.name, self.option = name, option
+    def __init__(self, name: str, option: str, others: str = ""):
+        """For messages: ``option`` is the key that selects from it, and may have ``others``."""
+        self.name, self.option, self.others = name, option, others
         self._objects: dict[str, Any] = {}
 
     def register(self, name: str) -> Callable:
         """Return a decorator that registers a class or function, and calls it ``name``."""
 
         def decorator(obj: Any) -> Any:
-            if name in self._objects:
-                raise KeyError(f"{self.name} has an object named '{name}' already.")
+            if same := [known for known in self if known.lower() == name.lower()]:
+                raise KeyError(f"{self.name} has an object named '{same[0]}' already.")
             self._objects[name] = obj
             obj.name = name
             return obj
@@ -30,7 +30,7 @@ class Registry:
         if name not in self._objects:
             raise ValueError(
                 f"{self.option} is '{name}', which is not in {self.name}: expected one of "
-                f"{', '.join(map(repr, self))}."
+                f"{', '.join(map(repr, self))}{self.others}."
             )
         return self._objects[name]
 

@@ -177,14 +177,25 @@ class Balancer:
                 return ones if vanished.all() else (~vanished).double(), None, "vanished"
             fallback = "vanished"
         among = gram[kept][:, kept]
-        weights = self.rule.weights(among, losses[kept].clamp_min(LOSS_FLOOR))
+        weights = self._answer(self.rule.weights(among, losses[kept].clamp_min(LOSS_FLOOR)), among)
         weights = RESCALES[self.rescale](weights, among)
-        own = self.rule.projector_weights(among) if self.rule.weighs_projectors else None
+        own = None
+        if self.rule.weighs_projectors:
+            own = self._answer(self.rule.projector_weights(among), among)
         if not (weights.isfinite().all() and (own is None or own.isfinite().all())):
             return ones, None, "undefined"
         zeros = torch.zeros_like(ones)
         own = None if own is None else zeros.index_copy(0, kept, own)
         return zeros.index_copy(0, kept, weights), own, fallback
+
+    def _answer(self, weights: Any, gram: Tensor) -> Tensor:
+        if not isinstance(weights, Tensor) or weights.shape != gram.shape[:1]:
+            got = getattr(weights, "shape", type(weights).__name__)
+            raise ValueError(
+                f"Rule '{self.rule.name}' returned {got}: expected a tensor ({len(gram)},), a "
+                "weight for each objective whose gradient does not vanish."
+            )
+        return weights.double()
 
     def _check_signs(self, losses: Tensor) -> None:
         # Not by less than rounding: a divergence of two equal distributions may end below zero.

@@ -40,11 +40,8 @@ def build_balancer(
 ) -> Balancer:
     """
     Build the :class:`Balancer` of a rule (:func:`build_rule`). ``objectives`` is their number, the
-    task included, so that a rule that does not fit fails now.
-
-    Raises:
-        ValueError: an option out of its range, or one that changes nothing.
-        ImportError: a rule's library is not installed.
+    task included, so that a rule that does not fit fails now. ValueError: an option out of its
+    range, or one that changes nothing. ImportError: a rule's library is not installed.
     """
     built = build_rule(rule, **(options or {}))
     built.check_objectives(objectives)
@@ -63,9 +60,7 @@ def build_boundary(
     """
     Build the boundary of ``measure_at`` ("features" or "parameters"); the latter needs ``shared``,
     see :class:`ParameterBoundary`. Other arguments and errors are :func:`build_balancer`'s.
-
-    Raises:
-        ValueError: also options that exclude each other.
+    ValueError: also options that exclude each other.
     """
     check_measured(measure_at, layers)
     built = build_balancer(rule, options, **balancer)

@@ -16,8 +16,7 @@ def gram_matrix(gradients: Sequence[Sequence[Tensor | None]]) -> Tensor:
     Args:
         gradients: K lists, each of one tensor for each part; None stands for zero.
 
-    Raises:
-        ValueError: all are None.
+    ValueError: all are None.
     """
     return gram_by_part(gradients).sum(0)
 

@@ -28,7 +28,6 @@ def add_mokd_config(cfg: CN) -> None:
     # Data sets in COCO format, by name, without writing Python: a list of
     # [name, JSON file, image folder]. DATASETS.TRAIN and DATASETS.TEST then use the names.
     # "datasets://" in a path is $DETECTRON2_DATASETS, ./datasets by default.
-    # ---------------------------------------------------------------------------------------- #
     cfg.DATASETS.COCO = []
 
     # Data sets for classification, by name: a list of [name, path]. The path is a folder with a
@@ -56,7 +55,6 @@ def add_mokd_config(cfg: CN) -> None:
     # ---------------------------------------------------------------------------------------- #
     # Images for classification, by torchvision's transforms. INPUT.FORMAT is "RGB" then, and
     # INPUT.RANDOM_FLIP counts as for detectors.
-    # ---------------------------------------------------------------------------------------- #
     cfg.INPUT.CLASSIFICATION = CN()
     # Side of the square images in training and in evaluation, in pixels.
     cfg.INPUT.CLASSIFICATION.SIZE_TRAIN = 224
@@ -100,7 +98,6 @@ def add_mokd_config(cfg: CN) -> None:
     # "build_torchvision_backbone", "build_torchvision_fpn_backbone" (R-CNNs: p2-p6) or
     # "build_retinanet_torchvision_fpn_backbone" (p3-p7). MODEL.FPN.IN_FEATURES names the levels
     # as always: res2, res3, res4, res5 are those of stride 4, 8, 16, 32.
-    # ---------------------------------------------------------------------------------------- #
     cfg.MODEL.TORCHVISION = CN()
     # Any name of torchvision.models.list_models(torchvision.models).
     cfg.MODEL.TORCHVISION.NAME = "mobilenet_v2"
@@ -119,7 +116,6 @@ def add_mokd_config(cfg: CN) -> None:
     # ---------------------------------------------------------------------------------------- #
     # For MODEL.META_ARCHITECTURE "Classifier": the network. It wants INPUT.FORMAT "RGB" and, for
     # torchvision's weights, MODEL.PIXEL_MEAN and PIXEL_STD as above (configs/Base-Classifier.yaml).
-    # ---------------------------------------------------------------------------------------- #
     cfg.MODEL.CLASSIFIER = CN()
     # Any classification model of torchvision, "timm.X" for timm's X (extra "timm"), or a name
     # registered in mokd_det.modeling.CLASSIFIERS.
@@ -140,7 +136,6 @@ def add_mokd_config(cfg: CN) -> None:
     # How a step is computed, with and without a teacher. If MOKD.ENABLED is False, a detector has
     # Detectron2's own loader and step, unless an option that those do not know is set
     # (MICRO_BATCHES, EMA_DECAY, bfloat16, CHECKPOINTING, COMPILE), or DATALOADER.RESUMABLE.
-    # ---------------------------------------------------------------------------------------- #
     # What SOLVER.MAX_ITER, STEPS, WARMUP_ITERS and CHECKPOINT_PERIOD, and TEST.EVAL_PERIOD count:
     # "iteration", or "epoch" (as many images as the training set has).
     cfg.SOLVER.UNIT = "iteration"
@@ -167,7 +162,6 @@ def add_mokd_config(cfg: CN) -> None:
 
     # ---------------------------------------------------------------------------------------- #
     # Distillation. MODEL stays the student's ordinary config.
-    # ---------------------------------------------------------------------------------------- #
     cfg.MOKD = CN()
     # False is stock Detectron2, bit for bit.
     cfg.MOKD.ENABLED = False

@@ -54,10 +54,8 @@ def load_config(
     Returns:
         Not frozen.
 
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: a key that does not exist (with the closest that do), unsafe or broken YAML,
-            or overrides that are no pairs.
+    FileNotFoundError: no such file. ValueError: a key that does not exist (with the closest that
+    do), unsafe or broken YAML, or overrides that are no pairs.
     """
     cfg = get_cfg()
     if config_file:
@@ -77,6 +75,11 @@ def load_config(
             ) from error
         except yaml.YAMLError as error:
             raise ValueError(f"{option} '{config_file}' is not valid YAML: {error}") from error
+        except (TypeError, AssertionError, OSError) as error:
+            raise ValueError(
+                f"{option} '{config_file}' is empty, or its _BASE_ is missing or does not fit: "
+                f"{error}"
+            ) from error
         if not isinstance(loaded, dict):
             raise ValueError(f"{option} '{config_file}' holds no options.")
         if loaded.get("VERSION", cfg.VERSION) == cfg.VERSION:  # Detectron2 upgrades older ones
@@ -94,9 +97,8 @@ def merge_overrides(cfg: CfgNode, opts: Sequence[Any], source: str = "override")
     Args:
         source: where they were given, for messages.
 
-    Raises:
-        ValueError: a key that does not exist, or that of a group of options, overrides that are no
-            pairs, or no dict.
+    ValueError: a key that does not exist, or that of a group of options, overrides that are no
+    pairs, or no dict.
     """
     opts = list(opts)
     if len(opts) % 2:
@@ -153,8 +155,7 @@ def find_config(name: str, option: str) -> tuple[str, str]:
             zoo, such as "COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml".
         option: where it was given, for messages.
 
-    Raises:
-        FileNotFoundError: neither.
+    FileNotFoundError: neither.
     """
     if "://" in name or PathManager.isfile(name):
         return name, ""

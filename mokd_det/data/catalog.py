@@ -24,10 +24,8 @@ def register_datasets(cfg: CfgNode) -> None:
     """
     Register every set of ``cfg.DATASETS.COCO`` and ``cfg.DATASETS.CLASSIFICATION`` under its name,
     and ImageNet, unless the user has sets of these names. The same name may be registered again
-    with the same files (a second run in one process), not with others.
-
-    Raises:
-        ValueError: a malformed entry, or a name that stands for other files already.
+    with the same files (a second run in one process), not with others. ValueError: a malformed
+    entry, or a name that stands for other files already.
     """
     for entry in [*IMAGENET, *cfg.DATASETS.CLASSIFICATION]:
         _register_classification(entry)
@@ -75,12 +73,9 @@ def _register_classification(entry):
 
 def check_classes(cfg: CfgNode, options: Sequence[str] = ("TRAIN", "TEST")) -> None:
     """
-    Check the data sets of a classifier, in these keys of ``cfg.DATASETS``, against it.
-
-    Raises:
-        ValueError: a set for detection, sets of different classes, or another number of classes
-            than the classifier's.
-        FileNotFoundError: a folder without class folders.
+    Check the data sets of a classifier, in these keys of ``cfg.DATASETS``, against it. ValueError:
+    a set for detection, sets of different classes, or another number of classes than the
+    classifier's. FileNotFoundError: a folder without class folders.
     """
     first = None
     for option in options:
@@ -179,11 +174,8 @@ def _set_keypoint_metadata(name, json_file):
 def check_datasets(names: Sequence[str], option: str) -> None:
     """
     Check that the data sets of a config key are registered and their files exist, without reading
-    any of them.
-
-    Raises:
-        ValueError: no name at all, or one that is not registered.
-        FileNotFoundError: the JSON file or the image folder is missing.
+    any of them. ValueError: no name at all, or one that is not registered. FileNotFoundError: the
+    JSON file or the image folder is missing.
     """
     if not names:
         raise ValueError(f"{option} is empty: name at least one data set.")

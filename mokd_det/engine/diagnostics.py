@@ -40,10 +40,8 @@ class BalanceDiagnostics:
         """Return scalars of one step, of these objectives, by name; ``parts``: their names."""
         self.non_finite += decision.fallback == "non_finite"
         self.degenerate += decision.fallback in ("vanished", "undefined")
-        values: dict[str, float] = {
-            "fallbacks_degenerate": self.degenerate,
-            "fallbacks_non_finite": self.non_finite,
-        }
+        values: dict[str, float] = {"fallbacks_degenerate": self.degenerate}
+        values["fallbacks_non_finite"] = self.non_finite
         for i, name in enumerate(names):
             values[f"weight_{name}"] = float(decision.weights[i])
             if i > 0:

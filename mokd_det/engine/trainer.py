@@ -19,22 +19,11 @@ from detectron2.utils.logger import setup_logger
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ..data import (
-    ResumableLoader,
-    build_train_mapper,
-    check_datasets,
-    check_teacher_classes,
-    register_datasets,
-    schedule_in_iterations,
-)
+from ..data import ResumableLoader, build_train_mapper, check_datasets, check_teacher_classes
+from ..data import register_datasets, schedule_in_iterations
 from ..evaluation import build_evaluator, check_evaluators
-from ..modeling import (
-    DistillationModel,
-    SupervisedModel,
-    accelerate_student,
-    copy_weights,
-    inheritable_names,
-)
+from ..modeling import DistillationModel, SupervisedModel, accelerate_student, copy_weights
+from ..modeling import inheritable_names
 from ..objectives import OBJECTIVES
 from ..tasks import Task, task_of
 from .average import AverageCheckpointer, WeightAverage
@@ -169,7 +158,10 @@ class DistillationTrainer(Trainer):
             return model
         name = cfg.MOKD.META_ARCHITECTURE
         if name not in META_ARCH_REGISTRY:
-            raise ValueError(f"MOKD.META_ARCHITECTURE '{name}' is not in META_ARCH_REGISTRY.")
+            raise ValueError(
+                f"MOKD.META_ARCHITECTURE is '{name}', which is not in META_ARCH_REGISTRY: leave it "
+                "out (it is 'DistillationModel' then), or import the module that registers yours."
+            )
         model = META_ARCH_REGISTRY.get(name)(cfg, task=task)
         model.to(torch.device(cfg.MODEL.DEVICE))
         logger.info(f"Student:\n{model.student}")
@@ -195,9 +187,9 @@ class DistillationTrainer(Trainer):
 
 
 def _check_classes_of_teacher(cfg: CfgNode, task: Task) -> None:
-    compared = [n for n in cfg.MOKD.OBJECTIVES if OBJECTIVES.get(n).compares_classes]
-    if cfg.MOKD.ENABLED and compared and not cfg.MOKD.TEACHER.TORCHSCRIPT.FILE:
-        check_teacher_classes(cfg, task.teacher_config(cfg))
+    if cfg.MOKD.ENABLED and not cfg.MOKD.TEACHER.TORCHSCRIPT.FILE:
+        if any(OBJECTIVES.get(name).compares_classes for name in cfg.MOKD.OBJECTIVES):
+            check_teacher_classes(cfg, task.teacher_config(cfg))
 
 
 def _check_loader(data_loader: Any, trainer: str) -> None:

@@ -7,6 +7,7 @@ check itself lives where its option is read; this is the one place that calls th
 from collections.abc import Iterable, Iterator
 
 from detectron2.config import CfgNode
+from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils import comm
 
 from ..balancing import RULES, TORCHJD_PREFIX
@@ -29,13 +30,12 @@ GONE = {
 
 def validate(cfg: CfgNode) -> Task:
     """
-    Check a config before anything is read or built; return the task of its student.
-
-    Raises:
-        ValueError, FileNotFoundError, ImportError: an option that is out of its range, that nobody
-            reads, or that does not go together with others; a file that does not exist.
+    Check a config before anything is read or built; return the task of its student. ValueError,
+    FileNotFoundError, ImportError: an option that is out of its range, that nobody reads, or that
+    does not go together with others; a file that does not exist.
     """
     task = task_of(cfg)
+    _check_given(cfg)
     _check_kind(cfg, task)
     if cfg.MOKD.ENABLED:
         _check_objectives(cfg, task)
@@ -53,11 +53,24 @@ def validate(cfg: CfgNode) -> Task:
     return task
 
 
+def _check_given(cfg: CfgNode) -> None:
+    """Values that Detectron2's config lets through."""
+    for key, value in _changed("MOKD", cfg, get_cfg()):
+        if value is None:
+            raise ValueError(f"{key} is null: leave it out for its default.")
+    if cfg.MODEL.META_ARCHITECTURE not in META_ARCH_REGISTRY:
+        known = sorted(name for name, _ in META_ARCH_REGISTRY)
+        raise ValueError(
+            f"MODEL.META_ARCHITECTURE is '{cfg.MODEL.META_ARCHITECTURE}', which is not registered: "
+            f"expected one of {', '.join(known)}, or import the module that registers yours."
+        )
+
+
 def _check_kind(cfg: CfgNode, task: Task) -> None:
     """Options of the other kinds of models."""
     default = get_cfg()
     for other in map(TASKS.get, TASKS):
-        for option in sorted(set(other.options) - set(task.options)):
+        for option in sorted(other.all_options() - task.all_options()):
             if not cfg.MOKD.ENABLED and option.startswith("MOKD."):
                 continue
             for key, value in _changed(option, cfg, default):
@@ -109,12 +122,20 @@ def _check_read(cfg: CfgNode, task: Task) -> None:
     names = list(cfg.MOKD.OBJECTIVES)
     for other in [n for n in OBJECTIVES if n not in names]:
         fits = task.is_one_of(OBJECTIVES.get(other).tasks)
-        remedy = f", or add '{other}' there" if fits else f" (it is not for {task.name})"
         for key, value in _changed(f"MOKD.{other.upper()}", cfg, default):
+            remedy = f", or add '{other}' there" if fits else _instead(key, task)
             raise ValueError(
                 f"{key} is {value!r}, but it is read by the objective '{other}' only, and "
                 f"MOKD.OBJECTIVES is {names}: remove it{remedy}."
             )
+
+
+def _instead(key: str, task: Task) -> str:
+    """Say which objectives for this task have the same option."""
+    option = key.split(".")[2]
+    names = [n for n in OBJECTIVES if task.is_one_of(OBJECTIVES.get(n).tasks)]
+    same = [f"MOKD.{n.upper()}.{option}" for n in names if option in get_cfg().MOKD[n.upper()]]
+    return f"; for {task.name} there is {', '.join(same)}" if same else ""
 
 
 def _check_step(cfg: CfgNode) -> None:

@@ -6,15 +6,9 @@ from collections.abc import Callable, Sequence
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.evaluation import (
-    COCOEvaluator,
-    COCOPanopticEvaluator,
-    DatasetEvaluator,
-    DatasetEvaluators,
-    LVISEvaluator,
-    PascalVOCDetectionEvaluator,
-    SemSegEvaluator,
-)
+from detectron2.evaluation import COCOEvaluator, COCOPanopticEvaluator, DatasetEvaluator
+from detectron2.evaluation import DatasetEvaluators, LVISEvaluator, PascalVOCDetectionEvaluator
+from detectron2.evaluation import SemSegEvaluator
 
 from .classification import ClassificationEvaluator
 

@@ -127,6 +127,7 @@ class DistillationModel(nn.Module):
             for name, objective in objectives.items():
                 branch = branches[name]
                 parts = objective.on_branch(branch.features, branch.parameters, batch, outputs)
+                _check_losses(name, parts)
                 if (weight := self.loss_weights[name]) != 1:
                     parts = {key: weight * loss for key, loss in parts.items()}
                 losses[name] = parts
@@ -136,6 +137,19 @@ class DistillationModel(nn.Module):
         with self.task.replace_features(self.student, list(dict.fromkeys(taps)), on_features):
             task_losses = self.student(batch)
         return _checked({TASK: task_losses, **losses})
+
+
+def _check_losses(objective: str, losses: Any) -> None:
+    got = type(losses).__name__
+    if isinstance(losses, dict):
+        if losses and all(n.startswith("loss") and torch.is_tensor(x) for n, x in losses.items()):
+            if not any(loss.ndim for loss in losses.values()):
+                return
+        got = str({name: getattr(loss, "shape", loss) for name, loss in losses.items()})
+    raise ValueError(
+        f"The objective '{objective}' returned {got}: expected scalar tensors in a dict, by names "
+        "that begin with 'loss_'."
+    )
 
 
 def _checked(losses: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:

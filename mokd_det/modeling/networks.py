@@ -54,8 +54,7 @@ def build_network(
         strict: False: of weights for another number of classes, the last layer stays random.
         options: for the network's constructor.
 
-    Raises:
-        ValueError, ImportError: unknown name, options or weights; weights that do not fit; no timm.
+    ValueError, ImportError: unknown name, options or weights; weights that do not fit; no timm.
     """
     option, options = "MODEL.CLASSIFIER.WEIGHTS", dict(options or {})
     make, state = _resolve(name, weights, option)

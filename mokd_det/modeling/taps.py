@@ -26,11 +26,9 @@ def replace_backbone_features(module: nn.Module, function: Replacement) -> Itera
     While the context lasts, every output of ``module``, e.g. a detector's backbone, passes through
     ``function``. The hook is attached to the module object, so no renaming (by
     DistributedDataParallel or a compiler) can make it miss; outside, the module is stock.
-
-    Raises:
-        TypeError: the output is no dict.
-        RuntimeError: the module did not run exactly once inside the context. A distillation that
-            is silently absent, or counts a feature twice, would go unnoticed otherwise.
+    TypeError: the output is no dict. RuntimeError: the module did not run exactly once inside the
+    context. A distillation that is silently absent, or counts a feature twice, would go unnoticed
+    otherwise.
     """
     backbone, calls = f"The student's backbone ({type(module).__name__})", 0
 
@@ -111,9 +109,7 @@ def find_taps(
     """
     Look at features with an image of zeros, ``size`` pixels wide; return them in the order in which
     they run. ``names``: submodules or ``PRE_LOGITS``, of the config key ``option`` (for messages).
-
-    Raises:
-        ValueError: a name that does not exist, runs more than once, or is no features.
+    ValueError: a name that does not exist, runs more than once, or is no features.
     """
     _check_names(classifier, names, option)
     found: dict[str, Any] = {}  # in the order of insertion, which is that of running

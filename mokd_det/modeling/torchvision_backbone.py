@@ -46,8 +46,7 @@ class TorchvisionBackbone(Backbone):
                 statistics (1: the layers of stride 2 before the stage of stride 4; the first
                 layer, if it has that stride itself). 0 trains all.
 
-        Raises:
-            ValueError: unknown name, weights, stage, node or norm; the message has the choices.
+        ValueError: unknown name, weights, stage, node or norm; the message has the choices.
         """
         super().__init__()
         if norm not in ("BN", "FrozenBN"):

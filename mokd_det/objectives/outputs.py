@@ -70,6 +70,13 @@ class OutputObjective(Objective):
                 "only (MOKD.OBJECTIVES ['features'])."
             )
         rpn_readers = build_rpn_readers(student, teacher.model)
+        given = list(getattr(task.shared_part(student), "output_shape", dict)())
+        read = {*reader.in_features, *(rpn_readers[0].in_features if rpn_readers else ())}
+        if given and (missing := sorted(read - set(given))):
+            raise ValueError(
+                f"MOKD.OBJECTIVES has 'outputs', but the heads of the student read {missing}, and "
+                f"gradients meet at {given}: take it out."
+            )
         if options.RPN_WEIGHT and (rpn := getattr(student, "proposal_generator", None)):
             logging.getLogger(__name__).info(
                 "Outputs: the RPNs of both sides are %s",

@@ -57,8 +57,7 @@ class SubspaceProjector(nn.Module):
             dim: n, dimension of the subspace. 0: the larger of C_s and C_t.
             teacher_side: "learned", "frozen" (random semi-orthogonal) or "identity" (n is C_t).
 
-        Raises:
-            ValueError: a bad ``dim`` or ``teacher_side``.
+        ValueError: a bad ``dim`` or ``teacher_side``.
         """
         super().__init__()
         check_projector(dim, teacher_side)

@@ -75,6 +75,7 @@ class BoxReader(nn.Module, metaclass=abc.ABCMeta):
     """Reads one detector's outputs. Its parameters are those of the heads that are read."""
 
     num_classes: int
+    in_features: list[str]
 
     def forward(self, features: Features, boxes: list[Tensor], image_sizes: Sizes) -> BoxOutputs:
         """

@@ -34,7 +34,7 @@ class Task(abc.ABC):
     name: str = ""
     # The MODEL.META_ARCHITECTURE of its students.
     meta_architectures: ClassVar[tuple[str, ...]] = ()
-    # Options that only models of this kind read, with all that is below them.
+    # Options that only models of this kind read, with all below them, besides those of its bases.
     options: ClassVar[tuple[str, ...]] = ()
     # Of mokd_det's own options those that a student's stock config needs.
     stock_options: ClassVar[tuple[str, ...]] = ()
@@ -46,6 +46,11 @@ class Task(abc.ABC):
         """Whether it is, or derives from, a task of these names; empty: any."""
         own = {base.name for base in cls.__mro__ if issubclass(base, Task)}
         return not names or bool(own & set(names))
+
+    @classmethod
+    def all_options(cls) -> set[str]:
+        """Return ``options``, also of the tasks that it derives from."""
+        return {option for base in cls.__mro__ for option in vars(base).get("options", ())}
 
     # ---- models --------------------------------------------------------------------------------
 
@@ -62,8 +67,7 @@ class Task(abc.ABC):
         Args:
             option: the config key that names the weights, for messages.
 
-        Raises:
-            ValueError: no weights given, or they do not fit.
+        ValueError: no weights given, or they do not fit.
         """
 
     def stock_module(self, model: nn.Module) -> nn.Module:
@@ -85,11 +89,8 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def teacher_config(self, cfg: CfgNode) -> CfgNode:
         """
-        Return the teacher's own config from a student's, on the same device.
-
-        Raises:
-            ValueError, FileNotFoundError: config or weights are not given, missing, or of another
-                kind of model.
+        Return the teacher's own config from a student's, on the same device. ValueError,
+        FileNotFoundError: config or weights are not given, missing, or of another kind of model.
         """
 
     def teacher_config_at_students_size(self, cfg: CfgNode) -> CfgNode:
@@ -103,11 +104,9 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def build_teacher(self, cfg: CfgNode) -> Teacher:
         """
-        Build the teacher of ``cfg.MOKD.TEACHER`` and load its weights strictly.
-
-        Raises:
-            ValueError, FileNotFoundError: see :meth:`teacher_config`; or a teacher that the
-                student's images or options do not suit.
+        Build the teacher of ``cfg.MOKD.TEACHER`` and load its weights strictly. ValueError,
+        FileNotFoundError: see :meth:`teacher_config`; or a teacher that the student's images or
+        options do not suit.
         """
 
     # ---- features ------------------------------------------------------------------------------
@@ -126,8 +125,7 @@ class Task(abc.ABC):
         Args:
             names, teacher_names: of the features, see ``MOKD.FEATURES.STUDENT`` and ``TEACHER``.
 
-        Raises:
-            ValueError: a feature that a side does not have, or nothing in common.
+        ValueError: a feature that a side does not have, or nothing in common.
         """
 
     @abc.abstractmethod

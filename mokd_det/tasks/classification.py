@@ -16,18 +16,8 @@ from torch.utils.data import DataLoader
 from ..config import find_config, load_config, merge_overrides
 from ..data import ResumableLoader, check_classes, classification
 from ..export import ClassifierExporter
-from ..modeling import (
-    Classifier,
-    TapShape,
-    as_map,
-    common_grid,
-    default_tap,
-    find_taps,
-    implied_options,
-    input_normalisation,
-    load_trained_classifier,
-    replace_taps,
-)
+from ..modeling import Classifier, TapShape, as_map, common_grid, default_tap, find_taps
+from ..modeling import implied_options, input_normalisation, load_trained_classifier, replace_taps
 from ..objectives import Level, Objective
 from ..teachers import PRE_LOGITS, ClassifierTeacher, speed_options
 from .base import TASKS, Features, Names, Task

@@ -16,12 +16,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ..config import find_config, get_cfg, load_config
-from ..data import (
-    ResumableLoader,
-    build_resumable_train_loader,
-    build_train_mapper,
-    check_augmentation,
-)
+from ..data import ResumableLoader, build_resumable_train_loader, build_train_mapper
+from ..data import check_augmentation
 from ..export import DetectorExporter
 from ..modeling import StrictCheckpointer, load_lazy_config, replace_backbone_features
 from ..objectives import Level, Objective, align_resolution
@@ -227,9 +223,8 @@ def build_level_map(
             if the names are the same on both sides; both empty: all names that both sides have,
             or if there is none, the levels of equal stride.
 
-    Raises:
-        ValueError: a name that its side does not have, a name twice, lists of different length,
-            or nothing in common; the message lists what both sides have.
+    ValueError: a name that its side does not have, a name twice, lists of different length, or
+    nothing in common; the message lists what both sides have.
     """
     ours, theirs = _described(student_shapes), _described(teacher_shapes)
     have = f"The student has {ours}; the teacher has {theirs}."

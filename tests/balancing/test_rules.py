@@ -185,3 +185,22 @@ def test_an_own_rule_is_gone_after_its_test_and_no_name_is_taken_twice():
     assert "longest" not in RULES
     with pytest.raises(KeyError, match="named 'fixed' already"):
         RULES.register("fixed")(EqualLengths)
+
+
+@pytest.mark.parametrize("answer, got", [(torch.ones(3), r"\(3,\)|\[3\]"), ([1.0, 1.0], "list")])
+def test_an_answer_of_another_shape_is_refused(own_rule, monkeypatch, answer, got):
+    monkeypatch.setattr(own_rule, "weights", lambda *_: answer)
+    net, x, target = net_and_data()
+    boundary = build_boundary("longest", objectives=2, shared=Shared(net))
+    with pytest.raises(ValueError, match=f"Rule 'longest' returned .*{got}.*: expected a tensor"):
+        step(boundary, net, x, target)
+
+
+def test_an_option_without_a_default_is_refused():
+    class Needy(EqualLengths):
+        def __init__(self, power):
+            self.power = power
+
+    with pytest.raises(TypeError, match="Rule 'needy' takes 'power', .* give it a default"):
+        RULES.register("needy")(Needy)
+    assert "needy" not in RULES

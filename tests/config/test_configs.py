@@ -24,7 +24,7 @@ from ..data.annotated import coco_layout
 
 FILES = sorted(
     str(path.relative_to(ROOT))
-    for path in (ROOT / "configs").rglob("*.yaml")
+    for path in (ROOT / "configs").glob("*/*.yaml")  # users' own may be beside the folders
     if not path.name.startswith("Base-")
 )
 TASKS = {path: task_of(load_config(str(ROOT / path))).name for path in FILES}

@@ -77,7 +77,9 @@ def test_a_student_that_runs_its_backbone_twice_is_refused(make_cfg):
 
 
 def test_an_unknown_meta_architecture(make_cfg):
-    with pytest.raises(ValueError, match="MOKD.META_ARCHITECTURE 'No' is not in META_ARCH_REG"):
+    with pytest.raises(
+        ValueError, match="META_ARCHITECTURE is 'No', which is not in META_ARCH_REG"
+    ):
         DistillationTrainer.build_model(make_cfg("mokd", ["MOKD.META_ARCHITECTURE", "No"]))
 
 

@@ -3,6 +3,7 @@
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -165,6 +166,27 @@ def test_a_name_with_a_meaning_is_refused(name):
     with pytest.raises(KeyError, match=f"cannot be called '{name}'"):
         OBJECTIVES.register(name)(type("Own", (Objective,), {}))
     assert name not in OBJECTIVES
+
+
+@pytest.mark.parametrize(
+    "losses, got",
+    [
+        ({}, "{}"),
+        (torch.ones(2), "Tensor"),
+        ({"loss_same": torch.ones(2)}, "{'loss_same': torch.Size"),
+        ({"loss_same": 1.0}, "{'loss_same': 1.0}"),
+        ({"total": torch.ones(())}, "{'total': torch.Size"),
+    ],
+)
+def test_what_is_no_named_losses_is_refused(make_cfg, losses, got):
+    OBJECTIVES.register("same")(type("Same", (Objective,), {"forward": lambda *_: losses}))
+    try:
+        trainer = build_trainer(make_cfg("mokd", ["MOKD.OBJECTIVES", ["features", "same"]]))
+        message = re.escape(f"The objective 'same' returned {got}")
+        with EventStorage(), pytest.raises(ValueError, match=message):
+            trainer.run_step()
+    finally:
+        OBJECTIVES.remove("same")
 
 
 def test_losses_of_one_name_are_refused(make_cfg):

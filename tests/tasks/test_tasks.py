@@ -97,8 +97,9 @@ def test_its_options_are_its_own(counting, make_cfg):
         validate(counting(["TEST.AUG.MAX_SIZE", 1]))
     with pytest.raises(ValueError, match="TEST.AUG.MAX_SIZE is 1, but it is read for counting onl"):
         validate(make_cfg("mokd", ["TEST.AUG.MAX_SIZE", 1]))
-    with pytest.raises(ValueError, match="LSJ.ENABLED is True, but it is read for detection only"):
-        validate(counting(["INPUT.LSJ.ENABLED", True]))
+    validate(counting(["INPUT.LSJ.ENABLED", True]))  # it derives from the task that reads it
+    with pytest.raises(ValueError, match="IMAGE_SIZE is 64, but it is read for classification onl"):
+        validate(counting(["MOKD.TEACHER.IMAGE_SIZE", 64]))
 
 
 def test_weights_that_nobody_gave(make_cfg, make_digits_cfg):

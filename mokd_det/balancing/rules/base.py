@@ -2,6 +2,7 @@
 """What a rule is: from the gradients' Gram matrix and the losses to weights."""
 
 import abc
+import inspect
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -10,7 +11,24 @@ from torch import Tensor
 
 from ...registry import Registry
 
-RULES = Registry("RULES", "MOKD.BALANCING.RULE")
+
+class _RuleRegistry(Registry):
+    def register(self, name: str) -> Callable:
+        add = super().register(name)
+
+        def decorator(cls: Any) -> Any:
+            for option, value in inspect.signature(cls).parameters.items():
+                if not isinstance(value.default, (bool, int, float, str, list, tuple, type(None))):
+                    raise TypeError(
+                        f"Rule '{name}' takes '{option}', which is an option of the config then: "
+                        "give it a default that YAML can hold."
+                    )
+            return add(cls)
+
+        return decorator
+
+
+RULES = _RuleRegistry("RULES", "MOKD.BALANCING.RULE", " or 'torchjd.X'")
 """Subclasses of :class:`Rule`, built with their options: see :func:`build_rule`."""
 
 

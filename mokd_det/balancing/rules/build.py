@@ -16,9 +16,7 @@ def build_rule(name: str, **options: Any) -> Rule:
         name: in ``RULES``, or ``torchjd.X`` for TorchJD's ``XWeighting``.
         options: of the config's node ``MOKD.BALANCING.<NAME>`` (``TORCHJD``), by lower-case name.
 
-    Raises:
-        ValueError: unknown name, or a bad option.
-        ImportError: TorchJD is not installed.
+    ValueError: unknown name, or a bad option. ImportError: TorchJD is not installed.
     """
     if name.startswith(TORCHJD_PREFIX):
         return TorchjdRule(name[len(TORCHJD_PREFIX) :], **options)

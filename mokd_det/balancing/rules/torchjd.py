@@ -23,10 +23,8 @@ class TorchjdRule(Rule):
 
     def __init__(self, name: str, **options: Any):
         """
-        ``options`` are those of ``<name>Weighting``, e.g. c=0.5 for the name "CAGrad".
-
-        Raises:
-            ImportError: TorchJD, or what this weighting needs, is not installed.
+        ``options`` are those of ``<name>Weighting``, e.g. c=0.5 for the name "CAGrad". ImportError:
+        TorchJD, or what this weighting needs, is not installed.
         """
         try:
             from torchjd import aggregation
