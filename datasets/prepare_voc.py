@@ -145,7 +145,7 @@ def config_lines(name, output, result):
     lines = ["DATASETS:", "  COCO:"]
     for split in result["splits"]:
         lines.append(f'    - ["{name}_{split}", "{output}/{split}.json", "{output}/images"]')
-    lines.append(f"# {len(result['classes'])} classes: {', '.join(result['classes'])}")
+    lines.append(f"# classes: {', '.join(result['classes'])}")
     return "\n".join(lines)
 
 

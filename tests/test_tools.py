@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -80,10 +81,10 @@ def run_here(script, *args):
     return printed.getvalue()
 
 
-def refused(*args):
-    """The message of tools/train_net.py for a command line that it refuses."""
+def refused(*args, tool="train_net"):
+    """The message of a tool for a command line that it refuses."""
     with pytest.raises(SystemExit) as stopped:
-        run_here("tools/train_net.py", *args)
+        run_here(f"tools/{tool}.py", *args)
     assert isinstance(stopped.value.code, str)  # sys.exit prints it; the exit code is 1
     return stopped.value.code
 
@@ -170,11 +171,79 @@ def test_an_error_is_an_exit_code_and_one_message():
     done = run("tools/train_net.py", *args, check=False)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert (
-        "\ntrain_net.py: MOKD.BALANCING.FAMO.LR is 1.0, but it is read by rule 'famo' only, and "
+        "train_net.py: MOKD.BALANCING.FAMO.LR is 1.0, but it is read by rule 'famo' only, and "
         "MOKD.BALANCING.RULE is 'loss_ratio': remove it, or choose that rule." in done.stderr
     )
     with pytest.raises(ValueError, match="FAMO.LR is 1.0"):
         run_here("tools/train_net.py", "--debug", *args)
+
+
+VISUALIZE = ["--dataset", "x", "--output", "x.png", "--model", "a"]
+EXPORT = ["--output", "out", "--config-file"]
+
+
+@pytest.mark.parametrize(
+    "tool, args, message",
+    [
+        ("export_model", [*EXPORT, "no.yaml"], "--config-file 'no.yaml' does not exist."),
+        (
+            "export_model",
+            [*EXPORT, CONFIGS["mokd"], "MODEL.WEIGHTS", "no.pth"],
+            "MODEL.WEIGHTS 'no.pth' does not exist.",
+        ),
+        ("benchmark", ["--config-file", "no.yaml"], "--config-file 'no.yaml' does not exist."),
+        (
+            "benchmark_classification",
+            ["--config-file", "no.yaml"],
+            "--config-file 'no.yaml' does not exist.",
+        ),
+        (
+            "visualize_predictions",
+            [*VISUALIZE, "no.yaml", "b"],
+            "--model a: 'no.yaml' does not exist.",
+        ),
+        (
+            "visualize_predictions",
+            [*VISUALIZE, CONFIGS["mokd"], "b"],
+            "--model a: weights 'b' do not exist.",
+        ),
+        (
+            "visualize_predictions",
+            [*VISUALIZE, "configs/Digits/teacher.yaml", "b"],
+            "--model a: 'configs/Digits/teacher.yaml' is not of a detector.",
+        ),
+        (
+            "plot_balance",
+            ["no"],
+            "no/balance.json does not exist: no is not the OUTPUT_DIR of a run with MOKD.ENABLED.",
+        ),
+        (
+            "plot_balance",
+            ["no", "--output", "no/x.png"],
+            "--output 'no/x.png': its folder does not exist.",
+        ),
+        (
+            "run_exported",
+            ["setup.cfg", "setup.cfg"],
+            "setup.cfg has no metadata.json inside: expected a file of tools/export_model.py "
+            "--format torchscript.",
+        ),
+    ],
+)
+def test_what_is_missing_is_one_message_of_every_tool(monkeypatch, tool, args, message):
+    monkeypatch.chdir(ROOT)
+    if tool in ("export_model", "benchmark", "visualize_predictions"):
+        args = [*args, "MODEL.DEVICE", "cpu"]
+    assert refused(*args, tool=tool) == f"{tool}.py: {message}\n(--debug shows where)"
+    with pytest.raises((FileNotFoundError, ValueError), match=re.escape(message)):
+        run_here(f"tools/{tool}.py", "--debug", *args)
+
+
+@pytest.mark.parametrize("tool", ["benchmark", "benchmark_classification"])
+def test_benchmark_of_nothing_is_refused(capsys, tool):
+    with pytest.raises(SystemExit):
+        run_here(f"tools/{tool}.py", "--config-file", "no.yaml", "--batch", 0)
+    assert "argument --batch: 0 is less than 1" in capsys.readouterr().err
 
 
 def test_export_gives_a_stock_checkpoint(trained, tmp_path):
@@ -217,20 +286,21 @@ def test_pictures_take_overrides_for_every_model(tmp_path, monkeypatch):
     seen = []
 
     def predict(cfg, elements, score):
-        seen.append((cfg.MODEL.WEIGHTS, cfg.INPUT.MIN_SIZE_TEST))
+        seen.append((os.path.basename(cfg.MODEL.WEIGHTS), cfg.INPUT.MIN_SIZE_TEST))
         return [tool.ground_truth(element) for element in elements]
 
     monkeypatch.setattr(tool, "predict", predict)
     args = ["visualize", "--dataset", "tests_trees_val", "--output", str(tmp_path / "grid.png")]
     for name in ("mokd", "teacher"):
-        args += ["--model", name, CONFIGS[name], f"{name}.pth"]
+        (tmp_path / f"{name}.pth").touch()
+        args += ["--model", name, CONFIGS[name], str(tmp_path / f"{name}.pth")]
     monkeypatch.setattr(sys, "argv", [*args, "INPUT.MIN_SIZE_TEST", "128"])
     tool.main()
     assert seen == [("mokd.pth", 128), ("teacher.pth", 128)]
 
     monkeypatch.setattr(tool.torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", [*args, "MODEL.DEVICE", "cuda"])
-    with pytest.raises(ValueError, match="torch sees no GPU. Add the override: MODEL.DEVICE cpu"):
+    with pytest.raises(SystemExit, match="torch sees no GPU. Add the override: MODEL.DEVICE cpu"):
         tool.main()
     assert len(seen) == 2
 
@@ -424,20 +494,20 @@ def test_benchmark_of_two_processes(tmp_path):
 
 def test_benchmark_needs_a_distilled_detector():
     for config in (CONFIGS["faster_rcnn"], "configs/Digits/student_mokd.yaml"):
-        with pytest.raises(ValueError, match="must be of a detector with MOKD.ENABLED True"):
-            run_here("tools/benchmark.py", "--config-file", config)
+        message = refused("--config-file", config, tool="benchmark")
+        assert "must be of a detector with MOKD.ENABLED True" in message
 
 
 def test_benchmark_takes_overrides_after_its_variants():
     args = ["--config-file", CONFIGS["mokd"], "--variants", "student"]
-    with pytest.raises(ValueError, match="--variants has .'featurs'.: expected some of student"):
-        run_here("tools/benchmark.py", *args, "featurs", "MODEL.DEVICE", "cpu")
+    message = refused(*args, "featurs", "MODEL.DEVICE", "cpu", tool="benchmark")
+    assert "--variants has ['featurs']: expected some of student" in message
 
 
 def test_teacher_options_are_compared_in_one_process(monkeypatch):
     monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: 2)
-    with pytest.raises(ValueError, match="--teacher-options compares within one process"):
-        run_here("tools/benchmark.py", "--config-file", CONFIGS["mokd"], "--teacher-options")
+    args = ["--config-file", CONFIGS["mokd"], "--teacher-options"]
+    assert "--teacher-options compares within one process" in refused(*args, tool="benchmark")
 
 
 def test_prepare_voc(tmp_path, caplog):
@@ -463,7 +533,8 @@ def test_prepare_voc(tmp_path, caplog):
     coco = json.loads((tmp_path / "out/train.json").read_text())
     assert coco["images"][0]["file_name"] == "a.png"
     assert coco["annotations"][0]["category_id"] == 2
-    assert '["s_train", ' in tool.config_lines("s", tmp_path / "out", result)
+    lines = tool.config_lines("s", tmp_path / "out", result)
+    assert '["s_train", ' in lines and lines.endswith("\n# classes: cat, dog")
 
     (root / "images").symlink_to(root / "JPEGImages")  # a user's own link stays a way to the photos
     tool.prepare(root, root, images="images")

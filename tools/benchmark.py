@@ -52,7 +52,7 @@ from torch import nn
 
 from mokd_det.balancing import Branch, build_balancer
 from mokd_det.config import load_config, split_overrides
-from mokd_det.engine import BalancedTrainer, DistillationTrainer, launch
+from mokd_det.engine import BalancedTrainer, DistillationTrainer, errors_as_messages, launch
 from mokd_det.engine.optimizer import build_optimizer
 from mokd_det.engine.trainer import wrap_distributed
 from mokd_det.modeling.distillation import boundary_of
@@ -404,13 +404,20 @@ TEACHER_COLUMNS = {
 }
 
 
+def positive(text):
+    """The type of an argument that counts something."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return int(text)
+
+
 def argument_parser():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config-file", required=True, help="a config with MOKD.ENABLED True")
-    parser.add_argument("--size", type=int, nargs=2, default=(256, 320), metavar=("H", "W"))
-    parser.add_argument("--batch", type=int, default=4, help="images a step (%(default)s)")
+    parser.add_argument("--size", type=positive, nargs=2, default=(256, 320), metavar=("H", "W"))
+    parser.add_argument("--batch", type=positive, default=4, help="images a step (%(default)s)")
     parser.add_argument("--rounds", type=int, default=10, help="(%(default)s)")
     parser.add_argument(
         "--variants", nargs="+", default=VARIANTS, help=f"of {', '.join(VARIANTS)} (all of them)"
@@ -419,6 +426,7 @@ def argument_parser():
         "--teacher-options", action="store_true", help="compare those of the teacher"
     )
     parser.add_argument("--output", default="", help="JSON file to write")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides KEY VALUE ...")
     # One process, unless torchrun has started several.
     parser.set_defaults(num_gpus=1, num_machines=1, machine_rank=0, dist_url=None)
@@ -445,7 +453,7 @@ def read_config(args):
     return cfg
 
 
-def main(args):
+def benchmark(args):
     args.variants, overrides = split_overrides(args.variants)
     args.opts = overrides + args.opts
     cfg = read_config(args)
@@ -476,6 +484,11 @@ def main(args):
         with open(args.output, "w") as f:
             json.dump(result, f, indent=1)
         print(args.output)
+
+
+def main(args):
+    with errors_as_messages(args.debug):
+        benchmark(args)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ import torch
 from benchmark import (
     Constant,
     machine,
+    positive,
     print_table,
     random_model,
     ratio,
@@ -48,7 +49,7 @@ from detectron2.utils.events import EventStorage
 from mokd_det.config import load_config
 from mokd_det.data import check_datasets, register_datasets
 from mokd_det.data.classification import Batch
-from mokd_det.engine import BalancedTrainer
+from mokd_det.engine import BalancedTrainer, errors_as_messages
 from mokd_det.engine.optimizer import build_optimizer
 from mokd_det.modeling import SupervisedModel
 from mokd_det.tasks import task_of
@@ -223,16 +224,18 @@ def argument_parser():
     )
     parser.add_argument("--config-file", required=True, help="of a classifier")
     parser.add_argument("--loader", action="store_true", help="measure the training loader")
-    parser.add_argument("--size", type=int, default=128, help="side of the images (%(default)s)")
-    parser.add_argument("--batch", type=int, default=32, help="images a step (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=20, help="or batches (%(default)s)")
+    parser.add_argument(
+        "--size", type=positive, default=128, help="side of the images (%(default)s)"
+    )
+    parser.add_argument("--batch", type=positive, default=32, help="images a step (%(default)s)")
+    parser.add_argument("--rounds", type=positive, default=20, help="or batches (%(default)s)")
     parser.add_argument("--output", default="", help="JSON file to write")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides KEY VALUE ...")
     return parser
 
 
-def main():
-    args = argument_parser().parse_args()
+def benchmark(args):
     cfg = load_config(args.config_file, args.opts)
     if task_of(cfg).name != "classification" or not (args.loader or cfg.MOKD.ENABLED):
         raise ValueError(
@@ -254,6 +257,12 @@ def main():
         with open(args.output, "w") as f:
             json.dump(result, f, indent=1)
         print(args.output)
+
+
+def main():
+    args = argument_parser().parse_args()
+    with errors_as_messages(args.debug):
+        benchmark(args)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ import os
 import sys
 
 import mokd_det.compat  # noqa: F401  (first: patches Detectron2 where it needs it)
+from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 
 from mokd_det.config import check_device, load_config, split_overrides
@@ -122,6 +123,9 @@ def export(args):
         raise ValueError(f"--tolerance is {args.tolerance}: expected a number > 0.")
     setup_logger(name="mokd_det", abbrev_name="mokd")
     cfg = load_config(args.config_file, args.opts)
+    weights = cfg.MODEL.WEIGHTS
+    if weights and "://" not in weights and not PathManager.isfile(weights):
+        raise FileNotFoundError(f"MODEL.WEIGHTS '{weights}' does not exist.")
     check_device(cfg)
     task = task_of(cfg)
     if args.benchmark:

@@ -22,6 +22,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 import mokd_det.compat  # noqa: E402, F401  (first: patches Detectron2 where it needs it)
 import numpy as np  # noqa: E402
 
+from mokd_det.engine import errors_as_messages  # noqa: E402
 from mokd_det.evaluation import read_json_lines  # noqa: E402
 
 # Panel: label, scale of the axis, prefixes of the scalars, lines to compare with.
@@ -92,6 +93,8 @@ def plot_balance(run_dirs, output):
         run_dirs (list[str]): OUTPUT_DIR of each run.
         output (str): PNG to write.
     """
+    if not os.path.isdir(os.path.dirname(output) or "."):
+        raise FileNotFoundError(f"--output '{output}': its folder does not exist.")
     runs = [read_balance(run_dir) for run_dir in run_dirs]
     panels = [p for p in PANELS if any(_series(run, p[2]) for run in runs)]
     figure, axes = plt.subplots(
@@ -132,8 +135,10 @@ def main():
     )
     parser.add_argument("run_dirs", nargs="+", metavar="RUN_DIR")
     parser.add_argument("--output", default="balance.png", help="PNG to write (%(default)s)")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
-    plot_balance(args.run_dirs, args.output)
+    with errors_as_messages(args.debug):
+        plot_balance(args.run_dirs, args.output)
     print(args.output)
 
 

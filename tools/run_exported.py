@@ -189,6 +189,7 @@ def main():
     parser.add_argument("--top", type=int, default=5, help="classes shown (%(default)s)")
     parser.add_argument("--picture", help="PNG or JPEG to write, of one image")
     parser.add_argument("--device", default="cpu", help="a traced model's is that of its export")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args()
     for path in (args.model, *args.images):
         if not os.path.isfile(path):
@@ -222,4 +223,9 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError, RuntimeError) as error:
+        if "--debug" in sys.argv:
+            raise
+        sys.exit(f"run_exported.py: {error}\n(--debug shows where)")

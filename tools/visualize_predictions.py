@@ -13,6 +13,7 @@ Overrides KEY VALUE ... at the end are for all models, such as MODEL.DEVICE cpu 
 """
 
 import argparse
+import os
 
 import cv2
 import numpy as np
@@ -22,9 +23,11 @@ import mokd_det.compat  # noqa: F401  (first: patches Detectron2 where it needs 
 from detectron2.data import DatasetCatalog, DatasetMapper
 from detectron2.data.detection_utils import read_image
 from detectron2.structures import BoxMode
+from detectron2.utils.file_io import PathManager
 
 from mokd_det.config import check_device, load_config
 from mokd_det.data import check_datasets, register_datasets
+from mokd_det.engine import errors_as_messages
 from mokd_det.tasks import task_of
 
 GROUND_TRUTH_COLOUR = (80, 220, 80)
@@ -110,9 +113,21 @@ def visualize(dataset, models, output, count=3, score=0.5, opts=()):
         score (float): smallest score shown.
         opts (sequence): overrides [KEY, VALUE, ...] of all configs.
     """
-    cfgs = [load_config(file, [*opts, "MODEL.WEIGHTS", weights]) for _, file, weights in models]
-    for cfg in cfgs:
+    if count < 1:
+        raise ValueError(f"--count is {count}: expected 1 or more.")
+    if not os.path.isdir(os.path.dirname(output) or "."):
+        raise FileNotFoundError(f"--output '{output}': its folder does not exist.")
+    if not cv2.haveImageWriter(output):
+        raise ValueError(f"--output '{output}' has no suffix of an image format, such as .png.")
+    cfgs = []
+    for label, file, weights in models:
+        cfg = load_config(file, [*opts, "MODEL.WEIGHTS", weights], option=f"--model {label}:")
+        if task_of(cfg).name != "detection":
+            raise ValueError(f"--model {label}: '{file}' is not of a detector.")
+        if "://" not in weights and not PathManager.isfile(weights):
+            raise FileNotFoundError(f"--model {label}: weights '{weights}' do not exist.")
         check_device(cfg)
+        cfgs.append(cfg)
     if dataset not in DatasetCatalog.list():
         register_datasets(cfgs[0])
     check_datasets([dataset], "--dataset")
@@ -141,9 +156,11 @@ def main():
     parser.add_argument("--output", required=True, help="PNG to write")
     parser.add_argument("--count", type=int, default=3, help="number of images (%(default)s)")
     parser.add_argument("--score", type=float, default=0.5, help="smallest score (%(default)s)")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides: KEY VALUE ...")
     args = parser.parse_args()
-    visualize(args.dataset, args.model, args.output, args.count, args.score, args.opts)
+    with errors_as_messages(args.debug):
+        visualize(args.dataset, args.model, args.output, args.count, args.score, args.opts)
     print(args.output)
 
 
