@@ -65,7 +65,7 @@ class ImageMapper:
                 return None
             raise ValueError(
                 f"The image {element.get('file_name', element['name'])} cannot be read: {error}. "
-                "Mend or remove it, or set DATASETS.BROKEN_IMAGES to 'skip'."
+                "Repair or remove it, or set DATASETS.BROKEN_IMAGES to 'skip'."
             ) from error
         image = self.transform(image)
         seed = int(torch.randint(2**31, ()))  # drawn after the transform's
