@@ -170,6 +170,7 @@ def add_mokd_config(cfg: CN) -> None:
     #   "features"  the feature maps of the backbone (FPN), or what is tapped of a classifier
     #   "outputs"   classes and boxes of R-CNNs and RetinaNets (also one of each)
     #   "logits"    the class probabilities of classifiers
+    #   "teacher_head"  what the teacher's own heads say about the student's features
     cfg.MOKD.OBJECTIVES = ["features"]
     # The registered meta-architecture that holds student and teacher.
     cfg.MOKD.META_ARCHITECTURE = "DistillationModel"
@@ -231,8 +232,12 @@ def add_mokd_config(cfg: CN) -> None:
     # classifier's head. Empty: "pre_logits" (models whose head has hidden layers: the last map).
     cfg.MOKD.FEATURES.STUDENT = []
     cfg.MOKD.FEATURES.TEACHER = []
-    # Registered in mokd_det.objectives.PROJECTORS: "SubspaceProjector", or "FrozenProjector", whose
-    # maps are random and stay so on both sides.
+    # Registered in mokd_det.objectives.PROJECTORS:
+    #   "SubspaceProjector"  both sides into a common subspace, by DIM and TEACHER_SIDE
+    #   "FrozenProjector"    the same, but random on both sides
+    #   "Linear"             the student into the teacher's channels (FitNets)
+    #   "MaskedGenerator"    as Linear; then parts are masked and two convolutions fill them (MGD)
+    #   "none"               equal channels are compared as they are (PKD, CWD, FGD)
     cfg.MOKD.FEATURES.PROJECTOR = "SubspaceProjector"
     # Dimension n of the common subspace. 0: the channels of the wider side,
     # the fewest that lose nothing of either.
@@ -240,22 +245,36 @@ def add_mokd_config(cfg: CN) -> None:
     # Teacher's side of the projector: "learned", "frozen" (a random semi-orthogonal map), or
     # "identity" (no projection; n is then the teacher's channels).
     cfg.MOKD.FEATURES.TEACHER_SIDE = "frozen"
-    # Registered in mokd_det.objectives.FEATURE_LOSSES: "smooth_l1", "mse", "cosine".
+    # "MaskedGenerator": the share of positions that is masked. Published are 0.65 for one-stage and
+    # 0.45 for two-stage detectors.
+    cfg.MOKD.FEATURES.MASKED = 0.65
+    # Registered in mokd_det.objectives.FEATURE_LOSSES: means "smooth_l1", "mse" and "cosine";
+    # "squared_sum" (MGD); "pkd" (Pearson correlation), "cwd" (where each channel looks) and "fgd"
+    # (attention and foreground). configs/Recipes/ has the published weights.
     cfg.MOKD.FEATURES.LOSS = "smooth_l1"
+    # "cwd": divides the features.
+    cfg.MOKD.FEATURES.TEMPERATURE = 1.0
     # Detectors: weight of each level of a pyramid: "equal", or its share of all "positions", so
     # that the few positions of coarse levels count like any others.
     cfg.MOKD.FEATURES.LEVEL_WEIGHTS = "equal"
     # Detectors: weigh positions by the objects of each image: "" (all alike), "ground_truth", or
     # "teacher" (boxes of which the teacher is surer than FOREGROUND_SCORE). Positions that a box
-    # touches get FOREGROUND_SHARE of the loss, the others the rest.
+    # touches get FOREGROUND_SHARE of the loss, the others the rest. FOREGROUND_UNIT "image": each
+    # image has the weight of its positions; "box" (FGD): each box has the same, however big, and
+    # so has all background.
     cfg.MOKD.FEATURES.FOREGROUND = ""
     cfg.MOKD.FEATURES.FOREGROUND_SHARE = 0.5
     cfg.MOKD.FEATURES.FOREGROUND_SCORE = 0.5
+    cfg.MOKD.FEATURES.FOREGROUND_UNIT = "image"
 
     # The objective "outputs": classes and boxes at the teacher's proposals. Both sides are R-CNNs
     # or RetinaNets, with the same classes.
     cfg.MOKD.OUTPUTS = CN()
     cfg.MOKD.OUTPUTS.LOSS_WEIGHT = 1.0
+    # Between class probabilities: "kl" (Kullback-Leibler), "dkd" (softmaxes only) or "dist".
+    cfg.MOKD.OUTPUTS.LOSS = "kl"
+    # "dkd": factor of what is among the other classes; published is 0.25 for Faster R-CNN.
+    cfg.MOKD.OUTPUTS.DKD_BETA = 1.0
     # Divides the logits of both sides.
     cfg.MOKD.OUTPUTS.TEMPERATURE = 1.0
     # Factors of the losses inside the objective. Their sum is balanced against the others.
@@ -265,9 +284,31 @@ def add_mokd_config(cfg: CN) -> None:
     cfg.MOKD.OUTPUTS.BOX_WEIGHT = 1.0
     cfg.MOKD.OUTPUTS.RPN_WEIGHT = 1.0
 
-    # The objective "logits": the Kullback-Leibler divergence of class probabilities.
+    # The objective "teacher_head": the teacher's frozen heads (an R-CNN's RPN and box head,
+    # RetinaNet's head, a classifier's) read the student's features, projected to its channels. The
+    # student's own heads may be of any kind, and its classes others.
+    cfg.MOKD.TEACHER_HEAD = CN()
+    cfg.MOKD.TEACHER_HEAD.LOSS_WEIGHT = 1.0
+    # Detectors: student's feature names, and the teacher's feature that each stands for. Empty: by
+    # stride. What the teacher would read on a level that the student lacks is read on the nearest.
+    cfg.MOKD.TEACHER_HEAD.STUDENT = []
+    cfg.MOKD.TEACHER_HEAD.TEACHER = []
+    # "Linear", a learned 1 x 1 convolution for each level, or "none", for equal channels.
+    cfg.MOKD.TEACHER_HEAD.PROJECTOR = "Linear"
+    # Divides the logits that are compared.
+    cfg.MOKD.TEACHER_HEAD.TEMPERATURE = 1.0
+    # Detectors: factors of the losses inside the objective, as those of OUTPUTS.
+    cfg.MOKD.TEACHER_HEAD.CLASS_WEIGHT = 1.0
+    cfg.MOKD.TEACHER_HEAD.BOX_WEIGHT = 1.0
+    cfg.MOKD.TEACHER_HEAD.RPN_WEIGHT = 1.0
+
+    # The objective "logits": class probabilities of classifiers.
     cfg.MOKD.LOGITS = CN()
     cfg.MOKD.LOGITS.LOSS_WEIGHT = 1.0
+    # Between class probabilities: "kl" (Kullback-Leibler), "dkd" (softmaxes only) or "dist".
+    cfg.MOKD.LOGITS.LOSS = "kl"
+    # "dkd": factor of what is among the other classes; published are 0.5 on ImageNet, 8 on CIFAR.
+    cfg.MOKD.LOGITS.DKD_BETA = 1.0
     # Divides the logits of both sides.
     cfg.MOKD.LOGITS.TEMPERATURE = 1.0
 

@@ -3,8 +3,9 @@
 
 from .. import compat  # first: patches Detectron2 where it needs it
 from .base import OBJECTIVES, Objective, StudentOutputs
-from .feature_losses import FEATURE_LOSSES, align_resolution
+from .feature_losses import FEATURE_LOSSES, align_resolution, onto_grid
 from .features import FeatureObjective, Level
 from .logits import LogitObjective
 from .outputs import OutputObjective
+from .teacher_head import ClassifierHead, DetectorHeads, HeadReader, TeacherHeadObjective
 from .projector import PROJECTORS, SubspaceProjector, standardise

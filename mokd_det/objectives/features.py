@@ -2,6 +2,8 @@
 """The objective that matches feature maps in a learned subspace."""
 
 import dataclasses
+import functools
+import inspect
 import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -9,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 from detectron2.config import CfgNode
 from torch import Tensor, nn
 
+from ..config import get_cfg
 from ..teachers import TeacherOutputs
 from .base import OBJECTIVES, Objective, StudentOutputs
 from .feature_losses import FEATURE_LOSSES
-from .foreground import SOURCES, foreground_weights
-from .projector import PROJECTORS, check_projector
+from .foreground import SOURCES, UNITS, foreground_weights
+from .output_losses import check_temperature
+from .projector import PROJECTORS, check_projector, options_of
 
 if TYPE_CHECKING:
     from ..tasks import Task
@@ -53,6 +57,7 @@ class FeatureObjective(Objective):
         foreground_share: float = 0.5,
         foreground_score: float = 0.5,
         level_weights: str = "equal",
+        foreground_unit: str = "image",
     ):
         """
         Projectors (see ``PROJECTORS``) are by the student's feature name; for the loss see
@@ -62,32 +67,62 @@ class FeatureObjective(Objective):
         self.levels = tuple(levels)
         self.taps = tuple(level.student for level in self.levels)
         # Names of modules may not have dots.
-        self.projectors = nn.ModuleDict({_key(name): p for name, p in projectors.items()})
+        self.projectors = nn.ModuleDict({key_of(name): p for name, p in projectors.items()})
         self.loss, self.level_weights = loss, level_weights
         self.foreground, self.share, self.score = foreground, foreground_share, foreground_score
+        self.unit = foreground_unit
 
     @classmethod
     def check_config(cls, cfg: CfgNode) -> None:
         options = cfg.MOKD.FEATURES
-        for option, known in (("FOREGROUND", SOURCES), ("LEVEL_WEIGHTS", LEVEL_WEIGHTS)):
+        for option, known in (
+            ("FOREGROUND", SOURCES),
+            ("FOREGROUND_UNIT", UNITS),
+            ("LEVEL_WEIGHTS", LEVEL_WEIGHTS),
+        ):
             if options[option] not in known:
                 raise ValueError(
                     f"MOKD.FEATURES.{option} is '{options[option]}': expected one of {known}."
                 )
-        readers = {"FOREGROUND_SHARE": SOURCES[1:], "FOREGROUND_SCORE": ("teacher",)}
-        for option, sources in readers.items():
+        for option in ("FOREGROUND_SHARE", "FOREGROUND_SCORE"):
             if not 0 <= options[option] <= 1:
                 raise ValueError(
                     f"MOKD.FEATURES.{option} is {options[option]}: expected a number in [0, 1]."
                 )
-            if options[option] != 0.5 and options.FOREGROUND not in sources:
-                raise ValueError(
-                    f"MOKD.FEATURES.{option} is {options[option]}, but it is read with "
-                    f"FOREGROUND {' or '.join(sources)} only: remove it."
-                )
-        FEATURE_LOSSES.get(options.LOSS)
-        PROJECTORS.get(options.PROJECTOR)
+        if not 0 <= options.MASKED < 1:
+            raise ValueError(f"MOKD.FEATURES.MASKED is {options.MASKED}: expected 0 <= m < 1.")
+        check_temperature("MOKD.FEATURES.TEMPERATURE", options.TEMPERATURE)
+        projector = PROJECTORS.get(options.PROJECTOR)
         check_projector(options.DIM, options.TEACHER_SIDE)
+        wanted = inspect.signature(FEATURE_LOSSES.get(options.LOSS)).parameters
+        if options.FOREGROUND and "weights" not in wanted:
+            raise ValueError(
+                f"MOKD.FEATURES.FOREGROUND is '{options.FOREGROUND}', but LOSS '{options.LOSS}' "
+                "does not weigh positions: set it to ''."
+            )
+        if not options.FOREGROUND and "weights" in wanted:
+            if wanted["weights"].default is inspect.Parameter.empty:
+                raise ValueError(
+                    f"MOKD.FEATURES.LOSS is '{options.LOSS}', which weighs positions by boxes, and "
+                    "FOREGROUND is '': set it to 'ground_truth' or 'teacher'."
+                )
+        of_projector = {name.upper() for name in options_of(projector, options)}
+        unread = {
+            "FOREGROUND_SHARE": not options.FOREGROUND and "FOREGROUND 'ground_truth', 'teacher'",
+            "FOREGROUND_UNIT": not options.FOREGROUND and "FOREGROUND 'ground_truth', 'teacher'",
+            "FOREGROUND_SCORE": options.FOREGROUND != "teacher" and "FOREGROUND 'teacher'",
+            "TEMPERATURE": "temperature" not in wanted and "LOSS 'cwd'",
+            "MASKED": "MASKED" not in of_projector and "PROJECTOR 'MaskedGenerator'",
+            "DIM": "DIM" not in of_projector and "PROJECTOR 'SubspaceProjector'",
+            "TEACHER_SIDE": "TEACHER_SIDE" not in of_projector and "PROJECTOR 'SubspaceProjector'",
+        }
+        usual = get_cfg().MOKD.FEATURES
+        for option, reader in unread.items():
+            if reader and options[option] != usual[option]:
+                raise ValueError(
+                    f"MOKD.FEATURES.{option} is {options[option]!r}, but it is read with {reader} "
+                    "only: remove it."
+                )
 
     @classmethod
     def from_config(
@@ -100,15 +135,19 @@ class FeatureObjective(Objective):
         levels = task.match_features(cfg, student, teacher, options.STUDENT, options.TEACHER)
         pairs = ", ".join(f"{level.student} -> {level.teacher}" for level in levels)
         logging.getLogger(__name__).info("Features (student -> teacher): %s", pairs)
-        sides = {"dim": options.DIM, "teacher_side": options.TEACHER_SIDE}
+        given = options_of(projector, options)
+        loss = FEATURE_LOSSES.get(options.LOSS)
+        if "temperature" in inspect.signature(loss).parameters:
+            loss = functools.partial(loss, temperature=options.TEMPERATURE)
         return cls(
             levels,
-            {x.student: projector(x.student_channels, x.teacher_channels, **sides) for x in levels},
-            FEATURE_LOSSES.get(options.LOSS),
+            {x.student: projector(x.student_channels, x.teacher_channels, **given) for x in levels},
+            loss,
             options.FOREGROUND,
             options.FOREGROUND_SHARE,
             options.FOREGROUND_SCORE,
             options.LEVEL_WEIGHTS,
+            options.FOREGROUND_UNIT,
         )
 
     def forward(self, student: StudentOutputs, teacher: TeacherOutputs) -> dict[str, Tensor]:
@@ -117,11 +156,12 @@ class FeatureObjective(Objective):
         losses, positions = [], []
         for level in self.levels:
             maps = level.align(student.features[level.student], teacher.features[level.teacher])
-            maps = self.projectors[_key(level.student)](*maps)
+            maps = self.projectors[key_of(level.student)](*maps)
             if objects is not None:
                 assert level.stride is not None, "[FeatureObjective] a foreground needs strides"
                 size = maps[0].shape[-2:]
-                maps = *maps, foreground_weights(objects, size, level.stride, self.share)
+                weights = foreground_weights(objects, size, level.stride, self.share, self.unit)
+                maps = *maps, weights
             losses.append(self.loss(*maps))
             positions.append(maps[0].shape[-2:].numel())
         if self.level_weights == "positions":
@@ -139,5 +179,6 @@ class FeatureObjective(Objective):
         return None
 
 
-def _key(name: str) -> str:
+def key_of(name: str) -> str:
+    """Return the name of a feature's module: modules may not have dots in theirs."""
     return name.replace(".", "_")

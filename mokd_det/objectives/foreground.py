@@ -5,19 +5,24 @@ import torch
 from torch import Tensor
 
 SOURCES = ("", "ground_truth", "teacher")
+UNITS = ("image", "box")
 
 
 def foreground_weights(
-    boxes: list[Tensor], size: tuple[int, int], stride: int, share: float
+    boxes: list[Tensor], size: tuple[int, int], stride: int, share: float, unit: str = "image"
 ) -> Tensor:
     """
     Args:
         boxes: for each of N images (B_i, 4), XYXY in pixels. Those with an angle are a ValueError.
         size, stride: (H, W) of the feature map, and in pixels.
         share: of the loss that cells touched by a box get together.
+        unit: see Returns.
 
     Returns:
-        (N, 1, H, W), with mean one for each image; one everywhere if no or every cell is touched.
+        (N, 1, H, W). With unit "image" with mean one for each image; one everywhere if no or every
+        cell is touched. With "box" (FGD, arXiv 2111.11837, Eq. 4 to 6) a touched cell has ``share``
+        over the number of cells of the smallest box that touches it, another ``1 - share`` over
+        the number of all others.
     """
     if any(image_boxes.shape[1] != 4 for image_boxes in boxes):
         raise ValueError(
@@ -31,8 +36,19 @@ def foreground_weights(
         x0, y0, x1, y1 = (image_boxes[:, i, None] for i in range(4))
         in_rows = (rows < y1) & (rows + stride > y0)  # (B, H)
         in_columns = (columns < x1) & (columns + stride > x0)  # (B, W)
-        inside = (in_rows[:, :, None] & in_columns[:, None, :]).any(dim=0)
+        touching = in_rows[:, :, None] & in_columns[:, None, :]
+        inside = touching.any(dim=0)
         count, cells = inside.sum(), height * width
+        if unit == "box":
+            others = inside.new_tensor((1 - share), dtype=weights.dtype) / (
+                cells - count
+            ).clamp_min(1)
+            sizes = touching.sum(dim=(1, 2), keepdim=True).clamp_min(1)
+            largest = (
+                torch.where(touching, share / sizes, 0.0).amax(dim=0) if len(sizes) else others
+            )
+            image[0] = torch.where(inside, largest, others)
+            continue
         touched = share * cells / count.clamp_min(1)
         others = (1 - share) * cells / (cells - count).clamp_min(1)
         uniform = (count == 0) | (count == cells)

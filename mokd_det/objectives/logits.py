@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..teachers import PRE_LOGITS
 from .base import OBJECTIVES, Objective, StudentOutputs
-from .output_losses import check_temperature
+from .output_losses import check_class_loss, correlation_loss, decoupled_kl, kl_divergence
 
 if TYPE_CHECKING:
     from ..tasks import Task
@@ -19,25 +19,31 @@ if TYPE_CHECKING:
 @OBJECTIVES.register("logits")
 class LogitObjective(Objective):
     """
-    Kullback-Leibler divergence of the student's class probabilities from the teacher's, at a
-    temperature and times its square (Hinton et al. 2015). The head runs a second time for it, on
-    copies of features and parameters, so that the boundary can weigh what it adds to each.
+    Distance of the student's class probabilities from the teacher's, at a temperature and times its
+    square: Kullback-Leibler divergence (Hinton et al. 2015), DKD or DIST. The head runs a second
+    time for it, on copies of features and parameters, so that the boundary can weigh what it adds
+    to each.
     """
 
     tasks = ("classification",)
     compares_classes = True
     taps = (PRE_LOGITS,)
 
-    def __init__(self, head: nn.Module, temperature: float = 1.0):
-        """``head``: of the student, from features to logits, which the temperature divides."""
+    def __init__(
+        self, head: nn.Module, temperature: float = 1.0, loss: str = "kl", dkd_beta: float = 1.0
+    ):
+        """
+        ``head``: of the student, from features to logits, which the temperature divides; for the
+        rest see ``MOKD.LOGITS``.
+        """
         super().__init__()
         # A list: a part of the student, not of this module.
         self._head = [self.borrow(_WithoutHooks(head))]
-        self.temperature = temperature
+        self.temperature, self.loss, self.dkd_beta = temperature, loss, dkd_beta
 
     @classmethod
     def check_config(cls, cfg: CfgNode) -> None:
-        check_temperature("MOKD.LOGITS.TEMPERATURE", cfg.MOKD.LOGITS.TEMPERATURE)
+        check_class_loss("MOKD.LOGITS", cfg.MOKD.LOGITS)
 
     @classmethod
     def from_config(
@@ -50,7 +56,8 @@ class LogitObjective(Objective):
                 "MODEL.CLASSIFIER.NUM_CLASSES to the same number, or distil features only "
                 "(MOKD.OBJECTIVES ['features'])."
             )
-        return cls(student.head, cfg.MOKD.LOGITS.TEMPERATURE)
+        options = cfg.MOKD.LOGITS
+        return cls(student.head, options.TEMPERATURE, options.LOSS, options.DKD_BETA)
 
     def forward(self, student: StudentOutputs, teacher: Any) -> dict[str, Tensor]:
         """Return ``loss_logits``, a scalar, averaged over images."""
@@ -59,10 +66,18 @@ class LogitObjective(Objective):
         devices = [given.device] if given.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
             logits = student.run(self._head[0], given).flatten(1)
-        ours = F.log_softmax(logits.float() / self.temperature, dim=1)
-        theirs = F.log_softmax(teacher.logits.float() / self.temperature, dim=1)
-        loss = F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
-        return {"loss_logits": loss * self.temperature**2}
+        return {"loss_logits": self._distance(logits, teacher.logits, student.batch)}
+
+    def _distance(self, ours: Tensor, theirs: Tensor, batch: Any) -> Tensor:
+        if self.loss == "dist":
+            pair = [F.softmax(x.float() / self.temperature, dim=1) for x in (ours, theirs)]
+            return self.temperature**2 * correlation_loss(*pair)
+        if self.loss == "dkd":
+            targets = batch.targets.to(ours.device)
+            if targets.ndim == 2:  # mixed images: the class with the larger share
+                targets = targets.argmax(dim=1)
+            return decoupled_kl(ours, theirs, targets, self.temperature, self.dkd_beta)
+        return kl_divergence(ours, theirs, self.temperature)
 
 
 class _WithoutHooks(nn.Module):

@@ -21,20 +21,115 @@ def check_temperature(option: str, temperature: float) -> None:
         raise ValueError(f"{option} is {temperature}: expected > 0.")
 
 
-def class_loss(student: BoxOutputs, teacher: BoxOutputs, temperature: float = 1.0) -> Tensor:
+def kl_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
     """
-    Kullback-Leibler divergence of the student's class probabilities from the teacher's at the same
-    R boxes, times the temperature squared (Hinton et al. 2015), averaged over boxes: a scalar, zero
-    without boxes. Two softmaxes are compared as such, background included; else every class for
-    itself, as present or absent.
+    Kullback-Leibler divergence of the student's softmax of (R, C) logits from the teacher's, times
+    the temperature squared (Hinton et al. 2015), averaged over R: a scalar, zero without rows.
     """
-    if student.exclusive and teacher.exclusive:
-        pairs = [[F.log_softmax(x.logits.float() / temperature, 1)] for x in (student, teacher)]
-    else:
-        pairs = [[*x.log_probabilities(temperature)] for x in (student, teacher)]
+    ours, theirs = (F.log_softmax(x.float() / temperature, dim=1) for x in (student, teacher))
+    total = F.kl_div(ours, theirs, reduction="sum", log_target=True)
+    return total * temperature**2 / max(len(student), 1)
+
+
+def decoupled_kl(
+    student: Tensor, teacher: Tensor, targets: Tensor, temperature: float = 1.0, beta: float = 1.0
+) -> Tensor:
+    """
+    DKD (Zhao et al., CVPR 2022, arXiv 2203.08679, Eq. 7 with alpha 1): the divergence of whether it
+    is the target class, and ``beta`` times that among the other classes, unlike in
+    :func:`kl_divergence` not less where the teacher is sure of the target.
+
+    Args:
+        student, teacher: (R, C) logits of softmaxes; ``targets``: (R,) classes.
+
+    Returns:
+        a scalar, times the temperature squared, averaged over R.
+    """
+    ours, theirs = (x.float() / temperature for x in (student, teacher))
+    is_target = F.one_hot(targets, ours.shape[1]).bool()
+
+    def parts(logits: Tensor) -> tuple[Tensor, Tensor]:
+        logs = F.log_softmax(logits, dim=1)
+        others = logs.masked_fill(is_target, -torch.inf).logsumexp(dim=1)
+        among = logits[~is_target].view(len(logits), -1)
+        return torch.stack([logs[is_target], others], dim=1), F.log_softmax(among, dim=1)
+
     total: Any = sum(
-        F.kl_div(ours, theirs, reduction="sum", log_target=True) for ours, theirs in zip(*pairs)
+        weight * F.kl_div(x, y, reduction="sum", log_target=True)
+        for weight, x, y in zip((1.0, beta), parts(ours), parts(theirs))
     )
+    return total * temperature**2 / max(len(student), 1)
+
+
+def correlation_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """
+    DIST (Huang et al., NeurIPS 2022, arXiv 2205.10536, Eq. 8 and 9 with both factors 1) between
+    (R, C) probabilities: one minus their Pearson correlation over the classes, averaged over rows,
+    and one minus that over the rows, averaged over classes. A scalar in [0, 4], zero without rows.
+    """
+    if not len(student):
+        return student.sum()
+    return (1 - pearson(student, teacher, 1)).mean() + (1 - pearson(student, teacher, 0)).mean()
+
+
+def pearson(first: Tensor, second: Tensor, dim: int, eps: float = 1e-8) -> Tensor:
+    """Correlation along ``dim``; zero where one side does not vary."""
+    first, second = (x - x.mean(dim, keepdim=True) for x in (first, second))
+    return F.cosine_similarity(first, second, dim=dim, eps=eps)
+
+
+CLASS_LOSSES = ("kl", "dkd", "dist")
+
+
+def check_class_loss(node: str, options: Any) -> None:
+    """Raise ValueError for another LOSS of the config's node, or a DKD_BETA out of its range."""
+    check_temperature(f"{node}.TEMPERATURE", options.TEMPERATURE)
+    if options.LOSS not in CLASS_LOSSES:
+        raise ValueError(
+            f"{node}.LOSS is '{options.LOSS}': expected one of "
+            f"{', '.join(map(repr, CLASS_LOSSES))}."
+        )
+    if not 0 <= options.DKD_BETA < float("inf"):
+        raise ValueError(f"{node}.DKD_BETA is {options.DKD_BETA}: expected a finite number >= 0.")
+    if options.DKD_BETA != 1 and options.LOSS != "dkd":
+        raise ValueError(
+            f"{node}.DKD_BETA is {options.DKD_BETA}, but it is read with LOSS 'dkd' only, and LOSS "
+            f"is '{options.LOSS}': remove it."
+        )
+
+
+def class_loss(
+    student: BoxOutputs,
+    teacher: BoxOutputs,
+    temperature: float = 1.0,
+    loss: str = "kl",
+    dkd_beta: float = 1.0,
+) -> Tensor:
+    """
+    Distance of the student's class probabilities from the teacher's at the same R boxes: a scalar,
+    zero without boxes. Two softmaxes are compared as such, background included; else every class
+    for itself, as present or absent.
+
+    Args:
+        loss: "kl" (:func:`kl_divergence`), "dkd" (:func:`decoupled_kl`; the target is the teacher's
+            most probable class, as boxes have no labels; softmaxes only), or "dist"
+            (:func:`correlation_loss`, times the temperature squared).
+    """
+    softmaxes = student.exclusive and teacher.exclusive
+    if loss == "dkd":
+        assert softmaxes, "[class_loss] 'dkd' is for softmaxes"
+        targets = teacher.logits.argmax(dim=1)
+        return decoupled_kl(student.logits, teacher.logits, targets, temperature, dkd_beta)
+    if loss == "dist":
+        if softmaxes:
+            pair = [F.softmax(x.logits.float() / temperature, 1) for x in (student, teacher)]
+        else:
+            pair = [x.log_probabilities(temperature)[0].exp() for x in (student, teacher)]
+        return temperature**2 * correlation_loss(*pair)
+    if softmaxes:
+        return kl_divergence(student.logits, teacher.logits, temperature)
+    pairs = zip(*(x.log_probabilities(temperature) for x in (student, teacher)))
+    total: Any = sum(F.kl_div(x, y, reduction="sum", log_target=True) for x, y in pairs)
     return total * temperature**2 / max(len(student.logits), 1)
 
 

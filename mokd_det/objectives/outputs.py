@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..readers import BoxReader, RPNReader, build_box_reader, build_rpn_readers
 from .base import OBJECTIVES, Objective, StudentOutputs
-from .output_losses import box_loss, check_temperature, class_loss, rpn_losses
+from .output_losses import box_loss, check_class_loss, class_loss, rpn_losses
 
 if TYPE_CHECKING:
     from ..tasks import Task
@@ -34,10 +34,12 @@ class OutputObjective(Objective):
         box_weight: float = 1.0,
         rpn_weight: float = 1.0,
         rpn_readers: tuple[RPNReader, RPNReader] | None = None,
+        loss: str = "kl",
+        dkd_beta: float = 1.0,
     ):
         """``rpn_readers``: of student and teacher, or None. For the rest see ``MOKD.OUTPUTS``."""
         super().__init__()
-        self.temperature = temperature
+        self.temperature, self.loss, self.dkd_beta = temperature, loss, dkd_beta
         self.class_weight, self.box_weight, self.rpn_weight = class_weight, box_weight, rpn_weight
         # A list: parts of the student and the teacher, not of this module.
         self._readers: list[Any] = [self.borrow(student_reader)]
@@ -47,7 +49,7 @@ class OutputObjective(Objective):
     @classmethod
     def check_config(cls, cfg: CfgNode) -> None:
         options = cfg.MOKD.OUTPUTS
-        check_temperature("MOKD.OUTPUTS.TEMPERATURE", options.TEMPERATURE)
+        check_class_loss("MOKD.OUTPUTS", options)
         classes, boxes, rpn = options.CLASS_WEIGHT, options.BOX_WEIGHT, options.RPN_WEIGHT
         if min(classes, boxes, rpn) < 0 or not classes + boxes > 0:
             raise ValueError(
@@ -68,6 +70,11 @@ class OutputObjective(Objective):
                 f"and the teacher {teacher.reader.num_classes}, so they cannot be compared. Set "
                 "MODEL.ROI_HEADS.NUM_CLASSES or MODEL.RETINANET.NUM_CLASSES, or distil features "
                 "only (MOKD.OBJECTIVES ['features'])."
+            )
+        if options.LOSS == "dkd" and not (reader.exclusive and teacher.reader.exclusive):
+            raise ValueError(
+                "MOKD.OUTPUTS.LOSS is 'dkd', which compares softmaxes, but a side has sigmoids, "
+                "one for each class (RetinaNet): use 'kl' or 'dist'."
             )
         rpn_readers = build_rpn_readers(student, teacher.model)
         given = list(getattr(task.shared_part(student), "output_shape", dict)())
@@ -92,6 +99,8 @@ class OutputObjective(Objective):
             options.BOX_WEIGHT,
             options.RPN_WEIGHT,
             rpn_readers,
+            options.LOSS,
+            options.DKD_BETA,
         )
 
     def forward(self, student: StudentOutputs, teacher: Any) -> dict[str, Tensor]:
@@ -105,13 +114,13 @@ class OutputObjective(Objective):
         losses = {}
         outputs = student.run(reader, student.features, boxes, teacher.image_sizes)
         if self.class_weight:
-            loss = class_loss(outputs, targets, self.temperature)
+            loss = class_loss(outputs, targets, self.temperature, self.loss, self.dkd_beta)
             losses["loss_output_classes"] = self.class_weight * loss
         if self.box_weight:
             losses["loss_output_boxes"] = self.box_weight * box_loss(outputs, targets)
         if rpn_readers:
             rpn, teacher_rpn = rpn_readers
-            theirs = teacher.remember("outputs of the RPN", lambda: teacher.anchors(teacher_rpn))
+            theirs = teacher.anchors(teacher_rpn)
             ours = student.run(rpn, student.features)
             objectness, deltas = rpn_losses(ours.cropped_to(theirs), theirs.cropped_to(ours))
             losses["loss_output_rpn_cls"] = self.rpn_weight * objectness

@@ -9,6 +9,7 @@ space; second hand, the paper is withdrawn), VkD (Miles et al., CVPR 2024; ortho
 and standardisation).
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,11 +22,20 @@ from ..registry import Registry
 
 PROJECTORS = Registry("PROJECTORS", "MOKD.FEATURES.PROJECTOR")
 """
-Modules built as ``cls(student_channels, teacher_channels, dim=..., teacher_side=...)`` and called
-with (N, C_s, H, W) and (N, C_t, H, W), which return two (N, n, H, W).
+Modules built as ``cls(student_channels, teacher_channels, **options)`` and called with
+(N, C_s, H, W) and (N, C_t, H, W), which return two (N, n, H, W). Options are those of
+``MOKD.FEATURES`` that ``cls.options`` names in lower case; without it "dim" and "teacher_side".
 """
 
+SUBSPACE_OPTIONS = ("dim", "teacher_side")
+
 TEACHER_SIDES = ("learned", "frozen", "identity")
+
+
+def options_of(projector: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keyword arguments of a class of ``PROJECTORS`` from the node ``MOKD.FEATURES``."""
+    names = getattr(projector, "options", SUBSPACE_OPTIONS)
+    return {name: values[name.upper()] for name in names}
 
 
 def check_projector(dim: int, teacher_side: str) -> None:
@@ -99,6 +109,68 @@ class FrozenProjector(SubspaceProjector):
         self.requires_grad_(False)
 
 
+@PROJECTORS.register("none")
+class NoProjector(nn.Module):
+    """Both sides as they are. ValueError unless they have equal channels."""
+
+    options = ()
+
+    def __init__(self, student_channels: int, teacher_channels: int):
+        super().__init__()
+        if student_channels != teacher_channels:
+            raise ValueError(
+                f"MOKD.FEATURES.PROJECTOR is 'none', but a level has {student_channels} channels "
+                f"in the student and {teacher_channels} in the teacher: use 'Linear' or "
+                "'SubspaceProjector', or name levels of equal channels in MOKD.FEATURES.STUDENT."
+            )
+
+    def forward(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        return student, teacher
+
+
+@PROJECTORS.register("Linear")
+class LinearProjector(nn.Module):
+    """A 1 x 1 convolution of the student (FitNets, Romero et al., ICLR 2015, arXiv 1412.6550)."""
+
+    options = ()
+
+    def __init__(self, student_channels: int, teacher_channels: int):
+        super().__init__()
+        self.student = nn.Conv2d(student_channels, teacher_channels, 1)
+
+    def forward(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        return self.student(student), teacher
+
+
+@PROJECTORS.register("MaskedGenerator")
+class MaskedGenerator(nn.Module):
+    """
+    Random positions of the student are masked, and two convolutions generate the teacher's map from
+    what is left (MGD, Yang et al., ECCV 2022, arXiv 2205.01529, Eq. 2 to 4); a 1 x 1 convolution
+    comes first where channels differ.
+    """
+
+    options = ("masked",)
+
+    def __init__(self, student_channels: int, teacher_channels: int, *, masked: float = 0.65):
+        """``masked``: the share of positions, in [0, 1)."""
+        super().__init__()
+        self.masked = masked
+        self.student: nn.Module = nn.Identity()
+        if student_channels != teacher_channels:
+            self.student = nn.Conv2d(student_channels, teacher_channels, 1)
+        self.generate = nn.Sequential(
+            nn.Conv2d(teacher_channels, teacher_channels, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(teacher_channels, teacher_channels, 3, padding=1),
+        )
+
+    def forward(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        student = self.student(student)
+        kept = torch.rand_like(student[:, :1]) >= self.masked
+        return self.generate(student * kept), teacher
+
+
 class SemiOrthogonal(nn.Module):
     """
     Parametrisation that orthonormalises the rows or columns of a matrix, whichever are fewer, by
@@ -144,6 +216,23 @@ def standardise(features: Tensor, eps: float = 1e-5) -> Tensor:
     if features.numel() == features.shape[1]:
         return features * 0
     return F.batch_norm(features, None, None, training=True, momentum=0.0, eps=eps)
+
+
+def normalise_like(features: Tensor, target: Tensor, eps: float = 1e-5) -> Tensor:
+    """
+    Give each channel of (N, C, H, W) the mean and the variance that it has in ``target``, of any H
+    and W, over N, H, W of the batch of all processes. ``target`` gets no gradient.
+    """
+    target = target.detach().float()
+    count = target.numel() // target.shape[1]
+    mean, square = target.mean(dim=(0, 2, 3)).double(), target.square().mean(dim=(0, 2, 3)).double()
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        packed = torch.cat([mean, square, mean.new_ones(1)]) * count
+        dist.all_reduce(packed)
+        mean, square = (packed[:-1] / packed[-1]).chunk(2)
+    deviation = ((square - mean**2).clamp_min(0) + eps).sqrt()
+    mean, deviation = (x.float().view(1, -1, 1, 1) for x in (mean, deviation))
+    return torch.addcmul(mean, standardise(features, eps).float(), deviation)
 
 
 def _standardise_together(features: Tensor, eps: float) -> Tensor:

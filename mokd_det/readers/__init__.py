@@ -2,5 +2,5 @@
 """What the heads of a detector say, in one form for every family."""
 
 from .. import compat  # first: patches Detectron2 where it needs it
-from .anchors import AnchorOutputs, RPNReader, build_rpn_readers
+from .anchors import AnchorOutputs, RPNReader, build_rpn_reader, build_rpn_readers, stock_rpn
 from .boxes import BoxOutputs, BoxReader, build_box_reader

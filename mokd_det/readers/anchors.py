@@ -2,7 +2,7 @@
 """What a region proposal network says at each of its anchors."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -53,17 +53,29 @@ class RPNReader(nn.Module):
         return AnchorOutputs(list(logits), [x.unflatten(1, (-1, 4)) for x in deltas])
 
 
+def stock_rpn(detector: nn.Module) -> Any:
+    """Return a detector's RPN, or None if it has none or one that cannot be read."""
+    rpn: Any = getattr(detector, "proposal_generator", None)
+    # Exactly these: a subclass may predict something else, as the one for rotated boxes does.
+    if type(rpn) is RPN and type(rpn.anchor_generator) is DefaultAnchorGenerator:
+        return rpn
+    return None
+
+
+def build_rpn_reader(detector: nn.Module, names: Collection[str]) -> RPNReader | None:
+    """Return a reader of a detector's stock RPN on these feature maps; None if it has neither."""
+    rpn = stock_rpn(detector)
+    levels = [i for i, name in enumerate(rpn.in_features) if name in names] if rpn else []
+    return RPNReader(rpn, levels) if levels else None
+
+
 def build_rpn_readers(student: nn.Module, teacher: nn.Module) -> tuple[RPNReader, RPNReader] | None:
     """
     Return readers of two detectors at the levels where they have the same anchors; None if there
     are none, or a side has no stock RPN.
     """
-    rpns: list[Any] = [getattr(x, "proposal_generator", None) for x in (student, teacher)]
-    # Exactly these: a subclass may predict something else, as the one for rotated boxes does.
-    if any(
-        type(rpn) is not RPN or type(rpn.anchor_generator) is not DefaultAnchorGenerator
-        for rpn in rpns
-    ):
+    rpns = [stock_rpn(student), stock_rpn(teacher)]
+    if None in rpns:
         return None
     ours, theirs = ([*_anchors(rpn)] for rpn in rpns)
     common = [(i, j) for i, x in enumerate(ours) for j, y in enumerate(theirs) if x == y]

@@ -9,7 +9,9 @@ anchor itself. No detector is changed: readers call the stock modules of its hea
 """
 
 import abc
+import copy
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -18,6 +20,8 @@ from detectron2.layers import nonzero_tuple
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
+from detectron2.modeling.poolers import ROIPooler, assign_boxes_to_levels
+from detectron2.modeling.poolers import convert_boxes_to_pooler_format
 from detectron2.modeling.roi_heads.rotated_fast_rcnn import RROIHeads
 from detectron2.modeling.roi_heads import CascadeROIHeads, Res5ROIHeads, StandardROIHeads
 from detectron2.structures import Boxes, ImageList
@@ -72,10 +76,14 @@ class BoxOutputs:
 
 
 class BoxReader(nn.Module, metaclass=abc.ABCMeta):
-    """Reads one detector's outputs. Its parameters are those of the heads that are read."""
+    """
+    Reads one detector's outputs, on some or all of the feature maps ``in_features`` that its heads
+    look at. Its parameters are those of the heads that are read.
+    """
 
     num_classes: int
     in_features: list[str]
+    exclusive: bool  # see BoxOutputs
 
     def forward(self, features: Features, boxes: list[Tensor], image_sizes: Sizes) -> BoxOutputs:
         """
@@ -100,11 +108,15 @@ class BoxReader(nn.Module, metaclass=abc.ABCMeta):
         """Return, for each image, the boxes where this detector predicts nearest to ``boxes``."""
         return boxes
 
+    def elsewhere(self, boxes: list[Tensor]) -> int:
+        """Return how many boxes the whole detector would read on maps that this reader has not."""
+        return 0
+
 
 class TwoStageReader(BoxReader):
     """Faster, Mask, Keypoint and Cascade R-CNN, panoptic FPN, and those with Res5ROIHeads (C4)."""
 
-    def __init__(self, detector: Any):
+    def __init__(self, detector: Any, names: Collection[str] | None = None):
         super().__init__()
         heads = detector.roi_heads
         self.num_classes = heads.num_classes
@@ -118,8 +130,13 @@ class TwoStageReader(BoxReader):
             stages = [(heads.box_head, heads.box_predictor)]
             if isinstance(heads, CascadeROIHeads):
                 stages = list(zip(heads.box_head, heads.box_predictor))
+        levels = _indices(self.in_features, names)
+        if len(levels) < len(self.in_features):
+            self.in_features = [self.in_features[i] for i in levels]
+            self.pooler = NearestLevelPooler(self.pooler, levels)
         self.box_heads = nn.ModuleList(head for head, _ in stages)
         self.box_predictors: Any = nn.ModuleList(predictor for _, predictor in stages)
+        self.exclusive = not getattr(self.box_predictors[0], "use_sigmoid_ce", False)
         # A list, so that the first stage is no part of what is read (or trained) here.
         self._proposal_generator = [detector.proposal_generator]
 
@@ -142,7 +159,7 @@ class TwoStageReader(BoxReader):
             refined = predictor.box2box_transform.apply_deltas(deltas.float(), torch.cat(boxes))
             refined = refined.view(len(scores), refined.shape[1] // 4, 4)
             logits.append(scores)
-        if getattr(self.box_predictors[0], "use_sigmoid_ce", False):
+        if not self.exclusive:
             if len(logits) > 1:
                 mean: Any = sum(x.float().sigmoid() for x in logits) / len(logits)
                 logits = [torch.logit(mean, eps=1e-7)]
@@ -156,11 +173,52 @@ class TwoStageReader(BoxReader):
         found, _ = self._proposal_generator[0](images, state, None)
         return [x.proposal_boxes.tensor[:limit] for x in found]
 
+    def elsewhere(self, boxes: list[Tensor]) -> int:
+        if not isinstance(self.pooler, NearestLevelPooler):
+            return 0
+        assigned = self.pooler.levels_of([Boxes(b) for b in boxes])
+        return int((~torch.isin(assigned, assigned.new_tensor(self.pooler.levels))).sum())
+
+
+class NearestLevelPooler(nn.Module):
+    """An ROIPooler with some of its levels: boxes of another are pooled on the nearest of them."""
+
+    def __init__(self, pooler: ROIPooler, levels: list[int]):
+        """``levels``: indices, those that the maps given to :meth:`forward` are of."""
+        super().__init__()
+        self.pooler, self.levels = pooler, levels
+
+    def levels_of(self, boxes: list[Boxes]) -> Tensor:
+        """Return (R,) the level, among all of the pooler's, that it would choose for each box."""
+        p = self.pooler
+        return assign_boxes_to_levels(
+            boxes, p.min_level, p.max_level, p.canonical_box_size, p.canonical_level
+        )
+
+    def forward(self, maps: list[Tensor], boxes: list[Boxes]) -> Tensor:
+        """Return (R, C, S, S) as the pooler does."""
+        rois, levels = convert_boxes_to_pooler_format(boxes), self.levels_of(boxes)
+        distances = (levels[:, None] - levels.new_tensor(self.levels)).abs()
+        nearest = distances.argmin(dim=1)
+        shape = (len(rois), maps[0].shape[1], *self.pooler.output_size)
+        pooled = torch.zeros(shape, dtype=torch.float32, device=rois.device)
+        # In float32, as `pool_in_float32` of the whole pooler.
+        for index, (level, map) in enumerate(zip(self.levels, maps)):
+            rows = nonzero_tuple(nearest == index)[0]
+            pooled.index_put_((rows,), self.pooler.level_poolers[level](map.float(), rois[rows]))
+        return pooled
+
+
+def _indices(known: list[str], names: Collection[str] | None) -> list[int]:
+    return [i for i, name in enumerate(known) if names is None or name in names]
+
 
 class RetinaNetReader(BoxReader):
     """RetinaNet: every anchor predicts."""
 
-    def __init__(self, detector: Any):
+    exclusive = False
+
+    def __init__(self, detector: Any, names: Collection[str] | None = None):
         super().__init__()
         if type(detector.anchor_generator) is not DefaultAnchorGenerator:
             raise ValueError(
@@ -168,16 +226,25 @@ class RetinaNetReader(BoxReader):
                 "expected MODEL.ANCHOR_GENERATOR.NAME 'DefaultAnchorGenerator'."
             )
         self.num_classes = detector.num_classes
-        self.in_features = detector.head_in_features
-        self.head = detector.head
+        known = detector.head_in_features
+        self.levels = _indices(known, names)
+        self.in_features = [known[i] for i in self.levels]
+        self.head, self.head_levels = detector.head, len(known)
         self.anchor_generator = detector.anchor_generator
+        if len(self.levels) < len(known):
+            self.anchor_generator = _generator_of(detector.anchor_generator, self.levels)
         self.box2box_transform = detector.box2box_transform
 
     def run(self, features: Features) -> Any:
         maps = [features[name] for name in self.in_features]
-        logits, deltas = self.head(maps)
-        logits = torch.cat([permute_to_N_HWA_K(x, self.num_classes) for x in logits], dim=1)
-        deltas = torch.cat([permute_to_N_HWA_K(x, 4) for x in deltas], dim=1)
+        # The head may have a BatchNorm for each level and count calls: it is to see all of them.
+        given = [maps[0].new_zeros(*maps[0].shape[:2], 1, 1)] * self.head_levels
+        for level, map in zip(self.levels, maps):
+            given[level] = map
+        logits, deltas = (
+            torch.cat([permute_to_N_HWA_K(outputs[i], size) for i in self.levels], dim=1)
+            for outputs, size in zip(self.head(given), (self.num_classes, 4))
+        )
         return self._anchors(maps), logits, deltas
 
     def at(self, state: Any, boxes: list[Tensor], image_sizes: Sizes) -> BoxOutputs:
@@ -231,6 +298,14 @@ class RetinaNetReader(BoxReader):
         return candidates.gather(1, best[:, None])[:, 0]
 
 
+def _generator_of(generator: DefaultAnchorGenerator, levels: list[int]) -> DefaultAnchorGenerator:
+    """A copy that makes the anchors of these levels only."""
+    part = copy.deepcopy(generator)
+    part.strides = [part.strides[i] for i in levels]
+    part.cell_anchors = type(part.cell_anchors)([*part.cell_anchors][i] for i in levels)
+    return part
+
+
 def _iou(first: Tensor, second: Tensor) -> Tensor:
     """IoU of boxes (..., 4) that broadcast."""
     corner = torch.maximum(first[..., :2], second[..., :2])
@@ -239,10 +314,12 @@ def _iou(first: Tensor, second: Tensor) -> Tensor:
     return common / (areas[0] + areas[1] - common).clamp_min(1e-6)
 
 
-def build_box_reader(detector: nn.Module, who: str) -> BoxReader:
+def build_box_reader(
+    detector: nn.Module, who: str, names: Collection[str] | None = None
+) -> BoxReader:
     """
-    Return the reader of the detector that is the "student" or "teacher"; ValueError if it cannot be
-    read.
+    Return the reader of the detector that is the "student" or "teacher", on the feature maps with
+    these names only (None: on all that its heads look at); ValueError if it cannot be read.
     """
     heads = getattr(detector, "roi_heads", None)
     rotated = isinstance(heads, RROIHeads)
@@ -253,11 +330,15 @@ def build_box_reader(detector: nn.Module, who: str) -> BoxReader:
                 "(MODEL.PROPOSAL_GENERATOR.NAME is 'PrecomputedProposals'), and its boxes are "
                 "what outputs are compared at."
             )
-        return TwoStageReader(detector)
+        return TwoStageReader(detector, names)
     if isinstance(detector, RetinaNet):
-        return RetinaNetReader(detector)
+        return RetinaNetReader(detector, names)
+    asked = "'outputs' in MOKD.OBJECTIVES"
+    instead = "Its features can be distilled: MOKD.OBJECTIVES ['teacher_head'] or ['features']."
+    if who == "teacher":
+        asked += ", 'teacher_head' there, or MOKD.FEATURES.FOREGROUND 'teacher'"
+        instead = "Its features can be distilled: MOKD.OBJECTIVES ['features']."
     raise ValueError(
-        f"The outputs of the {who}, a {type(detector).__name__}, cannot be read. It is asked for "
-        "them by 'outputs' in MOKD.OBJECTIVES, or by MOKD.FEATURES.FOREGROUND 'teacher'; expected "
-        "an R-CNN with Detectron2's ROI heads, or RetinaNet. Its features can be distilled without."
+        f"The heads of the {who}, a {type(detector).__name__}, cannot be read, which {asked} asks "
+        f"for: expected an R-CNN with Detectron2's ROI heads, or RetinaNet. {instead}"
     )

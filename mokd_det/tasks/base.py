@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from ..config import stock_config
 from ..data import ResumableLoader
 from ..export import Exporter
-from ..objectives import Level, Objective
+from ..objectives import HeadReader, Level, Objective
 from ..registry import Registry
 from ..teachers import Teacher
 
@@ -127,6 +127,24 @@ class Task(abc.ABC):
 
         ValueError: a feature that a side does not have, or nothing in common.
         """
+
+    def match_heads(
+        self, cfg: CfgNode, student: Any, teacher: Any, names: Names = (), teacher_names: Names = ()
+    ) -> tuple[list[Level], HeadReader]:
+        """
+        Return the student's features for those that the teacher's heads read, each with an
+        ``align`` that brings it onto the teacher's grid; and what reads them. Tell the teacher to
+        give what is needed.
+
+        Args:
+            names, teacher_names: see ``MOKD.TEACHER_HEAD.STUDENT`` and ``TEACHER``.
+
+        ValueError: heads that cannot be read, or a feature that a side does not have.
+        """
+        raise ValueError(
+            "MOKD.OBJECTIVES has 'teacher_head', but nothing reads the heads of models for "
+            f"{self.name}: take it out."
+        )
 
     @abc.abstractmethod
     def replace_features(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch.nn.functional as F
 from detectron2.config import CfgNode
 from detectron2.utils.file_io import PathManager
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from ..data import ResumableLoader, check_classes, classification
 from ..export import ClassifierExporter
 from ..modeling import Classifier, TapShape, as_map, common_grid, default_tap, find_taps
 from ..modeling import implied_options, input_normalisation, load_trained_classifier, replace_taps
-from ..objectives import Level, Objective
+from ..objectives import ClassifierHead, Level, Objective
 from ..teachers import PRE_LOGITS, ClassifierTeacher, speed_options
 from .base import TASKS, Features, Names, Task
 
@@ -155,6 +156,39 @@ class ClassificationTask(Task):
             for tap, shape in shapes.items()
         ]
 
+    def match_heads(
+        self, cfg: CfgNode, student: Any, teacher: Any, names: Names = (), teacher_names: Names = ()
+    ) -> tuple[list[Level], ClassifierHead]:
+        if any(name != PRE_LOGITS for name in (*names, *teacher_names)):
+            raise ValueError(
+                f"MOKD.TEACHER_HEAD.STUDENT is {list(names)} and TEACHER {list(teacher_names)}, "
+                f"but a classifier's head reads '{PRE_LOGITS}': leave both empty."
+            )
+        for weight in ("CLASS", "BOX", "RPN"):
+            if (value := cfg.MOKD.TEACHER_HEAD[f"{weight}_WEIGHT"]) != 1:
+                raise ValueError(
+                    f"MOKD.TEACHER_HEAD.{weight}_WEIGHT is {value}, but it is read for detectors "
+                    "only: remove it; for classifiers there is MOKD.TEACHER_HEAD.LOSS_WEIGHT."
+                )
+        size, option = cfg.INPUT.CLASSIFICATION.SIZE_TRAIN, "MOKD.TEACHER_HEAD."
+        ours, theirs = (
+            find_taps(model, [PRE_LOGITS], pixels, f"{option}{side}")[PRE_LOGITS]
+            for model, pixels, side in (
+                (student, size, "STUDENT"),
+                (teacher.model, teacher.image_size, "TEACHER"),
+            )
+        )
+        if theirs.kind not in ("vector", "map"):
+            raise ValueError(
+                f"MOKD.OBJECTIVES has 'teacher_head', but the head of the teacher's "
+                f"{type(teacher.model.network).__name__} reads {theirs.kind}: expected (N, C) or "
+                "(N, C, H, W). Use 'features' or 'logits'."
+            )
+        teacher.tap((PRE_LOGITS,))
+        align = functools.partial(_onto_grid, shape=ours, teacher_shape=theirs)
+        level = Level(PRE_LOGITS, PRE_LOGITS, ours.channels, theirs.channels, align)
+        return [level], ClassifierHead(teacher.model.head, teacher, theirs.kind == "vector")
+
     def replace_features(
         self, student: Any, names: Sequence[str], function: Callable[[Features], Features]
     ) -> AbstractContextManager:
@@ -242,6 +276,14 @@ def _align(
     student: Tensor, teacher: Tensor, shape: TapShape, teacher_shape: TapShape
 ) -> tuple[Tensor, Tensor]:
     return common_grid(as_map(student, shape), as_map(teacher, teacher_shape))
+
+
+def _onto_grid(
+    student: Tensor, teacher: Tensor, shape: TapShape, teacher_shape: TapShape
+) -> tuple[Tensor, Tensor]:
+    teacher = as_map(teacher, teacher_shape)
+    size = (teacher.shape[-2], teacher.shape[-1])
+    return F.adaptive_avg_pool2d(as_map(student, shape), size), teacher
 
 
 def _config_by_name(cfg: CfgNode) -> CfgNode:

@@ -20,7 +20,8 @@ from ..data import ResumableLoader, build_resumable_train_loader, build_train_ma
 from ..data import check_augmentation
 from ..export import DetectorExporter
 from ..modeling import StrictCheckpointer, load_lazy_config, replace_backbone_features
-from ..objectives import Level, Objective, align_resolution
+from ..objectives import DetectorHeads, Level, Objective, align_resolution, onto_grid
+from ..readers import build_box_reader, build_rpn_reader, stock_rpn
 from ..teachers import DetectorTeacher, ScriptedDetector, Teacher, speed_options
 from .base import TASKS, Features, Names, Task
 
@@ -44,6 +45,7 @@ class DetectionTask(Task):
         "MOKD.FEATURES.FOREGROUND",
         "MOKD.FEATURES.FOREGROUND_SHARE",
         "MOKD.FEATURES.FOREGROUND_SCORE",
+        "MOKD.FEATURES.FOREGROUND_UNIT",
         "MOKD.FEATURES.LEVEL_WEIGHTS",
     )
 
@@ -141,6 +143,55 @@ class DetectionTask(Task):
             for name, other in level_map.items()
         ]
 
+    def match_heads(
+        self, cfg: CfgNode, student: Any, teacher: Any, names: Names = (), teacher_names: Names = ()
+    ) -> tuple[list[Level], DetectorHeads]:
+        options = cfg.MOKD.TEACHER_HEAD
+        rpn = stock_rpn(teacher.model) if options.RPN_WEIGHT else None
+        reads_boxes = bool(options.CLASS_WEIGHT or options.BOX_WEIGHT)
+        read = [*rpn.in_features] if rpn else []
+        if reads_boxes:
+            teacher.read_boxes()
+            read = [*dict.fromkeys([*teacher.reader.in_features, *read])]
+        elif not read:
+            raise ValueError(
+                "MOKD.TEACHER_HEAD.CLASS_WEIGHT and BOX_WEIGHT are 0, and the teacher has no RPN "
+                "that can be read: set one of them."
+            )
+        shapes, teacher_shapes = student.backbone.output_shape(), teacher.feature_shapes()
+        of_heads = {name: teacher_shapes[name] for name in read}
+        level_map = build_head_map(shapes, of_heads, names, teacher_names)
+        levels = [
+            Level(
+                name,
+                other,
+                shapes[name].channels,
+                of_heads[other].channels,
+                functools.partial(
+                    onto_grid,
+                    student_stride=shapes[name].stride,
+                    teacher_stride=of_heads[other].stride,
+                ),
+                of_heads[other].stride,
+            )
+            for name, other in level_map.items()
+        ]
+        given = set(level_map.values())
+        reader = build_box_reader(teacher.model, "teacher", given) if reads_boxes else None
+        if reader is not None and not reader.in_features:
+            raise ValueError(
+                f"The teacher's heads read boxes on {teacher.reader.in_features}, but the student "
+                f"has levels for {sorted(given)} only (of equal stride): name a level for one of "
+                "them in MOKD.TEACHER_HEAD.STUDENT and MOKD.TEACHER_HEAD.TEACHER."
+            )
+        return levels, DetectorHeads(
+            reader,
+            build_rpn_reader(teacher.model, given) if rpn else None,
+            options.CLASS_WEIGHT,
+            options.BOX_WEIGHT,
+            options.RPN_WEIGHT,
+        )
+
     def replace_features(
         self, student: nn.Module, names: Sequence[str], function: Callable[[Features], Features]
     ) -> AbstractContextManager:
@@ -214,14 +265,15 @@ def build_level_map(
     teacher_shapes: Mapping[str, ShapeSpec],
     student_names: Sequence[str] = (),
     teacher_names: Sequence[str] = (),
+    node: str = "MOKD.FEATURES",
 ) -> dict[str, str]:
     """
     Return which level of the teacher each of the student's is matched with.
 
     Args:
-        student_names, teacher_names: MOKD.FEATURES.STUDENT and .TEACHER. The second may be empty
-            if the names are the same on both sides; both empty: all names that both sides have,
-            or if there is none, the levels of equal stride.
+        student_names, teacher_names: STUDENT and TEACHER of the config's ``node``. The second may
+            be empty if the names are the same on both sides; both empty: all names that both sides
+            have, or if there is none, the levels of equal stride.
 
     ValueError: a name that its side does not have, a name twice, lists of different length, or
     nothing in common; the message lists what both sides have.
@@ -230,7 +282,7 @@ def build_level_map(
     have = f"The student has {ours}; the teacher has {theirs}."
     if teacher_names and not student_names:
         raise ValueError(
-            f"MOKD.FEATURES.TEACHER is {list(teacher_names)} but MOKD.FEATURES.STUDENT is empty: "
+            f"{node}.TEACHER is {list(teacher_names)} but {node}.STUDENT is empty: "
             f"name the student's level for each. {have}"
         )
     if not student_names:
@@ -239,23 +291,57 @@ def build_level_map(
         if not common:
             raise ValueError(
                 "Student and teacher share neither a feature name nor a stride, so "
-                "MOKD.FEATURES.STUDENT and MOKD.FEATURES.TEACHER must say which level matches "
+                "MOKD.FEATURES.STUDENT and {node}.TEACHER must say which level matches "
                 f"which. {have}"
             )
         return common
     teacher_names = teacher_names or student_names
     if len(student_names) != len(teacher_names):
         raise ValueError(
-            f"MOKD.FEATURES.STUDENT {list(student_names)} and MOKD.FEATURES.TEACHER "
+            f"{node}.STUDENT {list(student_names)} and {node}.TEACHER "
             f"{list(teacher_names)} must have the same length: one level for each. {have}"
         )
     sides = {"STUDENT": (student_names, student_shapes), "TEACHER": (teacher_names, teacher_shapes)}
     for side, (names, shapes) in sides.items():
         if unknown := [name for name in names if name not in shapes]:
-            raise ValueError(f"MOKD.FEATURES.{side} has {unknown}, which its side does not. {have}")
+            raise ValueError(f"{node}.{side} has {unknown}, which its side does not. {have}")
     if len(set(student_names)) < len(student_names):
-        raise ValueError(f"MOKD.FEATURES.STUDENT {list(student_names)} names a level twice.")
+        raise ValueError(f"{node}.STUDENT {list(student_names)} names a level twice.")
     return dict(zip(student_names, teacher_names))
+
+
+def build_head_map(
+    student_shapes: Mapping[str, ShapeSpec],
+    teacher_shapes: Mapping[str, ShapeSpec],
+    student_names: Sequence[str] = (),
+    teacher_names: Sequence[str] = (),
+) -> dict[str, str]:
+    """
+    Return which level of the teacher's heads each of the student's stands for.
+
+    Args:
+        teacher_shapes: of the levels that the heads read.
+        student_names, teacher_names: MOKD.TEACHER_HEAD.STUDENT and .TEACHER. Both empty: levels of
+            equal stride, of several that of the same name, else the first.
+
+    ValueError: as :func:`build_level_map`.
+    """
+    if student_names or teacher_names:
+        return build_level_map(
+            student_shapes, teacher_shapes, student_names, teacher_names, "MOKD.TEACHER_HEAD"
+        )
+    found: dict[str, str] = {}
+    for name, shape in teacher_shapes.items():
+        equal = [n for n, s in student_shapes.items() if s.stride == shape.stride]
+        if free := [n for n in equal if n not in found]:
+            found[name if name in free else free[0]] = name
+    if not found:
+        raise ValueError(
+            "Student and teacher's heads share no stride, so MOKD.TEACHER_HEAD.STUDENT and "
+            "MOKD.TEACHER_HEAD.TEACHER must say which level stands for which. The student has "
+            f"{_described(student_shapes)}; the heads read {_described(teacher_shapes)}."
+        )
+    return found
 
 
 def _levels_of_equal_stride(student_shapes, teacher_shapes):

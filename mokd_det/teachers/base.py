@@ -116,6 +116,15 @@ class Teacher:
             for tensor in _tensors(outputs):
                 tensor.record_stream(current)
 
+    def read(self, function: Callable[..., Any], *args: Any) -> Any:
+        """
+        Return ``function(*args)`` of a part of the teacher, run as the teacher is, but with
+        gradients for what is given to it. Its own parameters and buffers stay as they are.
+        """
+        self.model.eval()
+        with self._autocast():
+            return function(*args)
+
     def _run_beside(self, function: Callable[..., Any], *args: Any) -> Any:
         """As :meth:`_run`, on the teacher's own stream if it has one."""
         if self._stream is None:

@@ -34,12 +34,19 @@ class DetectorTeacherOutputs(TeacherOutputs):
 
     def at(self, boxes: list[Tensor]) -> BoxOutputs:
         """Return what it says at boxes, for each image (R_i, 4) XYXY in pixels."""
-        assert self.teacher.reader is not None, "[DetectorTeacher] boxes need read_boxes()"
-        return self.teacher.ask(self.teacher.reader.at, self.state, boxes, self.image_sizes)
+        reader = self.teacher.reader
+        assert reader is not None, "[DetectorTeacher] boxes need read_boxes()"
+
+        def ask() -> BoxOutputs:
+            return self.teacher.ask(reader.at, self.state, boxes, self.image_sizes)
+
+        # Several objectives ask about the proposals.
+        return self.remember("at proposals", ask) if boxes is self.proposals else ask()
 
     def anchors(self, reader: RPNReader) -> AnchorOutputs:
         """Return what its RPN says at every anchor, by a reader of this teacher's."""
-        return self.teacher.ask(reader, self.state)
+        question = ("at anchors", *reader.in_features)
+        return self.remember(question, lambda: self.teacher.ask(reader, self.features))
 
     def objects(self, threshold: float) -> list[Tensor]:
         """Return, for each image, the (B_i, 4) boxes that it is sure of beyond ``threshold``."""

@@ -93,7 +93,7 @@ def test_as_teacher(make_cfg, tmp_path):
 
 def test_its_outputs_are_nobodys_to_read(make_cfg):
     cfg = make_cfg("faster_rcnn", [*COUNTER, True, *OUTPUTS])
-    with pytest.raises(ValueError, match="outputs of the student, a Counter, cannot be read"):
+    with pytest.raises(ValueError, match="heads of the student, a Counter, cannot be read"):
         DistillationTrainer.build_model(cfg)
 
 

@@ -59,7 +59,7 @@ def test_outputs_need_a_detector_that_is_read_on_both_sides(make_cfg, tmp_path):
     path.write_text(FCOS)
     opts = ["MODEL.META_ARCHITECTURE", "LazyConfigDetector", "MODEL.LAZY_CONFIG.FILE", str(path)]
     cfg = make_cfg("faster_rcnn", [*opts, "MOKD.ENABLED", True, *OUTPUTS])
-    message = "outputs of the {}, a FCOS, cannot be read.*'outputs' in MOKD.OBJECTIVES"
+    message = "heads of the {}, a FCOS, cannot be read, which .outputs. in MOKD.OBJECTIVES"
     with pytest.raises(ValueError, match=message.format("student")):
         DistillationTrainer.build_model(cfg)
     opts = saved_teacher(cfg, build_model(cfg), tmp_path)

@@ -22,7 +22,7 @@ def test_losses_vanish_for_equal_features(name):
     assert FEATURE_LOSSES.get(name)(x, x.clone()).item() == pytest.approx(0, abs=1e-6)
 
 
-@pytest.mark.parametrize("name", sorted(FEATURE_LOSSES))
+@pytest.mark.parametrize("name", ["smooth_l1", "mse", "cosine"])
 def test_losses_with_weights(name):
     loss = FEATURE_LOSSES.get(name)
     torch.manual_seed(0)
@@ -66,5 +66,5 @@ def test_align_without_a_common_cell_is_an_error():
 
 
 def test_unknown_names_list_the_known_ones():
-    with pytest.raises(ValueError, match="MOKD.FEATURES.LOSS is 'l3'.*'cosine', 'mse', 'smooth"):
+    with pytest.raises(ValueError, match="MOKD.FEATURES.LOSS is 'l3'.*'cosine', 'cwd', 'fgd', 'mse'"):
         FEATURE_LOSSES.get("l3")

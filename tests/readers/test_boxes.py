@@ -183,7 +183,7 @@ def test_retinanet_reader_says_what_the_detector_says(family_cfg):
         (
             ["MODEL.META_ARCHITECTURE", "ProposalNetwork"],
             "student",
-            "outputs of the student, a ProposalNetwork, cannot be read.*expected an R-CNN",
+            "heads of the student, a ProposalNetwork, cannot be read.*expected an R-CNN",
         ),
     ],
 )
