@@ -2,6 +2,7 @@
 """From what one step measured to its weights: the rule, and what is the same for every rule."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,6 +13,9 @@ from torch import Tensor
 from .gram import vanishing
 from .rules import RESCALES, Rule
 from .running import LOSS_FLOOR, RunningGram, RunningLosses
+
+
+Schedule = Sequence[float] | Sequence[Sequence[float]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +69,7 @@ class Balancer:
         rescale: str = "none",
         smoothing: float | None = None,
         interval: int = 1,
-        schedule: Sequence[float] | None = None,
+        schedule: Schedule | None = None,
         steps: int | None = None,
     ):
         """
@@ -76,8 +80,10 @@ class Balancer:
             smoothing: in [0, 1): the rule sees a :class:`RunningGram` with this share of the past
                 (and :class:`RunningLosses`, if it averages losses). None: the rule's own.
             interval: compute weights at every k-th step and reuse them in between.
-            schedule: factors of all weights but the task's at the first and the last step, a
-                straight line in between. None: the rule's own.
+            schedule: factors of all weights but the task's. Two numbers: at the first and at the
+                last step, a straight line in between. Pairs (share of the training, factor), from
+                share 0 to share 1: straight lines from one to the next, such as a warm-up, a
+                plateau and a decay. None: the rule's own.
             steps: of the whole training; needed if the schedule is not constant.
         """
         if rescale not in RESCALES:
@@ -96,7 +102,7 @@ class Balancer:
         if not isinstance(interval, int) or interval < 1:
             raise ValueError(f"MOKD.BALANCING.INTERVAL is {interval}: expected 1 or more steps.")
         self.rule, self.rescale, self.smoothing, self.interval = rule, rescale, smoothing, interval
-        self.schedule = _checked_schedule(rule.schedule if schedule is None else schedule, steps)
+        self.schedule = _points(rule.schedule if schedule is None else schedule, steps)
         self.steps, self.step = steps, 0
         self.weights: Tensor | None = None
         self.projector_weights: Tensor | None = None
@@ -207,10 +213,13 @@ class Balancer:
             )
 
     def _scheduled(self, weights: Tensor) -> Tensor:
-        first, last = self.schedule
         # A constant schedule may come without the number of steps.
         done = min(self.step / max((self.steps or 1) - 1, 1), 1.0)
-        factor = first + (last - first) * done
+        factor = self.schedule[-1][1]
+        for (start, first), (end, last) in zip(self.schedule, self.schedule[1:]):
+            if start <= done < end:
+                factor = first + (last - first) * ((done - start) / (end - start))
+                break
         return torch.cat([weights[:1], weights[1:] * factor])
 
     def state_dict(self) -> dict[str, Any]:
@@ -241,17 +250,32 @@ class Balancer:
         self.rule.load_state_dict(state["rule"])
 
 
-def _checked_schedule(schedule: Sequence[float], steps: int | None) -> tuple[float, float]:
-    factors = schedule if isinstance(schedule, (list, tuple)) else ()
-    numbers = [f for f in factors if isinstance(f, (int, float)) and 0 <= f < math.inf]
-    if len(factors) != 2 or len(numbers) != 2:
+def _points(schedule: Schedule, steps: int | None) -> tuple[tuple[float, float], ...]:
+    """A schedule as pairs (share of the training, factor)."""
+    given = schedule if isinstance(schedule, (list, tuple)) else ()
+    if len(given) == 2 and all(map(_is_number, given)):
+        given = [(0.0, given[0]), (1.0, given[1])]
+    points = [tuple(x) for x in given if isinstance(x, (list, tuple)) and len(x) == 2]
+    shares = [share for share, _ in points]
+    if (
+        len(points) < max(len(given), 2)
+        or not all(map(_is_number, itertools.chain(*points)))
+        or [shares[0], shares[-1]] != [0, 1]
+        or any(a >= b for a, b in zip(shares, shares[1:]))
+    ):
         raise ValueError(
-            f"MOKD.BALANCING.SCHEDULE is {schedule}: expected two finite numbers >= 0, "
-            "the factors at the first and at the last step."
+            f"MOKD.BALANCING.SCHEDULE is {schedule}: expected two finite numbers >= 0, the factors "
+            "at the first and at the last step; or pairs [share of the training, factor] whose "
+            "shares rise from 0 to 1, such as [[0, 0], [0.1, 1], [0.8, 1], [1, 0.1]]."
         )
-    if factors[0] != factors[1] and steps is None:
+    if len({factor for _, factor in points}) > 1 and steps is None:
         raise ValueError(
             f"The schedule {list(schedule)} needs the number of all steps, and steps is None: "
             "give it, or the schedule (1.0, 1.0)."
         )
-    return factors[0], factors[1]
+    return tuple((float(share), float(factor)) for share, factor in points)
+
+
+def _is_number(value: Any) -> bool:
+    is_bool = isinstance(value, bool)
+    return isinstance(value, (int, float)) and not is_bool and 0 <= value < math.inf

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from .balancer import Balancer
+from .balancer import Balancer, Schedule
 from .boundary import Boundary, FeatureBoundary
 from .parameters import ParameterBoundary
 from .rules import build_rule
@@ -35,7 +35,7 @@ def build_balancer(
     rescale: str = "none",
     smoothing: float | None = None,
     interval: int = 1,
-    schedule: Sequence[float] | None = None,
+    schedule: Schedule | None = None,
     steps: int | None = None,
 ) -> Balancer:
     """

@@ -341,10 +341,11 @@ def add_mokd_config(cfg: CN) -> None:
     cfg.MOKD.BALANCING.SMOOTHING = None
     # Compute weights at every k-th step only, and reuse them in between.
     cfg.MOKD.BALANCING.INTERVAL = 1
-    # Factor of the distillation objectives' weights, whatever the rule, at the first and at the
-    # last step of the training; a straight line in between. [0.0, 1.0] is a ramp, [1.0, 0.0]
-    # leaves the end to the task. (With "loss_ratio" projectors do not follow it.) None: the rule's
-    # own, [0.2, 1.8] for "loss_ratio" and [1.0, 1.0] for the others.
+    # Factor of the distillation objectives' weights, whatever the rule: [first, last] is a straight
+    # line over the training; pairs [share of the training, factor] are joined by straight lines.
+    # [0.0, 1.0] is a ramp, [1.0, 0.0] leaves the end to the task, and [[0.0, 0.0], [0.1, 1.0],
+    # [0.8, 1.0], [1.0, 0.1]] warms up, stays and decays. (With "loss_ratio" projectors do not
+    # follow it.) None: the rule's own, [0.2, 1.8] for "loss_ratio" and [1.0, 1.0] for the others.
     cfg.MOKD.BALANCING.SCHEDULE = None
 
     # Rule "loss_ratio".
@@ -356,7 +357,7 @@ def add_mokd_config(cfg: CN) -> None:
     # SCHEDULE.
     cfg.MOKD.BALANCING.LOSS_RATIO.CAP = 10.0
     # Cosine with the task gradient from which on a distillation gradient is trusted in full; from
-    # there its part falls to nothing at half of it.
+    # there its part falls to nothing at half of it. 0: all are trusted.
     cfg.MOKD.BALANCING.LOSS_RATIO.AGREEMENT = 0.1
     # Rules "fixed" and "cosine_gate": the weights of the task and of each objective, in the order
     # of MOKD.OBJECTIVES. Empty: 1 for each.

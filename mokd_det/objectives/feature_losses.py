@@ -50,7 +50,7 @@ def cosine(student: Tensor, teacher: Tensor, weights: Tensor | None = None) -> T
 @FEATURE_LOSSES.register("squared_sum")
 def squared_sum(student: Tensor, teacher: Tensor, weights: Tensor | None = None) -> Tensor:
     """Squared error, summed over channels and positions, averaged over images."""
-    squares = (student - teacher).square()
+    squares = (student.float() - teacher).square()  # in half precision a sum would be infinite
     return (squares if weights is None else squares * weights).sum() / len(student)
 
 
@@ -87,7 +87,7 @@ def fgd(student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
     (Eq. 10, of about a two-hundredth of the weight) is not computed.
     """
     ours, theirs = _attentions(student.float()), _attentions(teacher.float())
-    squares = (student - teacher).square() * theirs[0] * theirs[1] * weights
+    squares = (student.float() - teacher).square() * theirs[0] * theirs[1] * weights
     distance: Any = sum((x - y).abs().sum() for x, y in zip(ours, theirs))
     return (squares.sum() + FGD_ATTENTION_WEIGHT * distance) / len(student)
 

@@ -51,7 +51,7 @@ def decoupled_kl(
     def parts(logits: Tensor) -> tuple[Tensor, Tensor]:
         logs = F.log_softmax(logits, dim=1)
         others = logs.masked_fill(is_target, -torch.inf).logsumexp(dim=1)
-        among = logits[~is_target].view(len(logits), -1)
+        among = logits[~is_target].view(len(logits), logits.shape[1] - 1)
         return torch.stack([logs[is_target], others], dim=1), F.log_softmax(among, dim=1)
 
     total: Any = sum(

@@ -225,7 +225,10 @@ def normalise_like(features: Tensor, target: Tensor, eps: float = 1e-5) -> Tenso
     """
     target = target.detach().float()
     count = target.numel() // target.shape[1]
-    mean, square = target.mean(dim=(0, 2, 3)).double(), target.square().mean(dim=(0, 2, 3)).double()
+    variance, mean = torch.var_mean(target, dim=(0, 2, 3), correction=0)
+    # The difference of two big numbers: in double precision.
+    mean, variance = mean.double(), variance.double()
+    square = variance + mean**2
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         packed = torch.cat([mean, square, mean.new_ones(1)]) * count
         dist.all_reduce(packed)

@@ -57,11 +57,15 @@ def test_rescaling_never_turns_the_update_round():
 )
 def test_a_rules_own_smoothing_and_schedule_are_the_defaults(name, smoothing, schedule):
     own = Balancer(build_rule(name), steps=10)
-    assert (own.smoothing, own.schedule) == (smoothing, schedule)
+    assert (own.smoothing, own.schedule) == (smoothing, line(*schedule))
     for value in (0.5, 0.0):
         assert Balancer(build_rule(name), smoothing=value, steps=10).smoothing == value
     for value in ((1.0, 1.0), (0.0, 1.0)):
-        assert Balancer(build_rule(name), schedule=value, steps=10).schedule == value
+        assert Balancer(build_rule(name), schedule=value, steps=10).schedule == line(*value)
+
+
+def line(first, last):
+    return ((0.0, first), (1.0, last))
 
 
 @pytest.mark.parametrize("name", ["fixed", "famo"])
@@ -87,6 +91,13 @@ def test_smoothing_is_refused_by_a_rule_that_does_not_look_at_gradients(name):
         ({"schedule": [1.0, -1.0]}, "MOKD.BALANCING.SCHEDULE"),
         ({"schedule": 0.5}, "MOKD.BALANCING.SCHEDULE is 0.5: expected two"),
         ({"schedule": [0.0, 1.0]}, "needs the number of all steps"),
+        ({"schedule": [[0, 1], [1, 0]]}, "needs the number of all steps"),
+        ({"schedule": [[0, 1]]}, "SCHEDULE is .*rise from 0 to 1, such as"),
+        ({"schedule": [[0, 1], [0.9, 1]]}, "rise from 0 to 1"),
+        ({"schedule": [[0, 1], [0.5, 1], [0.5, 2], [1, 1]]}, "rise from 0 to 1"),
+        ({"schedule": [[0, 1], 0.5, [1, 1]]}, "rise from 0 to 1"),
+        ({"schedule": [[0, 1], [1, "x"]]}, "rise from 0 to 1"),
+        ({"schedule": [[0, 1], [1, float("nan")]]}, "rise from 0 to 1"),
     ],
 )
 def test_balancer_options_are_checked(options, message):
@@ -134,6 +145,18 @@ def test_schedule_is_a_straight_line_for_all_but_the_task():
         seen.append(weigh(balancer, *random_gradients(0)).weights.tolist())
         balancer.end_step()
     assert seen == [[2.0, 4.0 * f] for f in (0, 0.25, 0.5, 0.75, 1.0, 1.0)]
+
+
+def test_schedule_of_points_warms_up_stays_and_decays():
+    points = [[0, 0], [0.2, 1], [0.6, 1], [1, 0.5]]
+    balancer = Balancer(build_rule("fixed", weights=[2.0, 4.0]), schedule=points, steps=11)
+    seen = []
+    for _ in range(12):
+        seen.append(weigh(balancer, *random_gradients(0)).weights.tolist())
+        balancer.end_step()
+    factors = [0, 0.5, 1, 1, 1, 1, 1, 0.875, 0.75, 0.625, 0.5, 0.5]
+    assert [w[0] for w in seen] == [2.0] * 12
+    assert [w[1] / 4 for w in seen] == pytest.approx(factors)
 
 
 def test_schedule_goes_on_while_weights_are_reused_and_after_a_resume():

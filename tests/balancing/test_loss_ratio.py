@@ -45,6 +45,13 @@ def test_loss_ratio_frozen_numbers():
     assert weights.tolist() == pytest.approx([1.0, 10 * 5 / 0.002])
 
 
+def test_agreement_zero_trusts_every_objective():
+    gradients = torch.tensor([[2.0, 0.0], [-1.0, 1.0], [0.0, 1.0]]).double()
+    losses = torch.tensor([1.0, 2.0, 4.0]).double()
+    weights = weights_of("loss_ratio", gradients, losses, agreement=0.0)
+    assert weights.tolist() == [1.0, 2.0, 1.0]
+
+
 def test_projectors_learn_at_the_tasks_pace():
     rule = build_rule("loss_ratio")
     # In conflict or not: |g_task| / |g_k|.
@@ -94,7 +101,7 @@ def test_the_ratio_rises_from_a_fifth_to_nine_fifths():
     [
         *[("ratio", value) for value in (0.0, float("nan"), float("inf"))],
         ("cap", -1.0),
-        *[("agreement", value) for value in (0.0, 1.5)],
+        *[("agreement", value) for value in (-0.1, 1.5)],
     ],
 )
 def test_bad_options_name_themselves(option, value):

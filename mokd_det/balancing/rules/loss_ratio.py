@@ -36,20 +36,22 @@ class LossRatio(Rule):
             ratio: each weighted distillation loss over the task's, in the middle of the schedule.
             cap: largest norm of the weighted distillation gradients over the task gradient's,
                 before the schedule. It bounds the weight of a loss near zero.
-            agreement: cosine from which on a gradient is trusted in full; in (0, 1].
+            agreement: cosine from which on a gradient is trusted in full, in [0, 1]. 0: all are.
         """
         self.ratio = positive("MOKD.BALANCING.LOSS_RATIO.RATIO", ratio)
         self.cap = positive("MOKD.BALANCING.LOSS_RATIO.CAP", cap)
-        if not 0 < agreement <= 1:
+        if not 0 <= agreement <= 1:
             raise ValueError(
-                f"MOKD.BALANCING.LOSS_RATIO.AGREEMENT is {agreement}: expected 0 < agreement <= 1."
+                f"MOKD.BALANCING.LOSS_RATIO.AGREEMENT is {agreement}: expected 0 (off) to 1."
             )
         self.agreement = agreement
 
     def weights(self, gram: Tensor, losses: Tensor) -> Tensor:
         norms = gram.diagonal().sqrt()
-        cosines = (gram[0, 1:] / norms[1:] / norms[0]).clamp(0, 1)
-        trust = (2 * cosines / self.agreement - 1).clamp(0, 1)
+        trust = losses.new_ones(len(losses) - 1)
+        if self.agreement:
+            cosines = (gram[0, 1:] / norms[1:] / norms[0]).clamp(0, 1)
+            trust = (2 * cosines / self.agreement - 1).clamp(0, 1)
         distillation = self.ratio * trust * losses[0] / losses[1:]
         norm = torch.sqrt((distillation @ gram[1:, 1:] @ distillation).clamp_min(0) / gram[0, 0])
         if norm > self.cap:
