@@ -446,19 +446,58 @@ def test_benchmark(tmp_path):
     printed = run_here("tools/benchmark.py", *args)
     result = json.loads(output.read_text())
     names = {"student", "teacher", "fixed", "features", "parameters", "famo", "torchjd"}
-    assert set(result["variants"]) == names
+    objectives = {"objective features", "objective outputs", "objective teacher_head"}
+    assert set(result["variants"]) == names | objectives
     for name, variant in result["variants"].items():
         if name == "torchjd" and "error" in variant:
             assert "not installed" in variant["error"]
             continue
-        assert variant["seconds"] > 0 and variant["vs_fixed"] > 0
+        assert min(variant[key] for key in ("seconds", "vs_student", "vs_fixed")) > 0
         assert variant["peak_bytes"] > 4 * 900_000 * (name != "teacher")
         assert name in printed
     assert result["variants"]["fixed"]["vs_fixed"] == 1
+    assert result["variants"]["student"]["vs_student"] == 1
     # Student and teacher are there at once, gradients of two objectives are more than one's.
     peaks = {name: v["peak_bytes"] for name, v in result["variants"].items() if "error" not in v}
     assert peaks["fixed"] > max(peaks["student"], peaks["teacher"])
     assert "fixed / (student + teacher)" in result["ratios"]
+
+
+@pytest.mark.slow
+def test_benchmark_of_an_objective_that_a_pair_does_not_support(tmp_path):
+    output = tmp_path / "bench.json"
+    names = ["objective outputs", "objective features"]
+    args = ["--config-file", CONFIGS["mokd"], *SMALL, "--output", output, "--variants", *names]
+    opts = ["MODEL.ROI_HEADS.NUM_CLASSES", 3, "MOKD.OBJECTIVES", "['features']"]
+    printed = run_here("tools/benchmark.py", *args, "MODEL.DEVICE", "cpu", *opts)
+    variants = json.loads(output.read_text())["variants"]
+    assert set(variants) == {"student", "fixed", *names}
+    reason = variants.pop("objective outputs")["error"]
+    assert "the student has 3 classes and the teacher 1" in reason and reason in printed
+    assert all(variant["vs_student"] > 0 for variant in variants.values())
+
+
+def test_models_of_objectives_differ_in_these_only():
+    """Also where the rule's weights are for another number of objectives."""
+    tool = load_script("tools/benchmark.py")
+    opts = ["MODEL.DEVICE", "cpu", "MOKD.OUTPUTS.TEMPERATURE", 3.0]
+    opts += ["MOKD.BALANCING.RULE", "fixed", "MOKD.BALANCING.FIXED.WEIGHTS", [1.0, 2.0, 3.0]]
+    cfg = load_config(CONFIGS["mokd"], opts)
+    features, outputs = (tool.model_of_objective(cfg, name) for name in ("features", "outputs"))
+    assert features.names == ["task", "features"] and outputs.names == ["task", "outputs"]
+    for ours, theirs in (
+        (features.student, outputs.student),
+        (features.teacher.model, outputs.teacher.model),
+    ):
+        other = theirs.state_dict()
+        assert all(torch.equal(x, other[name]) for name, x in ours.state_dict().items())
+    # Features are all that the first needs: its teacher proposes no boxes.
+    assert features.teacher.reader is None and outputs.teacher.reader is not None
+    assert outputs.objectives["outputs"].temperature == 3.0
+    assert cfg.MOKD.BALANCING.FIXED.WEIGHTS == [1.0, 2.0, 3.0]
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 3
+    model, reason = tool.build_objective_step(cfg, "outputs", batch=[])
+    assert model is None and "the student has 3 classes and the teacher 1" in reason
 
 
 @pytest.mark.slow
@@ -482,12 +521,14 @@ def test_benchmark_of_two_processes(tmp_path):
     launcher = ["torch.distributed.run", "--nproc-per-node", 2, "tools/benchmark.py"]
     args = ["--config-file", CONFIGS["mokd"], *SMALL, "--output", output]
     opts = ["MODEL.DEVICE", "cpu", "MOKD.OBJECTIVES", "['features']"]
+    objectives = {"objective features", "objective outputs", "objective teacher_head"}
     done = run("-m", *launcher, *args, *opts)
     result = json.loads(output.read_text())
     assert result["machine"]["processes"] == 2
     variants = result["variants"]
     assert "over processes" in variants.pop("torchjd")["error"]
-    assert set(variants) == {"student", "teacher", "fixed", "features", "parameters", "famo"}
+    names = {"student", "teacher", "fixed", "features", "parameters", "famo"}
+    assert set(variants) == names | objectives
     assert all(variant["vs_fixed"] > 0 for variant in variants.values())
     assert done.stdout.count("fixed / (student + teacher)") == 1  # one process prints
 

@@ -19,6 +19,12 @@ are needed: images and boxes are random, and all weights stay as they are (learn
   parameters  MOKD.BALANCING.RULE at the backbone's parameters
   famo        rule "famo": a second forward pass of the student
   torchjd     TorchJD's mtl_backward with MGDA on the same losses and features
+  objective X as "features", of a model with the objective X alone: one variant for each that is
+              registered for detectors, with its options in the config, in MOKD.OBJECTIVES or not
+
+  python tools/benchmark.py --config-file ... --variants "objective features" "objective outputs"
+
+"x student" is what a step costs beside the student's own, "x fixed" beside plain distillation.
 
 Several processes, each with --batch images (the figures are those of the first one):
 
@@ -57,9 +63,17 @@ from mokd_det.engine.optimizer import build_optimizer
 from mokd_det.engine.trainer import wrap_distributed
 from mokd_det.modeling.distillation import boundary_of
 from mokd_det.modeling.supervised_model import NoBalancing
-from mokd_det.tasks import task_of
+from mokd_det.objectives import OBJECTIVES
+from mokd_det.tasks import TASKS, task_of
 
+AT_FEATURES = ("MOKD.BALANCING.MEASURE_AT", "features", "MOKD.BALANCING.LAYERS", [])
+OBJECTIVE_VARIANTS = {
+    f"objective {name}": name
+    for name in OBJECTIVES
+    if TASKS.get("detection").is_one_of(OBJECTIVES.get(name).tasks)
+}
 VARIANTS = ("student", "teacher", "fixed", "features", "parameters", "famo", "torchjd")
+VARIANTS += tuple(OBJECTIVE_VARIANTS)
 NO_OPTIONS = {
     "PRECISION": "",
     "CHANNELS_LAST": False,
@@ -196,16 +210,37 @@ def build_steps(cfg, model, batch):
     def simple(model, optimizer):
         return stepper(SimpleTrainer(wrap_distributed(model), loader, optimizer))
 
-    at_features = ("MOKD.BALANCING.MEASURE_AT", "features", "MOKD.BALANCING.LAYERS", [])
     return {
         "student": simple(model.student, build_optimizer(cfg, model.student)),
         "teacher": lambda: model.teacher.run(batch, model.input_format),
         "fixed": with_boundary(plain, simple(FlatLosses(model), optimizer)),
-        "features": balanced(*at_features),
+        "features": balanced(*AT_FEATURES),
         "parameters": balanced("MOKD.BALANCING.MEASURE_AT", "parameters"),
-        "famo": balanced(*at_features, "MOKD.BALANCING.RULE", "famo"),
+        "famo": balanced(*AT_FEATURES, "MOKD.BALANCING.RULE", "famo"),
         "torchjd": torchjd_step(model, batch, optimizer, plain, with_boundary),
     }
+
+
+def model_of_objective(cfg, name):
+    """The same student and teacher with one objective; ValueError if they do not support it."""
+    cfg = cfg.clone()
+    cfg.merge_from_list([*AT_FEATURES, "MOKD.OBJECTIVES", [name]])
+    rule = cfg.MOKD.BALANCING.get(cfg.MOKD.BALANCING.RULE.upper(), {})
+    if "WEIGHTS" in rule:
+        rule.WEIGHTS = []  # the config's are for all of its objectives
+    seed_all_rng(0)
+    return random_model(cfg)
+
+
+def build_objective_step(cfg, name, batch):
+    """Return the model of one objective, and its step; or None and the reason why it cannot."""
+    # A model of its own: the teacher computes only what objectives have asked for.
+    try:
+        model = model_of_objective(cfg, name)
+    except ValueError as error:
+        return None, str(error)
+    optimizer = build_optimizer(cfg, model)
+    return model, stepper(BalancedTrainer(wrap_distributed(model), Constant(batch), optimizer, 0))
 
 
 def torchjd_step(model, batch, optimizer, plain, with_boundary):
@@ -303,10 +338,14 @@ def peak_bytes(step, device, resident):
 def compare_variants(cfg, model, batch, rounds, names):
     """
     Returns:
-        dict: ``variants``, {name: {seconds, quartiles, peak_bytes, vs_fixed, memory_vs_fixed} or
-        {error}}; ``ratios``; ``seconds_of_rounds``.
+        dict: ``variants``, {name: {seconds, quartiles, peak_bytes, vs_student, vs_fixed,
+        memory_vs_fixed} or {error}}; ``ratios``; ``seconds_of_rounds``.
     """
     steps = build_steps(cfg, model, batch)
+    models = dict.fromkeys(steps, model)
+    for name in OBJECTIVE_VARIANTS:
+        if name in names:
+            models[name], steps[name] = build_objective_step(cfg, OBJECTIVE_VARIANTS[name], batch)
     steps = {name: steps[name] for name in VARIANTS if name in {*names, "student", "fixed"}}
     errors = {name: {"error": step} for name, step in steps.items() if isinstance(step, str)}
     steps = {name: step for name, step in steps.items() if name not in errors}
@@ -314,13 +353,14 @@ def compare_variants(cfg, model, batch, rounds, names):
     with EventStorage():
         seconds = time_rounds(steps, rounds, model.device)
         for name, values in seconds.items():
-            for parameter in (*model.parameters(), *model.student.parameters()):
+            for parameter in models[name].parameters():
                 parameter.grad = None
             low, median, high = statistics.quantiles(values, n=4)
-            peak = peak_bytes(steps[name], model.device, resident_bytes(name, model))
+            peak = peak_bytes(steps[name], model.device, resident_bytes(name, models[name]))
             variants[name] = {"seconds": median, "quartiles": [low, high], "peak_bytes": peak}
     for name, values in seconds.items():
         entry = variants[name]
+        entry["vs_student"] = ratio(values, seconds["student"])
         entry["vs_fixed"] = ratio(values, seconds["fixed"])
         entry["memory_vs_fixed"] = entry["peak_bytes"] / variants["fixed"]["peak_bytes"]
     ratios = {}
@@ -391,6 +431,7 @@ def print_table(title, columns, entries):
 VARIANT_COLUMNS = {
     "seconds": (8, lambda e: f"{e['seconds']:.3f}"),
     "quartiles": (15, lambda e: "{:.3f}-{:.3f}".format(*e["quartiles"])),
+    "x student": (9, lambda e: f"{e['vs_student']:.3f}"),
     "x fixed": (8, lambda e: f"{e['vs_fixed']:.3f}"),
     "MiB": (7, lambda e: f"{e['peak_bytes'] / 2**20:.0f}"),
     "MiB x fixed": (11, lambda e: f"{e['memory_vs_fixed']:.3f}"),
