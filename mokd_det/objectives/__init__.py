@@ -8,4 +8,4 @@ from .features import FeatureObjective, Level
 from .logits import LogitObjective
 from .outputs import OutputObjective
 from .teacher_head import ClassifierHead, DetectorHeads, HeadReader, TeacherHeadObjective
-from .projector import PROJECTORS, SubspaceProjector, standardise
+from .projector import PROJECTORS, SubspaceProjector, normalise_like, standardise

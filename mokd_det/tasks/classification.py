@@ -164,12 +164,6 @@ class ClassificationTask(Task):
                 f"MOKD.TEACHER_HEAD.STUDENT is {list(names)} and TEACHER {list(teacher_names)}, "
                 f"but a classifier's head reads '{PRE_LOGITS}': leave both empty."
             )
-        for weight in ("CLASS", "BOX", "RPN"):
-            if (value := cfg.MOKD.TEACHER_HEAD[f"{weight}_WEIGHT"]) != 1:
-                raise ValueError(
-                    f"MOKD.TEACHER_HEAD.{weight}_WEIGHT is {value}, but it is read for detectors "
-                    "only: remove it; for classifiers there is MOKD.TEACHER_HEAD.LOSS_WEIGHT."
-                )
         size, option = cfg.INPUT.CLASSIFICATION.SIZE_TRAIN, "MOKD.TEACHER_HEAD."
         ours, theirs = (
             find_taps(model, [PRE_LOGITS], pixels, f"{option}{side}")[PRE_LOGITS]

@@ -47,6 +47,9 @@ class DetectionTask(Task):
         "MOKD.FEATURES.FOREGROUND_SCORE",
         "MOKD.FEATURES.FOREGROUND_UNIT",
         "MOKD.FEATURES.LEVEL_WEIGHTS",
+        "MOKD.TEACHER_HEAD.CLASS_WEIGHT",
+        "MOKD.TEACHER_HEAD.BOX_WEIGHT",
+        "MOKD.TEACHER_HEAD.RPN_WEIGHT",
     )
 
     def load_trained(self, cfg: CfgNode, option: str = "MODEL.WEIGHTS") -> nn.Module:
