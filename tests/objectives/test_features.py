@@ -9,6 +9,9 @@ from mokd_det.engine import DistillationTrainer, validate
 from ..conftest import OUTPUTS
 from ..modeling.families import batch_of, step
 
+LINEAR = ["MOKD.FEATURES.DIM", 0, "MOKD.FEATURES.PROJECTOR", "Linear"]
+OBJECTS = ["MOKD.FEATURES.FOREGROUND", "ground_truth"]
+
 
 def features_step(cfg):
     """Return (the objective, its loss, decision) of a model's first step."""
@@ -113,3 +116,63 @@ def test_pairs_of_other_widths_and_channel_orders(make_cfg, student_format, chan
 def test_bad_options_are_explained(make_cfg, option, value, message):
     with pytest.raises(ValueError, match=message):
         validate(make_cfg("mokd", [f"MOKD.FEATURES.{option}", value]))
+
+
+@pytest.mark.parametrize(
+    "opts, message",
+    [
+        (["LOSS", "fgd"], "LOSS is 'fgd', which weighs positions by boxes, and FOREGROUND is ''"),
+        (["LOSS", "cwd", *OBJECTS], "'ground_truth', but LOSS 'cwd' does not weigh positions"),
+        (["MASKED", 1.0], "MOKD.FEATURES.MASKED is 1.0: expected 0 <= m < 1"),
+        (["MASKED", -0.1], "MOKD.FEATURES.MASKED is -0.1: expected 0 <= m < 1"),
+        (["TEMPERATURE", 0.0], "MOKD.FEATURES.TEMPERATURE is 0.0: expected > 0"),
+        (["FOREGROUND_UNIT", "cell", *OBJECTS], "FOREGROUND_UNIT is 'cell': expected one of"),
+        (["MASKED", 0.5], "MASKED is 0.5, but it is read with PROJECTOR 'MaskedGenerator' only"),
+        (["TEMPERATURE", 4.0], "TEMPERATURE is 4.0, but it is read with LOSS 'cwd' only"),
+        (["PROJECTOR", "none"], "DIM is 256, but it is read with PROJECTOR 'SubspaceProjector'"),
+        ([*("TEACHER_SIDE", "learned"), *LINEAR], "TEACHER_SIDE is 'learned', but it is read with"),
+        (["FOREGROUND_UNIT", "box"], "FOREGROUND_UNIT is 'box', but it is read with FOREGROUND"),
+        (["FOREGROUND_SHARE", 0.7], "FOREGROUND_SHARE is 0.7, but it is read with FOREGROUND"),
+        (["FOREGROUND_SCORE", 0.7, *OBJECTS], "FOREGROUND_SCORE is 0.7, .* FOREGROUND 'teacher'"),
+    ],
+)
+def test_options_that_do_not_go_together(make_cfg, opts, message):
+    with pytest.raises(ValueError, match=message):
+        validate(make_cfg("mokd", [f"MOKD.FEATURES.{opts[0]}", *opts[1:]]))
+
+
+METHODS = {
+    "pkd": ["LOSS", "pkd", *LINEAR],
+    "cwd": ["LOSS", "cwd", *LINEAR, "MOKD.FEATURES.TEMPERATURE", 4.0],
+    "mgd": [
+        *("LOSS", "squared_sum", "MOKD.FEATURES.DIM", 0),
+        *("MOKD.FEATURES.PROJECTOR", "MaskedGenerator", "MOKD.FEATURES.MASKED", 0.45),
+    ],
+    "fgd": ["LOSS", "fgd", *LINEAR, *OBJECTS, "MOKD.FEATURES.FOREGROUND_UNIT", "box"],
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_published_methods(make_cfg, method):
+    """Their options are valid, reach the objective, and make a step."""
+    opts = METHODS[method]
+    cfg = make_cfg("mokd", [f"MOKD.FEATURES.{opts[0]}", *opts[1:]])
+    validate(cfg)
+    objective, value, decision = features_step(cfg)
+    assert 0 < value < float("inf") and decision.gram.isfinite().all()
+    assert decision.gram[1, 1] > 0
+    if method == "cwd":
+        assert objective.loss.keywords == {"temperature": 4.0}
+    if method == "mgd":
+        assert {p.masked for p in objective.projectors.values()} == {0.45}
+    assert objective.unit == ("box" if method == "fgd" else "image")
+
+
+def test_other_channels_need_a_projector(make_cfg):
+    """64 in the student, 128 in the teacher."""
+    opts = ["MOKD.FEATURES.DIM", 0, "MOKD.FEATURES.PROJECTOR", "none"]
+    with pytest.raises(ValueError, match="a level has 64 channels in the student and 128 in the"):
+        DistillationTrainer.build_model(make_cfg("mokd", opts))
+    cfg = make_cfg("mokd", [*opts, "MODEL.FPN.OUT_CHANNELS", 128])
+    objective = DistillationTrainer.build_model(cfg).objectives["features"]
+    assert not list(objective.parameters())

@@ -18,9 +18,52 @@ def test_weights_by_hand():
     assert weights.mean() == pytest.approx(1.0)
 
 
-def test_rotated_boxes_are_refused():
+def test_weights_of_boxes_by_hand():
+    """
+    FGD, Eq. 4 to 6. A big box of 3 x 4 cells, a small one of 2 x 1 that shares a cell with it, and
+    background of 24 - 13 cells: 1/12, 1/2 (also of the shared cell) and 1/11, times the shares.
+    """
+    big, small = [0.0, 0.0, 32.0, 24.0], [9.0, 17.0, 15.0, 31.0]
+    expected = torch.full((4, 6), 0.25 / 11)
+    expected[0:3, 0:4] = 0.75 / 12
+    expected[2:4, 1] = 0.75 / 2
+    for boxes in ([big, small], [small, big], [small, big, big]):
+        weights = foreground_weights([torch.tensor(boxes)], (4, 6), 8, 0.75, unit="box")
+        assert weights.shape == (1, 1, 4, 6) and torch.allclose(weights[0, 0], expected)
+
+
+def test_each_box_has_the_share_and_all_background_the_rest():
+    """Published: alpha is twice beta, so 2/3."""
+    apart = torch.tensor([[0.0, 0.0, 8.0, 8.0], [16.0, 16.0, 48.0, 32.0]])
+    images = [
+        apart,
+        torch.zeros(0, 4),  # nothing in it: all cells are background
+        torch.tensor([[900.0, 900.0, 950.0, 950.0]]),  # in the padding only: the same
+        torch.tensor([[-5.0, -5.0, 500.0, 500.0]]),  # all cells, and no background
+        torch.tensor([[33.0, 33.0, 34.0, 34.0], [900.0, 900.0, 950.0, 950.0]]),
+    ]
+    weights = foreground_weights(images, (8, 8), 8, 2 / 3, unit="box")
+    sums = [2 * 2 / 3 + 1 / 3, 1 / 3, 1 / 3, 2 / 3, 1.0]
+    assert torch.allclose(weights.sum((1, 2, 3)), torch.tensor(sums))
+    assert torch.allclose(weights[0, 0, 2:4, 2:6], torch.tensor(2 / 3 / 8))
+    assert torch.allclose(weights[1:3], torch.tensor(1 / 3 / 64))
+    assert torch.allclose(weights[3], torch.tensor(2 / 3 / 64))
+    assert weights[4, 0, 4, 4] == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("share, inside, outside", [(0.0, 0.0, 1 / 60), (1.0, 1 / 4, 0.0)])
+def test_a_share_of_all_or_nothing(share, inside, outside):
+    boxes = [torch.tensor([[0.0, 0.0, 16.0, 16.0]])]
+    weights = foreground_weights(boxes, (8, 8), 8, share, unit="box")[0, 0]
+    expected = torch.full((8, 8), outside)
+    expected[:2, :2] = inside
+    assert torch.allclose(weights, expected)
+
+
+@pytest.mark.parametrize("unit", ["image", "box"])
+def test_rotated_boxes_are_refused(unit):
     with pytest.raises(ValueError, match="FOREGROUND takes boxes of 4 numbers, not rotated"):
-        foreground_weights([torch.zeros(1, 5)], (4, 6), 8, 0.5)
+        foreground_weights([torch.zeros(1, 5)], (4, 6), 8, 0.5, unit)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])

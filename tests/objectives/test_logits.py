@@ -1,6 +1,8 @@
 # Copyright (c) The mokd_det authors.
 """The objective that matches class probabilities."""
 
+from math import log
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -25,6 +27,36 @@ def test_it_is_hintons(temperature):
     assert torch.allclose(losses["loss_logits"], expected * temperature**2)
 
 
+@pytest.mark.parametrize("mixed", [False, True])
+def test_it_is_dkd_of_the_labels(mixed):
+    """
+    Eq. 7 at T = 2. Of the label 0.1 and 0.25; of the others 2/3, 1/3 and 2/3, 1/3, so nothing: its
+    part is zero though the teacher's own class is another. A mixed image has its larger share.
+    """
+    head, temperature = nn.Linear(3, 3, bias=False), 2.0
+    nn.init.eye_(head.weight)
+    given = temperature * torch.tensor([[0.25, 0.5, 0.25]]).log()
+    wanted = temperature * torch.tensor([[0.1, 0.6, 0.3]]).log()
+    targets = torch.tensor([[0.7, 0.3, 0.0]]) if mixed else torch.tensor([0])
+    batch = Batch(torch.zeros(1, 3, 1, 1), targets)
+    objective = LogitObjective(head, temperature, "dkd", 8.0)
+    outputs = ClassifierTeacherOutputs({}, wanted)
+    loss = objective(StudentOutputs({PRE_LOGITS: given}, batch), outputs)["loss_logits"]
+    expected = temperature**2 * (0.1 * log(0.1 / 0.25) + 0.9 * log(0.9 / 0.75))
+    assert loss.item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_it_is_dist():
+    """Eq. 8 and 9 at T = 2: r is -1/2 over the classes of each row and over the rows of each."""
+    head, temperature = nn.Linear(3, 3, bias=False), 2.0
+    nn.init.eye_(head.weight)
+    given = torch.tensor([[0.2, 0.3, 0.5], [0.5, 0.2, 0.3], [0.3, 0.5, 0.2]]).log() * temperature
+    outputs = ClassifierTeacherOutputs({}, given.roll(1, 0))
+    objective = LogitObjective(head, temperature, "dist")
+    loss = objective(StudentOutputs({PRE_LOGITS: given}, None), outputs)["loss_logits"]
+    assert loss.item() == pytest.approx(temperature**2 * 3.0, rel=1e-4)
+
+
 def test_the_second_run_of_the_head_leaves_no_trace():
     """Neither in running statistics nor in the random numbers of the run that follows."""
     head = nn.Sequential(nn.BatchNorm1d(5), nn.Dropout(0.5, inplace=True), nn.Linear(5, 3))
@@ -45,6 +77,18 @@ def test_the_second_run_of_the_head_leaves_no_trace():
 def test_a_temperature_that_is_not_positive(make_digits_cfg):
     with pytest.raises(ValueError, match="MOKD.LOGITS.TEMPERATURE is 0.0: expected > 0"):
         validate(make_digits_cfg(["MOKD.LOGITS.TEMPERATURE", 0.0]))
+
+
+@pytest.mark.parametrize(
+    "opts, message",
+    [
+        (["LOSS", "mse"], "MOKD.LOGITS.LOSS is 'mse': expected one of 'kl', 'dkd', 'dist'"),
+        (["DKD_BETA", 8.0], "MOKD.LOGITS.DKD_BETA is 8.0, but it is read with LOSS 'dkd' only"),
+    ],
+)
+def test_bad_options_are_explained(make_digits_cfg, opts, message):
+    with pytest.raises(ValueError, match=message):
+        validate(make_digits_cfg([f"MOKD.LOGITS.{opts[0]}", *opts[1:]]))
 
 
 def test_other_classes_have_no_common_logits(build):

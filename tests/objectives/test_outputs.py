@@ -125,6 +125,8 @@ def test_weights_multiply_and_zero_leaves_out(make_cfg):
         (["TEMPERATURE", 0.0], "MOKD.OUTPUTS.TEMPERATURE is 0.0: expected > 0"),
         (["BOX_WEIGHT", -1.0], "BOX_WEIGHT -1.0 and .*: expected numbers >= 0"),
         (["RPN_WEIGHT", -1.0], "RPN_WEIGHT -1.0: expected numbers >= 0"),
+        (["LOSS", "mse"], "MOKD.OUTPUTS.LOSS is 'mse': expected one of 'kl', 'dkd', 'dist'"),
+        (["DKD_BETA", 0.25], "MOKD.OUTPUTS.DKD_BETA is 0.25, but it is read with LOSS 'dkd' only"),
         (
             ["BOX_WEIGHT", 0.0, "MOKD.OUTPUTS.CLASS_WEIGHT", 0.0],
             "CLASS_WEIGHT is 0.0, .* one of the first two above",
@@ -142,3 +144,27 @@ def test_other_classes_have_no_common_outputs(make_cfg):
     message = "student has 2 classes and the teacher 1.*Set MODEL.ROI_HEADS.NUM_CLASSES"
     with pytest.raises(ValueError, match=message):
         DistillationTrainer.build_model(cfg)
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_dkd_is_for_two_softmaxes(make_cfg, tmp_path, side):
+    """A RetinaNet has sigmoids."""
+    retinanet = make_cfg("retinanet")
+    opts = ["MOKD.ENABLED", True, *OUTPUTS_ONLY, "MOKD.OUTPUTS.LOSS", "dkd"]
+    if side == "teacher":
+        opts += saved_teacher(retinanet, build_model(retinanet), tmp_path)
+    cfg = make_cfg("retinanet" if side == "student" else "faster_rcnn", opts)
+    with pytest.raises(ValueError, match="LOSS is 'dkd', .* one for each class .RetinaNet.: use"):
+        DistillationTrainer.build_model(cfg)
+
+
+def test_the_class_loss_is_the_chosen_one(make_cfg):
+    """With one class and background there are no others for DKD's second part: it is as "kl"."""
+    loss, beta = "MOKD.OUTPUTS.LOSS", "MOKD.OUTPUTS.DKD_BETA"
+    choices = [[], [loss, "dkd", beta, 8.0], [loss, "dist"]]
+    pairs = [losses_of(make_cfg("mokd", [*OUTPUTS, *x])) for x in choices]
+    kl, dkd, dist = (losses["loss_output_classes"].item() for _, losses in pairs)
+    assert dkd == pytest.approx(kl, rel=1e-5) and 0 < kl < dist < 4
+    objectives = [model.objectives["outputs"] for model, _ in pairs]
+    assert [(x.loss, x.dkd_beta) for x in objectives] == [("kl", 1), ("dkd", 8), ("dist", 1)]
+    assert len({losses["loss_output_boxes"].item() for _, losses in pairs}) == 1
