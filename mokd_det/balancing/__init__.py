@@ -4,7 +4,16 @@
 from .balancer import Balancer, Decision
 from .boundary import Boundary, Branch, FeatureBoundary, Parameters
 from .build import build_balancer, build_boundary, check_measured
-from .gram import cosine, dominance, gram_by_part, gram_matrix, share, update_cosine
+from .gram import (
+    cosine,
+    dominance,
+    gram_by_part,
+    gram_matrix,
+    on_support,
+    outside_support,
+    share,
+    update_cosine,
+)
 from .parameters import ParameterBoundary
 from .rules import RESCALES, RULES, TORCHJD_PREFIX, Rule, build_rule
 from .rules import min_norm_simplex, min_norm_two

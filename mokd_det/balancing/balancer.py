@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .gram import vanishing
+from .gram import on_support, vanishing
 from .rules import RESCALES, Rule
 from .running import LOSS_FLOOR, RunningGram, RunningLosses
 
@@ -123,25 +123,33 @@ class Balancer:
         self.step += 1
 
     def weigh(
-        self, parts: Tensor, losses: Tensor, agree: Callable[[Tensor], Tensor] | None = None
+        self,
+        parts: Tensor,
+        losses: Tensor,
+        agree: Callable[[Tensor], Tensor] | None = None,
+        outside: Tensor | None = None,
     ) -> Decision:
         """
         Args:
             parts: (P, K, K) Gram matrices of the gradients, see :func:`gram_by_part`.
             losses: (K,). One below zero is a ValueError if the rule needs positive ones.
+            outside: (K,) of :func:`outside_support`, for a rule that ``reads_support``.
             agree: from this process's (3, K) weights, projector weights and whether there was no
                 fallback to those of all.
         """
         # In double, so that 1e-6 differences of norms survive, and in one copy to the CPU, because
         # each makes it wait for a GPU.
-        packed = torch.cat([parts.detach().flatten(), losses.detach().to(parts)])
-        packed = packed.to("cpu", torch.float64)
-        parts, losses = packed[: parts.numel()].view_as(parts), packed[parts.numel() :]
+        pack = [parts.detach().flatten(), losses.detach(), *([] if outside is None else [outside])]
+        packed = torch.cat([x.to(parts) for x in pack]).to("cpu", torch.float64)
+        pieces = packed.split([x.numel() for x in pack])
+        parts, losses = pieces[0].view_as(parts), pieces[1]
         gram = parts.sum(0)
         seen, seen_losses = gram, losses
         if gram.isfinite().all() and losses.isfinite().all():
+            if outside is not None:
+                seen = on_support(gram, pieces[2])
             if self._gram is not None:
-                seen = self._gram.update(gram)
+                seen = self._gram.update(seen)
             if self._losses is not None:
                 seen_losses = self._losses.update(losses)
         weights, own, fallback = self._ask(seen, seen_losses)

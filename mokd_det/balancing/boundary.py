@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
 from .balancer import Balancer, Decision
-from .gram import gram_by_part
+from .gram import gram_by_part, outside_support
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,15 +184,21 @@ class FeatureBoundary(Boundary):
         """Called in the backward pass of each micro-batch, with K lists of gradients."""
         if self.balancer.due:
             parts, losses = gram_by_part(gradients), self._losses
+            outside = losses.new_zeros(0)
+            if self.balancer.rule.reads_support:
+                outside = outside_support(gradients).to(parts)
             if self._factor is not None:
-                parts = parts / self._factor**2
+                parts, outside = parts / self._factor**2, outside / self._factor**2
             if ranks() > 1:
                 # Of the ranks' mean loss a rank's features get 1 / ranks of the local gradient;
                 # ranks hold different samples, so the squares add up.
-                packed = torch.cat([parts.flatten() / ranks() ** 2, losses.to(parts) / ranks()])
+                squares = torch.cat([parts.flatten(), outside.to(parts)]) / ranks() ** 2
+                packed = torch.cat([squares, losses.to(parts) / ranks()])
                 dist.all_reduce(packed)
-                parts, losses = packed[: parts.numel()].view_as(parts), packed[parts.numel() :]
-            decision = self.balancer.weigh(parts, losses)
+                sizes = [parts.numel(), outside.numel(), losses.numel()]
+                squares, outside, losses = packed.split(sizes)
+                parts = squares.view_as(parts)
+            decision = self.balancer.weigh(parts, losses, outside=outside if len(outside) else None)
         else:
             decision = self.balancer.reuse(self._losses)
         self._decisions.append(decision)

@@ -44,6 +44,56 @@ def gram_by_part(gradients: Sequence[Sequence[Tensor | None]]) -> Tensor:
     return torch.stack(products).view(-1, size, size)
 
 
+def outside_support(gradients: Sequence[Sequence[Tensor | None]]) -> Tensor:
+    """
+    Return (K,), how much of each squared norm lies outside the support of the first gradient, the
+    task's: at positions of maps (N, C, H, W) where it has less than a tenth of its mean square over
+    the positions of that sample. Those hold less than a tenth of it together. Other shapes are
+    inside.
+
+    A task looks at boxes, a distance between maps at every position: what they disagree about
+    elsewhere says nothing.
+    """
+    maps = [i for i, part in enumerate(zip(*gradients)) if any(_is_map(g) for g in part)]
+    squares = [[_by_position(row[i]) for i in maps] for row in gradients]
+    example = next((x for row in squares for x in row if x is not None), None)
+    if example is None:
+        device = next(g.device for row in gradients for g in row if g is not None)
+        return torch.zeros(len(gradients), device=device)
+    sizes = [next(x for x in column if x is not None).shape[1] for column in zip(*squares)]
+    zeros = [example.new_zeros(len(example), size) for size in sizes]
+    joined = [
+        torch.cat([z if x is None else x for x, z in zip(row, zeros)], dim=1) for row in squares
+    ]
+    outside = joined[0] < 0.1 * joined[0].mean(dim=1, keepdim=True)
+    return torch.stack([(x * outside).sum() for x in joined])
+
+
+def _is_map(gradient: Tensor | None) -> bool:
+    return gradient is not None and gradient.ndim == 4
+
+
+def _by_position(gradient: Tensor | None) -> Tensor | None:
+    """(N, H W) squared norms."""
+    return None if gradient is None else gradient.detach().float().square().sum(1).flatten(1)
+
+
+def on_support(gram: Tensor, outside: Tensor) -> Tensor:
+    """
+    Return (K, K) ``gram`` with the cosines between the task and the others as they are on the
+    support of the task's gradient; ``outside``: of :func:`outside_support`.
+    """
+    squares = gram.diagonal()
+    # What an objective has there at all: below a ten-thousandth nothing can be said.
+    inside = (1 - outside / squares).clamp(1e-4, 1)
+    inside = torch.where(squares > 0, inside, torch.ones_like(inside))
+    norms = squares.sqrt()
+    row = (gram[0] / inside.sqrt()).clamp(-norms * norms[0], norms * norms[0])
+    changed = gram.clone()
+    changed[0, 1:], changed[1:, 0] = row[1:], row[1:]
+    return changed
+
+
 def vanishing(gram: Tensor) -> Tensor:
     """Return (K,) booleans: which gradients are zero, or nothing beside the longest."""
     squares = gram.diagonal()

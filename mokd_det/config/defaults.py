@@ -172,6 +172,9 @@ def add_mokd_config(cfg: CN) -> None:
     #   "logits"    the class probabilities of classifiers
     #   "teacher_head"  what the teacher's own heads say about the student's features
     cfg.MOKD.OBJECTIVES = ["features"]
+    # The kind of detector that a recipe's weights were published for, "two-stage" or "one-stage": a
+    # student of the other kind is an error. "": any.
+    cfg.MOKD.RECIPE_FOR = ""
     # The registered meta-architecture that holds student and teacher.
     cfg.MOKD.META_ARCHITECTURE = "DistillationModel"
 

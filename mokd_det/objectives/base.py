@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from ..tasks import Task
 
 # The student's own losses, and what the node MOKD has besides objectives.
-RESERVED = ("task", "enabled", "objectives", "meta_architecture", "teacher", "inherit", "balancing")
+RESERVED = (
+    *("task", "enabled", "objectives", "meta_architecture", "teacher", "inherit", "balancing"),
+    "recipe_for",
+)
 
 
 class _ObjectiveRegistry(Registry):

@@ -106,6 +106,11 @@ class FeatureObjective(Objective):
                     f"MOKD.FEATURES.LOSS is '{options.LOSS}', which weighs positions by boxes, and "
                     "FOREGROUND is '': set it to 'ground_truth' or 'teacher'."
                 )
+        if options.LOSS == "fgd" and options.FOREGROUND_UNIT != "box":
+            raise ValueError(
+                "MOKD.FEATURES.LOSS is 'fgd', which gives each box the same weight, and "
+                f"FOREGROUND_UNIT is '{options.FOREGROUND_UNIT}': set it to 'box'."
+            )
         of_projector = {name.upper() for name in options_of(projector, options)}
         unread = {
             "FOREGROUND_SHARE": not options.FOREGROUND and "FOREGROUND 'ground_truth', 'teacher'",

@@ -26,6 +26,9 @@ from ..teachers import DetectorTeacher, ScriptedDetector, Teacher, speed_options
 from .base import TASKS, Features, Names, Task
 
 
+RECIPES_FOR = ("", "one-stage", "two-stage")
+
+
 @TASKS.register("detection")
 class DetectionTask(Task):
     """
@@ -40,6 +43,7 @@ class DetectionTask(Task):
         "INPUT.LSJ",
         "MODEL.BACKBONE.CHECKPOINTING",
         "MODEL.BACKBONE.COMPILE",
+        "MOKD.RECIPE_FOR",
         "MOKD.TEACHER.TORCHSCRIPT",
         "MOKD.TEACHER.PROPOSALS",
         "MOKD.FEATURES.FOREGROUND",
@@ -209,6 +213,14 @@ class DetectionTask(Task):
                 "Your own meta-architecture."
             )
 
+        kind = "two-stage" if hasattr(student, "roi_heads") else "one-stage"
+        if cfg.MOKD.RECIPE_FOR not in ("", kind):
+            raise ValueError(
+                f"MOKD.RECIPE_FOR is '{cfg.MOKD.RECIPE_FOR}', for which the recipe's weights were "
+                f"published, but the student, a {type(student).__name__}, is a {kind} detector: "
+                "use the recipe for those, or set RECIPE_FOR to '' to try these weights."
+            )
+
     def check_pair(
         self, cfg: CfgNode, student: nn.Module, teacher: Teacher, objectives: Sequence[Objective]
     ) -> None:
@@ -231,6 +243,10 @@ class DetectionTask(Task):
         check_augmentation(cfg)
         if not cfg.MOKD.ENABLED:
             return
+        if cfg.MOKD.RECIPE_FOR not in RECIPES_FOR:
+            raise ValueError(
+                f"MOKD.RECIPE_FOR is '{cfg.MOKD.RECIPE_FOR}': expected one of {RECIPES_FOR}."
+            )
         if (proposals := cfg.MOKD.TEACHER.PROPOSALS) < 1:
             raise ValueError(f"MOKD.TEACHER.PROPOSALS is {proposals}: expected 1 or more.")
         options, usual = cfg.MOKD.TEACHER.TORCHSCRIPT, get_cfg().MOKD.TEACHER.TORCHSCRIPT

@@ -4,9 +4,17 @@
 import pytest
 import torch
 
-from mokd_det.balancing import Balancer, build_rule
+from mokd_det.balancing import Balancer, FeatureBoundary, Parameters, build_rule, cosine
 
-from .helpers import EqualLengths, agreeing_gradients, decide, random_gradients, weigh, weights_of
+from .helpers import (
+    UNSMOOTHED,
+    EqualLengths,
+    agreeing_gradients,
+    decide,
+    random_gradients,
+    weigh,
+    weights_of,
+)
 
 
 @pytest.mark.parametrize("count", [2, 3, 4])
@@ -107,3 +115,24 @@ def test_the_ratio_rises_from_a_fifth_to_nine_fifths():
 def test_bad_options_name_themselves(option, value):
     with pytest.raises(ValueError, match=f"MOKD.BALANCING.LOSS_RATIO.{option.upper()} is {value}"):
         build_rule("loss_ratio", **{option: value})
+
+
+def test_trust_is_asked_on_the_support_of_the_tasks_gradient():
+    """A dense gradient that agrees where the task looks is trusted, one that does not is not."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.zeros(1, 4, 16, 16, requires_grad=True)
+    task = torch.zeros(1, 4, 16, 16)
+    task[..., 5, 5] = torch.tensor([1.0, -1.0, 1.0, 1.0])
+    noise = torch.randn(1, 4, 16, 16, generator=generator)
+    for given, trusted in ((torch.where(task == 0, noise, task), True), (noise, False)):
+        rule = build_rule("loss_ratio", cap=1e9)
+        boundary = FeatureBoundary(Balancer(rule, **UNSMOOTHED))
+        branches = boundary.split({"p": x * 1}, {"task": Parameters(), "dense": Parameters()})
+        given = given if trusted else torch.where(task == 0, noise, noise - task * 10)
+        losses = {
+            name: (branches[name].features["p"] * g).sum() + 1
+            for name, g in (("task", task), ("dense", given))
+        }
+        decision = boundary.backward(losses)
+        assert abs(cosine(decision.gram, 1, 0)) < 0.1
+        assert decision.weights.tolist() == [1.0, 4.0 if trusted else 0.0]

@@ -25,7 +25,7 @@ from ..data.annotated import coco_layout
 FILES = sorted(
     str(path.relative_to(ROOT))
     for path in (ROOT / "configs").glob("*/*.yaml")  # users' own may be beside the folders
-    if not path.name.startswith("Base-")
+    if not path.name.startswith("Base-") and path.parent.name != "Recipes"  # no whole configs
 )
 TASKS = {path: task_of(load_config(str(ROOT / path))).name for path in FILES}
 CLASSIFIERS = [path for path in FILES if TASKS[path] == "classification"]

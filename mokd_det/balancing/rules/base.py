@@ -48,6 +48,8 @@ class Rule(abc.ABC):
     averages_losses: ClassVar[bool] = False
     schedule: ClassVar[tuple[float, float]] = (1.0, 1.0)  # default of MOKD.BALANCING.SCHEDULE
     reads_gradients: bool = True  # the Gram matrix; else SMOOTHING would change nothing
+    # Cosines with the task's gradient as they are on its support, where features have one.
+    reads_support: ClassVar[bool] = False
     takes_vanishing_gradients: bool = False  # else the others are weighed without them
     needs_positive_losses: bool = False  # one below zero is an error
     weighs_projectors: ClassVar[bool] = False  # projector_weights()

@@ -16,9 +16,9 @@ class LossRatio(Rule):
     irrelevant.
 
     ``trust_k`` rises from 0 at a cosine of ``agreement / 2`` with the task's gradient to 1 at
-    ``agreement``. All inputs are running means, so no single batch decides. The schedule rises:
-    early, a step as long as ``1 + ratio`` task gradients is too long for a learning rate that was
-    tuned without a teacher.
+    ``agreement``; of feature maps, on its support (:func:`.gram.outside_support`). All inputs are
+    running means, so no single batch decides. The schedule rises: early, a step as long as
+    ``1 + ratio`` task gradients is too long for a learning rate that was tuned without a teacher.
 
     Projectors learn at the task's pace, ``|g_task| / |g_k|``, trusted or not: randomly projected
     features agree with nothing, so one that learned with its weight would never get any.
@@ -26,6 +26,7 @@ class LossRatio(Rule):
 
     smoothing = 0.98
     averages_losses = True
+    reads_support = True
     schedule = (0.2, 1.8)
     needs_positive_losses = True
     weighs_projectors = True
