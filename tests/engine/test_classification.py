@@ -110,8 +110,9 @@ def test_the_checkpoint_is_torchvisions_and_has_no_teacher(make_digits_cfg):
         slow(["SOLVER.EMA_DECAY", 0.9, "SOLVER.OPTIMIZER", "AdamW"]),
         slow(["MOKD.BALANCING.RULE", "famo", "MODEL.CLASSIFIER.NAME", "mobilenet_v3_small"]),
         slow(["DATALOADER.NUM_WORKERS", 2]),
+        slow(["MOKD.OBJECTIVES", ["teacher_head", "logits"], "MOKD.FEATURES.DIM", 0]),
     ],
-    ids=["plain", "mixed", "average", "famo", "workers"],
+    ids=["plain", "mixed", "average", "famo", "workers", "teacher_head"],
 )
 def test_resumed_equals_uninterrupted(make_digits_cfg, opts):
     opts = [*SMALL, *opts, "SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 2]
@@ -254,6 +255,9 @@ RANK_CASES = {
     "features": ["MOKD.BALANCING.MEASURE_AT", "features"],
     "parameters": ["MOKD.BALANCING.MEASURE_AT", "parameters"],
     "min_norm": ["MOKD.BALANCING.MEASURE_AT", "features", "MOKD.BALANCING.RULE", "min_norm"],
+    "teacher_head": [
+        *("MOKD.OBJECTIVES", ["teacher_head", "logits"], "MOKD.BALANCING.RULE", "min_norm"),
+    ],
 }
 RANK_OPTS = [
     *(*DIGIT_OPTS, "MODEL.CLASSIFIER.NAME", "squeezenet1_1", "SOLVER.BASE_LR", 0.005),

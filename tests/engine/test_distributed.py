@@ -24,6 +24,12 @@ CASES = {
         *("MOKD.BALANCING.MEASURE_AT", "parameters", "MOKD.BALANCING.RULE", "min_norm"),
     ],
     "features with outputs": ["MOKD.BALANCING.RULE", "min_norm", *OUTPUTS],
+    # A random teacher's heads say next to nothing: only with a large weight does it matter.
+    "teacher_head": [
+        *("MOKD.BALANCING.RULE", "fixed", "MOKD.BALANCING.FIXED.WEIGHTS", [1.0, 3000.0]),
+        *("MOKD.OBJECTIVES", ["teacher_head"]),
+        *("MOKD.TEACHER.PROPOSALS", 16, "MOKD.FEATURES.STUDENT", [], "MOKD.FEATURES.DIM", 0),
+    ],
     "parameters with outputs": [
         *("MOKD.BALANCING.MEASURE_AT", "parameters", "MOKD.BALANCING.RULE", "fixed"),
         *("MOKD.BALANCING.FIXED.WEIGHTS", [1.0, 0.5, 2.0], *OUTPUTS),

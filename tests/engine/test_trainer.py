@@ -249,11 +249,27 @@ def test_checkpoint_loads_in_stock_detectron2_with_equal_outputs(make_cfg, tmp_p
     assert torch.equal(scores, instances.scores)
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_resumed_equals_uninterrupted(make_cfg, workers):
+HEADS = [
+    *("MOKD.OBJECTIVES", ["teacher_head", "outputs"]),
+    *("MOKD.FEATURES.STUDENT", [], "MOKD.FEATURES.DIM", 0),
+]
+GENERATED = ["MOKD.FEATURES.PROJECTOR", "MaskedGenerator", "MOKD.FEATURES.DIM", 0]
+
+
+@pytest.mark.parametrize(
+    "workers, objectives",
+    [
+        (0, []),
+        pytest.param(2, [], marks=pytest.mark.slow),
+        pytest.param(0, HEADS, marks=pytest.mark.slow),
+        pytest.param(0, GENERATED, marks=pytest.mark.slow),
+    ],
+    ids=["plain", "workers", "teacher_head", "MGD"],
+)
+def test_resumed_equals_uninterrupted(make_cfg, workers, objectives):
     # Evaluation in between, colours and flips: everything that draws random numbers.
     opts = ["SOLVER.MAX_ITER", 4, "INPUT.COLOR_JITTER", 0.3, "SOLVER.CHECKPOINT_PERIOD", 2]
-    opts += ["TEST.EVAL_PERIOD", 2, *EVALUATED]
+    opts += ["TEST.EVAL_PERIOD", 2, *EVALUATED, *objectives]
     whole = train(make_cfg("mokd", opts, "whole"))
 
     cfg = make_cfg("mokd", [*opts, "DATALOADER.NUM_WORKERS", workers], "stopped")
