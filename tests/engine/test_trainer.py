@@ -409,3 +409,23 @@ def test_classes_of_the_teacher_are_compared_before_training(make_cfg, tmp_path,
     DistillationTrainer(make_cfg("mokd", opts))
     told = [r.getMessage() for r in caplog.records if "compared by their num" in r.getMessage()]
     assert len(told) == 1 and "the teacher's 1: shrub" in told[0]
+
+
+@pytest.mark.parametrize(
+    "opts",
+    [
+        ["SOLVER.AMP.ENABLED", True, "SOLVER.AMP.PRECISION", "bfloat16"],
+        ["MOKD.TEACHER.PRECISION", "bfloat16", "MOKD.TEACHER.CHANNELS_LAST", True],
+        ["MOKD.TEACHER.INFERENCE_MODE", True, "SOLVER.MICRO_BATCHES", 2],
+        ["MOKD.BALANCING.MEASURE_AT", "parameters"],
+        ["MOKD.BALANCING.RULE", "famo"],
+    ],
+    ids=["bfloat16", "teacher at speed", "micro-batches", "parameters", "famo"],
+)
+@pytest.mark.slow
+def test_teacher_head_with_every_kind_of_step(make_cfg, opts):
+    opts = [*HEADS, *opts, "MOKD.TEACHER_HEAD.STUDENT", ["p4", "p5"], "SOLVER.MAX_ITER", 2]
+    trainer = train(make_cfg("mokd", [*opts, "MOKD.TEACHER_HEAD.TEACHER", ["p4", "p5"]]))
+    assert trainer.iter == 2
+    assert trainer.storage.latest()["loss_teacher_head_classes"][0] > 0
+    assert all(p.isfinite().all() for p in trainer.model.parameters())
