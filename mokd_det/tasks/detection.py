@@ -2,6 +2,7 @@
 """Detectron2's detectors, and every other meta-architecture that looks like one."""
 
 import functools
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -134,21 +135,7 @@ class DetectionTask(Task):
     ) -> list[Level]:
         shapes, teacher_shapes = student.backbone.output_shape(), teacher.feature_shapes()
         level_map = build_level_map(shapes, teacher_shapes, names, teacher_names)
-        return [
-            Level(
-                name,
-                other,
-                shapes[name].channels,
-                teacher_shapes[other].channels,
-                functools.partial(
-                    align_resolution,
-                    student_stride=shapes[name].stride,
-                    teacher_stride=teacher_shapes[other].stride,
-                ),
-                shapes[name].stride,
-            )
-            for name, other in level_map.items()
-        ]
+        return _levels(level_map, shapes, teacher_shapes, align_resolution)
 
     def match_heads(
         self, cfg: CfgNode, student: Any, teacher: Any, names: Names = (), teacher_names: Names = ()
@@ -168,21 +155,6 @@ class DetectionTask(Task):
         shapes, teacher_shapes = student.backbone.output_shape(), teacher.feature_shapes()
         of_heads = {name: teacher_shapes[name] for name in read}
         level_map = build_head_map(shapes, of_heads, names, teacher_names)
-        levels = [
-            Level(
-                name,
-                other,
-                shapes[name].channels,
-                of_heads[other].channels,
-                functools.partial(
-                    onto_grid,
-                    student_stride=shapes[name].stride,
-                    teacher_stride=of_heads[other].stride,
-                ),
-                of_heads[other].stride,
-            )
-            for name, other in level_map.items()
-        ]
         given = set(level_map.values())
         reader = build_box_reader(teacher.model, "teacher", given) if reads_boxes else None
         if reader is not None and not reader.in_features:
@@ -191,9 +163,18 @@ class DetectionTask(Task):
                 f"has levels for {sorted(given)} only (of equal stride): name a level for one of "
                 "them in MOKD.TEACHER_HEAD.STUDENT and MOKD.TEACHER_HEAD.TEACHER."
             )
+        rpn_reader = build_rpn_reader(teacher.model, given) if rpn else None
+        read_on: Any = (("boxes", reader, teacher.reader), ("anchors", rpn_reader, rpn))
+        for what, part, whole in read_on:
+            if part is not None:
+                logging.getLogger(__name__).info(
+                    f"teacher_head: {what} are read on {', '.join(part.in_features)} of the "
+                    f"teacher's {', '.join(whole.in_features)}."
+                )
+        levels = _levels(level_map, shapes, of_heads, onto_grid)
         return levels, DetectorHeads(
             reader,
-            build_rpn_reader(teacher.model, given) if rpn else None,
+            rpn_reader,
             options.CLASS_WEIGHT,
             options.BOX_WEIGHT,
             options.RPN_WEIGHT,
@@ -310,8 +291,7 @@ def build_level_map(
         if not common:
             raise ValueError(
                 "Student and teacher share neither a feature name nor a stride, so "
-                "MOKD.FEATURES.STUDENT and {node}.TEACHER must say which level matches "
-                f"which. {have}"
+                f"{node}.STUDENT and {node}.TEACHER must say which level matches which. {have}"
             )
         return common
     teacher_names = teacher_names or student_names
@@ -346,9 +326,15 @@ def build_head_map(
     ValueError: as :func:`build_level_map`.
     """
     if student_names or teacher_names:
-        return build_level_map(
+        level_map = build_level_map(
             student_shapes, teacher_shapes, student_names, teacher_names, "MOKD.TEACHER_HEAD"
         )
+        if len(set(level_map.values())) < len(level_map):
+            raise ValueError(
+                f"MOKD.TEACHER_HEAD.TEACHER {list(level_map.values())} names a level twice: the "
+                "heads read each level once."
+            )
+        return level_map
     found: dict[str, str] = {}
     for name, shape in teacher_shapes.items():
         equal = [n for n, s in student_shapes.items() if s.stride == shape.stride]
@@ -361,6 +347,29 @@ def build_head_map(
             f"{_described(student_shapes)}; the heads read {_described(teacher_shapes)}."
         )
     return found
+
+
+def _levels(
+    level_map: Mapping[str, str],
+    shapes: Mapping[str, ShapeSpec],
+    teacher_shapes: Mapping[str, ShapeSpec],
+    align: Callable,
+) -> list[Level]:
+    return [
+        Level(
+            name,
+            other,
+            shapes[name].channels,
+            teacher_shapes[other].channels,
+            functools.partial(
+                align,
+                student_stride=shapes[name].stride,
+                teacher_stride=teacher_shapes[other].stride,
+            ),
+            shapes[name].stride,
+        )
+        for name, other in level_map.items()
+    ]
 
 
 def _levels_of_equal_stride(student_shapes, teacher_shapes):

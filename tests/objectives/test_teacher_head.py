@@ -184,6 +184,10 @@ def test_bad_options_are_explained(make_cfg, opts, message):
     [
         (["PROJECTOR", "none"], "'p3' of the student has 64 channels and 'p3' of the teacher 128"),
         (["STUDENT", ["p9"]], "MOKD.TEACHER_HEAD.STUDENT has .'p9'., which its side does not"),
+        (
+            ["STUDENT", ["p3", "p4"], "MOKD.TEACHER_HEAD.TEACHER", ["p4", "p4"]],
+            "MOKD.TEACHER_HEAD.TEACHER .'p4', 'p4'. names a level twice",
+        ),
         (["TEACHER", ["p3"]], "MOKD.TEACHER_HEAD.TEACHER is .* but MOKD.TEACHER_HEAD.STUDENT is"),
         (
             ["STUDENT", ["p6"]],
