@@ -92,42 +92,9 @@ class FeatureObjective(Objective):
         if not 0 <= options.MASKED < 1:
             raise ValueError(f"MOKD.FEATURES.MASKED is {options.MASKED}: expected 0 <= m < 1.")
         check_temperature("MOKD.FEATURES.TEMPERATURE", options.TEMPERATURE)
-        projector = PROJECTORS.get(options.PROJECTOR)
         check_projector(options.DIM, options.TEACHER_SIDE)
-        wanted = inspect.signature(FEATURE_LOSSES.get(options.LOSS)).parameters
-        if options.FOREGROUND and "weights" not in wanted:
-            raise ValueError(
-                f"MOKD.FEATURES.FOREGROUND is '{options.FOREGROUND}', but LOSS '{options.LOSS}' "
-                "does not weigh positions: set it to ''."
-            )
-        if not options.FOREGROUND and "weights" in wanted:
-            if wanted["weights"].default is inspect.Parameter.empty:
-                raise ValueError(
-                    f"MOKD.FEATURES.LOSS is '{options.LOSS}', which weighs positions by boxes, and "
-                    "FOREGROUND is '': set it to 'ground_truth' or 'teacher'."
-                )
-        if options.LOSS == "fgd" and options.FOREGROUND_UNIT != "box":
-            raise ValueError(
-                "MOKD.FEATURES.LOSS is 'fgd', which gives each box the same weight, and "
-                f"FOREGROUND_UNIT is '{options.FOREGROUND_UNIT}': set it to 'box'."
-            )
-        of_projector = {name.upper() for name in options_of(projector, options)}
-        unread = {
-            "FOREGROUND_SHARE": not options.FOREGROUND and "FOREGROUND 'ground_truth', 'teacher'",
-            "FOREGROUND_UNIT": not options.FOREGROUND and "FOREGROUND 'ground_truth', 'teacher'",
-            "FOREGROUND_SCORE": options.FOREGROUND != "teacher" and "FOREGROUND 'teacher'",
-            "TEMPERATURE": "temperature" not in wanted and "LOSS 'cwd'",
-            "MASKED": "MASKED" not in of_projector and "PROJECTOR 'MaskedGenerator'",
-            "DIM": "DIM" not in of_projector and "PROJECTOR 'SubspaceProjector'",
-            "TEACHER_SIDE": "TEACHER_SIDE" not in of_projector and "PROJECTOR 'SubspaceProjector'",
-        }
-        usual = get_cfg().MOKD.FEATURES
-        for option, reader in unread.items():
-            if reader and options[option] != usual[option]:
-                raise ValueError(
-                    f"MOKD.FEATURES.{option} is {options[option]!r}, but it is read with {reader} "
-                    "only: remove it."
-                )
+        _check_weights(options)
+        _check_read(options)
 
     @classmethod
     def from_config(
@@ -182,6 +149,50 @@ class FeatureObjective(Objective):
             device = next(iter(student.features.values())).device
             return [x["instances"].gt_boxes.tensor.to(device) for x in student.batch]
         return None
+
+
+def _check_weights(options: CfgNode) -> None:
+    """A loss and a foreground that do not go together."""
+    wanted = inspect.signature(FEATURE_LOSSES.get(options.LOSS)).parameters
+    if options.FOREGROUND and "weights" not in wanted:
+        raise ValueError(
+            f"MOKD.FEATURES.FOREGROUND is '{options.FOREGROUND}', but LOSS '{options.LOSS}' does "
+            "not weigh positions: set it to ''."
+        )
+    needs = "weights" in wanted and wanted["weights"].default is inspect.Parameter.empty
+    if needs and not options.FOREGROUND:
+        raise ValueError(
+            f"MOKD.FEATURES.LOSS is '{options.LOSS}', which weighs positions by boxes, and "
+            "FOREGROUND is '': set it to 'ground_truth' or 'teacher'."
+        )
+    if options.LOSS == "fgd" and options.FOREGROUND_UNIT != "box":
+        raise ValueError(
+            "MOKD.FEATURES.LOSS is 'fgd', which gives each box the same weight, and "
+            f"FOREGROUND_UNIT is '{options.FOREGROUND_UNIT}': set it to 'box'."
+        )
+
+
+def _check_read(options: CfgNode) -> None:
+    """Options that the chosen projector, loss or foreground does not read."""
+    of_loss = inspect.signature(FEATURE_LOSSES.get(options.LOSS)).parameters
+    of_projector = options_of(PROJECTORS.get(options.PROJECTOR), options)
+    foreground = "FOREGROUND 'ground_truth' or 'teacher'"
+    readers = {
+        "FOREGROUND_SHARE": (bool(options.FOREGROUND), foreground),
+        "FOREGROUND_UNIT": (bool(options.FOREGROUND), foreground),
+        "FOREGROUND_SCORE": (options.FOREGROUND == "teacher", "FOREGROUND 'teacher'"),
+        "TEMPERATURE": ("temperature" in of_loss, "LOSS 'cwd'"),
+        "MASKED": ("masked" in of_projector, "PROJECTOR 'MaskedGenerator'"),
+        "DIM": ("dim" in of_projector, "PROJECTOR 'SubspaceProjector'"),
+        "TEACHER_SIDE": ("teacher_side" in of_projector, "PROJECTOR 'SubspaceProjector'"),
+    }
+    usual = get_cfg().MOKD.FEATURES
+    for option, (is_read, reader) in readers.items():
+        if not is_read and options[option] != usual[option]:
+            raise ValueError(
+                f"MOKD.FEATURES.{option} is {options[option]!r}, but it is read with {reader} "
+                "only: remove it."
+            )
 
 
 def key_of(name: str) -> str:
