@@ -63,6 +63,11 @@ TABLES = (
         (("", "bccd", ["fixed 1:0.1:15", "fixed 1:1:1", *TORCHJD, "famo sum", *MIN_NORM]),),
         "loss ratio",
     ),
+    (
+        "Features of detectors on BCCD",
+        (("R-CNN: ", "bccd_features_rcnn", None), ("RetinaNet: ", "bccd_features", None)),
+        "features and outputs",
+    ),
     ("Fixed weights on MNIST", (("", "mnist", FIXED),), None),
     ("Ablation of the features on MNIST", (("", "mnist_ablation", None),), None),
     (
@@ -148,17 +153,19 @@ def small_table(title, groups, extra):
     """Rows of one or several studies; rows with the same numbers are joined."""
     notes = Notes()
     loaded = [(prefix, *load(name), methods) for prefix, name, methods in groups]
+    # The second baseline is tuned fixed weights, unless it is the column more.
+    is_tuned = any(len({*s["baseline"]} - {extra}) > 1 for _, s, *_ in loaded)
     head = ["method", "seeds", "val / test", "- from scratch"]
-    head += ["- tuned fixed weights"] if any(len(s["baseline"]) > 1 for _, s, *_ in loaded) else []
+    head += ["- tuned fixed weights"] if is_tuned else []
     head += [f"- {extra}"] if extra else []
     joined = {}
     for prefix, study, summary, methods in loaded:
         scratch, fixed = [*study["baseline"], None][:2]
+        baselines = [scratch, *([fixed] if is_tuned else []), *([extra] if extra else [])]
         for method in methods or summary:
             row = summary[method]
             cells = [str(records.seeds_of(row)), records.means_cell(row)]
-            for baseline in (scratch, fixed, extra)[: len(head) - 3]:
-                cells.append(records.difference_cell(row, baseline))
+            cells += [records.difference_cell(row, baseline) for baseline in baselines]
             label = f"{prefix}{method}{notes.mark(study['methods'][method])}"
             joined.setdefault(tuple(cells), []).append(label)
     rows = [["; ".join(labels), *cells] for cells, labels in joined.items()]
