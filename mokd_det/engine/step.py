@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..balancing import Decision
 from ..data import ResumableLoader
-from ..modeling import module_numbers
+from ..modeling import module_numbers, shortened
 from .average import WeightAverage
 from .diagnostics import BalanceDiagnostics
 from .replay import Replay
@@ -163,6 +163,7 @@ class BalancedTrainer(SimpleTrainer):
             "diagnostics": self.diagnostics.state_dict(),
             "numbers": self._changed_numbers(),
             "objectives": list(self.inner.names),
+            "trained_by_objectives": _shapes(self.inner),
             **{name: part.state_dict() for name, part in self._parts.items()},
         }
 
@@ -209,6 +210,21 @@ class BalancedTrainer(SimpleTrainer):
                 f"The checkpoint is of the objectives {', '.join(before)}, and MOKD.OBJECTIVES has "
                 f"{', '.join(now[1:])} besides the task now. {NEW_RUN}"
             )
+        shapes, given = _shapes(self.inner), state.get("trained_by_objectives")
+        if given is not None and given != shapes:
+            changed = sorted(
+                n for n in shapes.keys() | given.keys() if shapes.get(n) != given.get(n)
+            )
+            raise ValueError(
+                f"The checkpoint has other projectors ({shortened(changed)}): resume with the same "
+                "PROJECTOR, levels and widths (MOKD.FEATURES, MOKD.TEACHER_HEAD). " + NEW_RUN
+            )
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Of what objectives train for themselves, by name."""
+    named = getattr(model, "objectives", nn.ModuleDict()).named_parameters()
+    return {name: tuple(parameter.shape) for name, parameter in named}
 
 
 def _mean_losses(passes):

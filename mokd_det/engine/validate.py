@@ -83,6 +83,8 @@ def _check_kind(cfg: CfgNode, task: Task) -> None:
 
 def _check_objectives(cfg: CfgNode, task: Task) -> None:
     names = list(cfg.MOKD.OBJECTIVES)
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError(f"MOKD.OBJECTIVES is {names}: expected a list of names.")
     if len(set(names)) < len(names):
         raise ValueError(f"MOKD.OBJECTIVES is {names}: expected each name once.")
     for name in names:

@@ -34,6 +34,7 @@ class Level:
         student, teacher: names of the features.
         align: from the two features to maps (N, C_s, H, W) and (N, C_t, H, W) on one grid.
         stride: of the student's map, in pixels; None where there is none (classifiers).
+        is_vector: the maps have a single position.
     """
 
     student: str
@@ -42,6 +43,7 @@ class Level:
     teacher_channels: int
     align: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
     stride: int | None = None
+    is_vector: bool = False
 
 
 @OBJECTIVES.register("features")
@@ -107,6 +109,12 @@ class FeatureObjective(Objective):
         levels = task.match_features(cfg, student, teacher, options.STUDENT, options.TEACHER)
         pairs = ", ".join(f"{level.student} -> {level.teacher}" for level in levels)
         logging.getLogger(__name__).info("Features (student -> teacher): %s", pairs)
+        vectors = [level.student for level in levels if level.is_vector]
+        if vectors and options.LOSS == "cwd":
+            raise ValueError(
+                f"MOKD.FEATURES.LOSS is 'cwd', which compares positions, and {vectors} has a "
+                "single one: name maps in MOKD.FEATURES.STUDENT and TEACHER, or use another LOSS."
+            )
         given = options_of(projector, options)
         loss = FEATURE_LOSSES.get(options.LOSS)
         if "temperature" in inspect.signature(loss).parameters:
@@ -163,7 +171,8 @@ def _check_weights(options: CfgNode) -> None:
     if needs and not options.FOREGROUND:
         raise ValueError(
             f"MOKD.FEATURES.LOSS is '{options.LOSS}', which weighs positions by boxes, and "
-            "FOREGROUND is '': set it to 'ground_truth' or 'teacher'."
+            "FOREGROUND is '': set it to 'ground_truth' or 'teacher' for a detector; for a "
+            "classifier use another LOSS."
         )
     if options.LOSS == "fgd" and options.FOREGROUND_UNIT != "box":
         raise ValueError(

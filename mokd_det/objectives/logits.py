@@ -57,6 +57,11 @@ class LogitObjective(Objective):
                 "(MOKD.OBJECTIVES ['features'])."
             )
         options = cfg.MOKD.LOGITS
+        if options.LOSS == "dkd" and student.num_classes < 2:
+            raise ValueError(
+                "MOKD.LOGITS.LOSS is 'dkd', which compares the classes besides the target, and "
+                "there is one class only: use 'kl'."
+            )
         return cls(student.head, options.TEMPERATURE, options.LOSS, options.DKD_BETA)
 
     def forward(self, student: StudentOutputs, teacher: Any) -> dict[str, Tensor]:

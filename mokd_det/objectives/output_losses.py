@@ -16,9 +16,30 @@ RPN_BETA = 1 / 9
 
 
 def check_temperature(option: str, temperature: float) -> None:
-    """Raise ValueError unless an option's temperature is above zero."""
-    if not temperature > 0:
-        raise ValueError(f"{option} is {temperature}: expected > 0.")
+    """Raise ValueError unless an option's temperature is above zero and finite."""
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"{option} is {temperature}: expected > 0, and finite.")
+
+
+def check_weights(node: str, options: Any, needed: tuple[str, ...]) -> None:
+    """
+    Raise ValueError unless CLASS_WEIGHT, BOX_WEIGHT and RPN_WEIGHT of the config's node are finite
+    numbers >= 0, and one of those that are needed above.
+    """
+    weights = {name: options[name] for name in ("CLASS_WEIGHT", "BOX_WEIGHT", "RPN_WEIGHT")}
+    in_range = all(0 <= weight < float("inf") for weight in weights.values())
+    if not in_range or not any(weights[name] for name in needed):
+        given = ", ".join(f"{name} {value}" for name, value in weights.items())
+        raise ValueError(
+            f"{node} has {given}: expected finite numbers >= 0, and one of {', '.join(needed)} "
+            "above."
+        )
+    for name, usual in (("TEMPERATURE", 1), ("LOSS", "kl"), ("DKD_BETA", 1)):
+        if not weights["CLASS_WEIGHT"] and options.get(name, usual) != usual:
+            raise ValueError(
+                f"{node}.{name} is {options[name]!r}, but it is read for classes only, and "
+                f"{node}.CLASS_WEIGHT is 0: remove it."
+            )
 
 
 def kl_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
@@ -27,8 +48,12 @@ def kl_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) ->
     the temperature squared (Hinton et al. 2015), averaged over R: a scalar, zero without rows.
     """
     ours, theirs = (F.log_softmax(x.float() / temperature, dim=1) for x in (student, teacher))
-    total = F.kl_div(ours, theirs, reduction="sum", log_target=True)
-    return total * temperature**2 / max(len(student), 1)
+    return _mean(F.kl_div(ours, theirs, reduction="sum", log_target=True), student, temperature)
+
+
+def _mean(total: Tensor, rows: Tensor, temperature: float) -> Tensor:
+    # Rounding may leave less than nothing, which a high temperature makes large.
+    return total.clamp_min(0) * temperature**2 / max(len(rows), 1)
 
 
 def decoupled_kl(
@@ -58,7 +83,7 @@ def decoupled_kl(
         weight * F.kl_div(x, y, reduction="sum", log_target=True)
         for weight, x, y in zip((1.0, beta), parts(ours), parts(theirs))
     )
-    return total * temperature**2 / max(len(student), 1)
+    return _mean(total, student, temperature)
 
 
 def correlation_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -72,10 +97,20 @@ def correlation_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return (1 - pearson(student, teacher, 1)).mean() + (1 - pearson(student, teacher, 0)).mean()
 
 
-def pearson(first: Tensor, second: Tensor, dim: int, eps: float = 1e-8) -> Tensor:
-    """Correlation along ``dim``; zero where one side does not vary."""
-    first, second = (x - x.mean(dim, keepdim=True) for x in (first, second))
-    return F.cosine_similarity(first, second, dim=dim, eps=eps)
+def pearson(first: Tensor, second: Tensor, dim: int) -> Tensor:
+    """
+    Correlation of two non-negative tensors along ``dim``, zero where one does not vary. A deviation
+    of less than a tenth of the mean counts as a tenth: near a constant, such as a head of zeros
+    says at first, the gradient of a correlation has no bound.
+    """
+
+    def normalised(x: Tensor) -> Tensor:
+        mean = x.mean(dim, keepdim=True)
+        least = 0.1 * mean.abs() * x.shape[dim] ** 0.5
+        size = (x - mean).square().sum(dim, keepdim=True).clamp_min(1e-30).sqrt()
+        return (x - mean) / torch.maximum(size, least).clamp_min(1e-30)
+
+    return (normalised(first) * normalised(second)).sum(dim)
 
 
 CLASS_LOSSES = ("kl", "dkd", "dist")
@@ -130,7 +165,7 @@ def class_loss(
         return kl_divergence(student.logits, teacher.logits, temperature)
     pairs = zip(*(x.log_probabilities(temperature) for x in (student, teacher)))
     total: Any = sum(F.kl_div(x, y, reduction="sum", log_target=True) for x, y in pairs)
-    return total * temperature**2 / max(len(student.logits), 1)
+    return _mean(total, student.logits, temperature)
 
 
 def box_loss(student: BoxOutputs, teacher: BoxOutputs) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..readers import BoxReader, RPNReader, build_box_reader, build_rpn_readers
 from .base import OBJECTIVES, Objective, StudentOutputs
-from .output_losses import box_loss, check_class_loss, class_loss, rpn_losses
+from .output_losses import box_loss, check_class_loss, check_weights, class_loss, rpn_losses
 
 if TYPE_CHECKING:
     from ..tasks import Task
@@ -50,12 +50,7 @@ class OutputObjective(Objective):
     def check_config(cls, cfg: CfgNode) -> None:
         options = cfg.MOKD.OUTPUTS
         check_class_loss("MOKD.OUTPUTS", options)
-        classes, boxes, rpn = options.CLASS_WEIGHT, options.BOX_WEIGHT, options.RPN_WEIGHT
-        if min(classes, boxes, rpn) < 0 or not classes + boxes > 0:
-            raise ValueError(
-                f"MOKD.OUTPUTS.CLASS_WEIGHT is {classes}, BOX_WEIGHT {boxes} and RPN_WEIGHT {rpn}: "
-                "expected numbers >= 0, one of the first two above."
-            )
+        check_weights("MOKD.OUTPUTS", options, ("CLASS_WEIGHT", "BOX_WEIGHT"))
 
     @classmethod
     def from_config(

@@ -155,7 +155,7 @@ class MaskedGenerator(nn.Module):
     def __init__(self, student_channels: int, teacher_channels: int, *, masked: float = 0.65):
         """``masked``: the share of positions, in [0, 1)."""
         super().__init__()
-        self.masked = masked
+        self.masked, self.calls = masked, 0
         self.student: nn.Module = nn.Identity()
         if student_channels != teacher_channels:
             self.student = nn.Conv2d(student_channels, teacher_channels, 1)
@@ -167,8 +167,22 @@ class MaskedGenerator(nn.Module):
 
     def forward(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         student = self.student(student)
-        kept = torch.rand_like(student[:, :1]) >= self.masked
-        return self.generate(student * kept), teacher
+        return self.generate(student * self._kept(student)), teacher
+
+    def _kept(self, student: Tensor) -> Tensor:
+        """(N, 1, H, W), which positions are kept."""
+        # Numbers of its own: the student's (which proposals are sampled) stay those from scratch.
+        # A pass without gradients is a second one on the same batch.
+        self.calls += torch.is_grad_enabled()
+        generator = torch.Generator().manual_seed(self.calls)
+        shape = (len(student), 1, *student.shape[2:])
+        return (torch.rand(shape, generator=generator) >= self.masked).to(student.device)
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.calls)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.calls = int(state)
 
 
 class SemiOrthogonal(nn.Module):

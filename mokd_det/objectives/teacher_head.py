@@ -13,7 +13,8 @@ from ..readers import BoxReader, RPNReader
 from ..teachers import TeacherOutputs
 from .base import OBJECTIVES, Objective, StudentOutputs
 from .features import Level, key_of
-from .output_losses import box_loss, check_temperature, class_loss, kl_divergence, rpn_losses
+from .output_losses import box_loss, check_temperature, check_weights, class_loss
+from .output_losses import kl_divergence, rpn_losses
 from .projector import normalise_like
 
 if TYPE_CHECKING:
@@ -157,12 +158,8 @@ class TeacherHeadObjective(Objective):
                 f"MOKD.TEACHER_HEAD.PROJECTOR is '{options.PROJECTOR}': expected one of "
                 f"{', '.join(map(repr, PROJECTORS))}."
             )
-        weights = [options[f"{name}_WEIGHT"] for name in ("CLASS", "BOX", "RPN")]
-        if min(weights) < 0 or not any(weights):
-            raise ValueError(
-                f"MOKD.TEACHER_HEAD.CLASS_WEIGHT is {weights[0]}, BOX_WEIGHT {weights[1]} and "
-                f"RPN_WEIGHT {weights[2]}: expected numbers >= 0, not all zero."
-            )
+        names = ("CLASS_WEIGHT", "BOX_WEIGHT", "RPN_WEIGHT")
+        check_weights("MOKD.TEACHER_HEAD", options, names)
 
     @classmethod
     def from_config(

@@ -337,7 +337,10 @@ def build_box_reader(
     instead = "Its features can be distilled: MOKD.OBJECTIVES ['teacher_head'] or ['features']."
     if who == "teacher":
         asked += ", 'teacher_head' there, or MOKD.FEATURES.FOREGROUND 'teacher'"
-        instead = "Its features can be distilled: MOKD.OBJECTIVES ['features']."
+        instead = (
+            "Its features can be distilled: MOKD.OBJECTIVES ['features'], with FOREGROUND '' or "
+            "'ground_truth'."
+        )
     raise ValueError(
         f"The heads of the {who}, a {type(detector).__name__}, cannot be read, which {asked} asks "
         f"for: expected an R-CNN with Detectron2's ROI heads, or RetinaNet. {instead}"

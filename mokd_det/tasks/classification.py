@@ -152,6 +152,7 @@ class ClassificationTask(Task):
                 shape.channels,
                 teacher_shapes[other].channels,
                 functools.partial(_align, shape=shape, teacher_shape=teacher_shapes[other]),
+                is_vector="vector" in (shape.kind, teacher_shapes[other].kind),
             )
             for tap, shape in shapes.items()
         ]

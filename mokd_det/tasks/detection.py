@@ -149,8 +149,14 @@ class DetectionTask(Task):
             read = [*dict.fromkeys([*teacher.reader.in_features, *read])]
         elif not read:
             raise ValueError(
-                "MOKD.TEACHER_HEAD.CLASS_WEIGHT and BOX_WEIGHT are 0, and the teacher has no RPN "
-                "that can be read: set one of them."
+                "MOKD.TEACHER_HEAD.CLASS_WEIGHT and BOX_WEIGHT are 0, and the teacher, a "
+                f"{type(teacher.model).__name__}, has no RPN that can be read: set one of them for "
+                "an R-CNN or RetinaNet; for others use MOKD.OBJECTIVES ['features']."
+            )
+        if rpn is None and options.RPN_WEIGHT not in (0, 1):
+            raise ValueError(
+                f"MOKD.TEACHER_HEAD.RPN_WEIGHT is {options.RPN_WEIGHT}, but the teacher, a "
+                f"{type(teacher.model).__name__}, has no RPN that can be read: remove it."
             )
         shapes, teacher_shapes = student.backbone.output_shape(), teacher.feature_shapes()
         of_heads = {name: teacher_shapes[name] for name in read}
@@ -266,6 +272,7 @@ def build_level_map(
     student_names: Sequence[str] = (),
     teacher_names: Sequence[str] = (),
     node: str = "MOKD.FEATURES",
+    theirs_are: str = "the teacher has",
 ) -> dict[str, str]:
     """
     Return which level of the teacher each of the student's is matched with.
@@ -279,7 +286,10 @@ def build_level_map(
     nothing in common; the message lists what both sides have.
     """
     ours, theirs = _described(student_shapes), _described(teacher_shapes)
-    have = f"The student has {ours}; the teacher has {theirs}."
+    have = f"The student has {ours}; {theirs_are} {theirs}."
+    for side, names in (("STUDENT", student_names), ("TEACHER", teacher_names)):
+        if not all(isinstance(name, str) for name in names):
+            raise ValueError(f"{node}.{side} is {list(names)}: expected a list of names. {have}")
     if teacher_names and not student_names:
         raise ValueError(
             f"{node}.TEACHER is {list(teacher_names)} but {node}.STUDENT is empty: "
@@ -327,7 +337,12 @@ def build_head_map(
     """
     if student_names or teacher_names:
         level_map = build_level_map(
-            student_shapes, teacher_shapes, student_names, teacher_names, "MOKD.TEACHER_HEAD"
+            student_shapes,
+            teacher_shapes,
+            student_names,
+            teacher_names,
+            "MOKD.TEACHER_HEAD",
+            "the teacher's heads read",
         )
         if len(set(level_map.values())) < len(level_map):
             raise ValueError(

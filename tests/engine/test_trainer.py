@@ -109,8 +109,21 @@ def test_weights_one_equal_the_plain_sum_bit_for_bit(make_cfg, name, outputs):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-7), key
 
 
-@pytest.mark.parametrize("name", ["faster_rcnn", pytest.param("retinanet", marks=pytest.mark.slow)])
-def test_distillation_of_weight_zero_is_training_from_scratch(make_cfg, name):
+@pytest.mark.parametrize(
+    "name, objectives",
+    [
+        ("faster_rcnn", []),
+        pytest.param("retinanet", [], marks=pytest.mark.slow),
+        pytest.param(
+            "faster_rcnn", ["MOKD.FEATURES.PROJECTOR", "MaskedGenerator"], marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "faster_rcnn", ["MOKD.OBJECTIVES", ["teacher_head", "outputs"]], marks=pytest.mark.slow
+        ),
+    ],
+    ids=["faster_rcnn", "retinanet", "MGD", "teacher_head"],
+)
+def test_distillation_of_weight_zero_is_training_from_scratch(make_cfg, name, objectives):
     """So a student and its baseline differ by nothing but the teacher."""
     opts = ["MOKD.ENABLED", False, "DATALOADER.RESUMABLE", True]
     scratch = train(make_cfg(name, opts, "scratch"))
@@ -121,6 +134,7 @@ def test_distillation_of_weight_zero_is_training_from_scratch(make_cfg, name):
         "fixed",
         "MOKD.OBJECTIVES",
         ["features", "outputs"],
+        *objectives,
     ]
     mokd = train(make_cfg(name, [*opts, "MOKD.BALANCING.FIXED.WEIGHTS", [1.0, 0.0, 0.0]], "mokd"))
     assert_equal_states(scratch.model.student.state_dict(), mokd.model.student.state_dict())
@@ -281,6 +295,14 @@ def test_resumed_equals_uninterrupted(make_cfg, workers, objectives):
     momentum = [t._trainer.optimizer.state_dict()["state"] for t in (whole, second)]
     for key in momentum[0]:
         assert torch.equal(momentum[0][key]["momentum_buffer"], momentum[1][key]["momentum_buffer"])
+
+
+def test_other_projectors_cannot_be_resumed(make_cfg):
+    opts = [*EVALUATED[:1], (), "SOLVER.MAX_ITER", 1, *HEADS]
+    train(make_cfg("mokd", opts))
+    cfg = make_cfg("mokd", [*opts, "MOKD.TEACHER_HEAD.STUDENT", ["p3", "p4"]])
+    with pytest.raises(ValueError, match="other projectors .teacher_head.projectors.p5.*resume wi"):
+        train(cfg, resume=True)
 
 
 @pytest.mark.slow

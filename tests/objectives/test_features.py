@@ -176,3 +176,9 @@ def test_other_channels_need_a_projector(make_cfg):
     cfg = make_cfg("mokd", [*opts, "MODEL.FPN.OUT_CHANNELS", 128])
     objective = DistillationTrainer.build_model(cfg).objectives["features"]
     assert not list(objective.parameters())
+
+
+def test_a_vector_has_no_positions_to_compare(build):
+    opts = ["MOKD.OBJECTIVES", ["features"], "MOKD.FEATURES.DIM", 0, "MOKD.FEATURES.LOSS", "cwd"]
+    with pytest.raises(ValueError, match="LOSS is 'cwd', which compares positions, and .'pre_log"):
+        build([*opts, "MOKD.FEATURES.PROJECTOR", "Linear"])

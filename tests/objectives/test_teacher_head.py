@@ -171,7 +171,12 @@ def test_the_trained_batch_decides_the_distribution():
     [
         (["PROJECTOR", "linear"], "TEACHER_HEAD.PROJECTOR is 'linear': expected one of 'Linear'"),
         (["TEMPERATURE", 0.0], "MOKD.TEACHER_HEAD.TEMPERATURE is 0.0: expected > 0"),
-        (["RPN_WEIGHT", -1.0], "RPN_WEIGHT -1.0: expected numbers >= 0"),
+        (["CLASS_WEIGHT", float("inf")], "CLASS_WEIGHT inf, .*: expected finite numbers >= 0"),
+        (
+            ["TEMPERATURE", 2.0, "MOKD.TEACHER_HEAD.CLASS_WEIGHT", 0.0],
+            "TEMPERATURE is 2.0, but it is read for classes only",
+        ),
+        (["RPN_WEIGHT", -1.0], "RPN_WEIGHT -1.0: expected finite numbers >= 0"),
     ],
 )
 def test_bad_options_are_explained(make_cfg, opts, message):
@@ -183,6 +188,11 @@ def test_bad_options_are_explained(make_cfg, opts, message):
     "opts, message",
     [
         (["PROJECTOR", "none"], "'p3' of the student has 64 channels and 'p3' of the teacher 128"),
+        (["STUDENT", [["p3"]]], "MOKD.TEACHER_HEAD.STUDENT is .*: expected a list of names"),
+        (
+            ["STUDENT", ["p3", "p6"], "MOKD.TEACHER_HEAD.RPN_WEIGHT", 0.0],
+            "TEACHER has .'p6'., .* the teacher's heads read p3 .stride 8, 128 ch.., p4",
+        ),
         (["STUDENT", ["p9"]], "MOKD.TEACHER_HEAD.STUDENT has .'p9'., which its side does not"),
         (
             ["STUDENT", ["p3", "p4"], "MOKD.TEACHER_HEAD.TEACHER", ["p4", "p4"]],
@@ -210,6 +220,14 @@ def test_heads_that_cannot_be_read_are_explained(make_cfg, tmp_path):
     message = "heads of the teacher, a FCOS, cannot be read.*'teacher_head' there.*.'features'."
     with pytest.raises(ValueError, match=message):
         DistillationTrainer.build_model(make_cfg("mokd", [*opts, *HEADS]))
+
+
+def test_a_weight_of_an_rpn_that_is_not_there(family_cfg, tmp_path):
+    cfg = family_cfg("retinanet")
+    opts = saved_teacher(cfg, build_model(cfg), tmp_path)
+    cfg = family_cfg("retinanet", [*opts, *HEADS, "MOKD.TEACHER_HEAD.RPN_WEIGHT", 3.0])
+    with pytest.raises(ValueError, match="RPN_WEIGHT is 3.0, but the teacher, a RetinaNet, has no"):
+        DistillationTrainer.build_model(cfg)
 
 
 # ---- classifiers -------------------------------------------------------------------------------
