@@ -125,17 +125,18 @@ def _check_read(cfg: CfgNode, task: Task) -> None:
     for other in [n for n in OBJECTIVES if n not in names]:
         fits = task.is_one_of(OBJECTIVES.get(other).tasks)
         for key, value in _changed(f"MOKD.{other.upper()}", cfg, default):
-            remedy = f", or add '{other}' there" if fits else _instead(key, task)
+            remedy = f", or add '{other}' there" if fits else _instead(key, other, task)
             raise ValueError(
                 f"{key} is {value!r}, but it is read by the objective '{other}' only, and "
                 f"MOKD.OBJECTIVES is {names}: remove it{remedy}."
             )
 
 
-def _instead(key: str, task: Task) -> str:
-    """Say which objectives for this task have the same option."""
-    option = key.split(".")[2]
-    names = [n for n in OBJECTIVES if task.is_one_of(OBJECTIVES.get(n).tasks)]
+def _instead(key: str, other: str, task: Task) -> str:
+    """Say which objectives for this task, comparing what the other one does, have the option."""
+    option, compared = key.split(".")[2], OBJECTIVES.get(other).compares_classes
+    fitting = [n for n in OBJECTIVES if task.is_one_of(OBJECTIVES.get(n).tasks)]
+    names = [n for n in fitting if OBJECTIVES.get(n).compares_classes == compared]
     same = [f"MOKD.{n.upper()}.{option}" for n in names if option in get_cfg().MOKD[n.upper()]]
     return f"; for {task.name} there is {', '.join(same)}" if same else ""
 

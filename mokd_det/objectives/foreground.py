@@ -40,14 +40,11 @@ def foreground_weights(
         inside = touching.any(dim=0)
         count, cells = inside.sum(), height * width
         if unit == "box":
-            others = inside.new_tensor((1 - share), dtype=weights.dtype) / (
-                cells - count
-            ).clamp_min(1)
-            sizes = touching.sum(dim=(1, 2), keepdim=True).clamp_min(1)
-            largest = (
-                torch.where(touching, share / sizes, 0.0).amax(dim=0) if len(sizes) else others
-            )
-            image[0] = torch.where(inside, largest, others)
+            image[0] = (1 - share) / (cells - count).clamp_min(1)
+            if len(touching):
+                sizes = touching.sum(dim=(1, 2), keepdim=True).clamp_min(1)
+                of_smallest = (touching * (share / sizes)).amax(dim=0)
+                image[0] = torch.where(inside, of_smallest, image[0])
             continue
         touched = share * cells / count.clamp_min(1)
         others = (1 - share) * cells / (cells - count).clamp_min(1)

@@ -97,7 +97,7 @@ def test_refused(distilled, opts, message):
         (["MOKD.FEATURES.FOREGROUND", "teacher"], "FOREGROUND is 'teacher', .* detection only"),
         (["MOKD.TEACHER.PROPOSALS", 8], "PROPOSALS is 8, .* read for detection only"),
         (["MODEL.BACKBONE.COMPILE", "eager"], "MODEL.BACKBONE.COMPILE is 'eager', .* detection"),
-        (["MOKD.OUTPUTS.TEMPERATURE", 4.0], "for classification .*MOKD.LOGITS.TEMPERATURE"),
+        (["MOKD.OUTPUTS.TEMPERATURE", 4.0], "remove it; for classif.* is MOKD.LOGITS.TEMPERATURE"),
         (["MOKD.TEACHER.IMAGE_SIZE", -1], "MOKD.TEACHER.IMAGE_SIZE is -1"),
         (["INPUT.CLASSIFICATION.CROP", "none"], "INPUT.CLASSIFICATION.CROP is 'none'"),
     ],
