@@ -21,6 +21,22 @@ DIGITS = Path(__file__).parent / "data" / "digits"
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 
+def pytest_terminal_summary(terminalreporter):
+    """Count the tests marked ``bad_input``, each one input; under xdist as well."""
+    tried = [
+        report
+        for outcome in ("passed", "failed", "error")
+        for report in terminalreporter.stats.get(outcome, [])
+        if "bad_input" in getattr(report, "keywords", {})
+    ]
+    names = {report.nodeid for report in tried}
+    right = names - {report.nodeid for report in tried if not report.passed}
+    if names:
+        end = ", none with a traceback" if right == names else ""
+        line = f"bad inputs, tried / right outcome: {len(names)} / {len(right)}{end}"
+        terminalreporter.write_sep("=", line)
+
+
 @pytest.fixture(autouse=True)
 def at_root_with_a_seed(monkeypatch):
     """Paths in configs count from the checkout; random numbers are the same in every run."""
