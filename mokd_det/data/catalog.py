@@ -2,7 +2,6 @@
 """Registering data sets from the config, and checking them before anything is read."""
 
 import difflib
-import json
 import logging
 import os
 from collections.abc import Sequence
@@ -12,7 +11,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.utils.file_io import PathManager
 
-from .classification.sources import class_names, open_source
+from .classification.sources import open_source
+from .coco import read_coco
 from .paths import datasets_root, local_path
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,8 @@ def register_datasets(cfg: CfgNode) -> None:
         if name not in DatasetCatalog.list():
             register_coco_instances(name, {}, json_file, image_root)
         known = MetadataCatalog.get(name)
-        if known.get("json_file") != json_file or known.get("image_root") != image_root:
+        source = known.get("completed_from") or known.get("json_file")
+        if source != json_file or known.get("image_root") != image_root:
             raise ValueError(
                 f"DATASETS.COCO: the name '{name}' is taken by another data set "
                 f"({known.get('json_file', 'not in COCO format')}). Choose another name."
@@ -71,96 +72,13 @@ def _register_classification(entry):
     MetadataCatalog.get(name).set(evaluator_type="classification", image_path=path)
 
 
-def check_classes(cfg: CfgNode, options: Sequence[str] = ("TRAIN", "TEST")) -> None:
-    """
-    Check the data sets of a classifier, in these keys of ``cfg.DATASETS``, against it. ValueError:
-    a set for detection, sets of different classes, or another number of classes than the
-    classifier's. FileNotFoundError: a folder without class folders.
-    """
-    first = None
-    for option in options:
-        for name in cfg.DATASETS[option]:
-            if MetadataCatalog.get(name).get("evaluator_type") != "classification":
-                raise ValueError(
-                    f"DATASETS.{option} names '{name}', which is no set for classification, but "
-                    "MODEL.META_ARCHITECTURE is 'Classifier': name one of DATASETS.CLASSIFICATION."
-                )
-            classes = class_names(MetadataCatalog.get(name).image_path)
-            first = first or (name, classes)
-            if classes != first[1]:
-                raise ValueError(
-                    f"DATASETS.{option}: '{name}' has other classes ({_listed(classes)}) than "
-                    f"'{first[0]}' ({_listed(first[1])}), so their labels mean different things."
-                )
-            if len(classes) != cfg.MODEL.CLASSIFIER.NUM_CLASSES:
-                raise ValueError(
-                    f"MODEL.CLASSIFIER.NUM_CLASSES is {cfg.MODEL.CLASSIFIER.NUM_CLASSES}, but "
-                    f"'{name}' has {len(classes)} classes ({_listed(classes)}): set it to "
-                    f"{len(classes)}."
-                )
-
-
-def check_teacher_classes(cfg: CfgNode, teacher_cfg: CfgNode) -> None:
-    """
-    Outputs are compared class by class, so both sides must number the classes alike. Checked by
-    the names in the training sets of both configs, where these are known without reading images;
-    ValueError: the same names in another order.
-    """
-    names, teacher_names = _class_names(cfg), _class_names(teacher_cfg)
-    if not names or not teacher_names or names == teacher_names:
-        return
-    both = (
-        f"the student's classes are {_listed(names)} (DATASETS.TRAIN {cfg.DATASETS.TRAIN[0]}), the "
-        f"teacher's {_listed(teacher_names)} ({teacher_cfg.DATASETS.TRAIN[0]})"
-    )
-    if sorted(names) == sorted(teacher_names):
-        raise ValueError(
-            f"MOKD.OBJECTIVES compares classes by number, but {both}, the same in another order. "
-            "Bring the student's data set into the teacher's order, or distil features only "
-            "(MOKD.OBJECTIVES ['features'])."
-        )
-    if len(names) == len(teacher_names):  # another number is the model's to refuse
-        logger.warning(f"Classes are compared by their numbers, but {both}.")
-
-
-def _class_names(cfg):
-    """Of the first training set of a config; None if they are not known."""
-    for name in cfg.DATASETS.TRAIN[:1]:
-        for known, json_file, _ in cfg.DATASETS.COCO:
-            if known == name:
-                return _coco_class_names(local_path(json_file))
-        for known, path in cfg.DATASETS.CLASSIFICATION:
-            if known == name:
-                path = local_path(path)
-                return class_names(path) if os.path.exists(path) else None
-        if name in DatasetCatalog.list():
-            metadata = MetadataCatalog.get(name)
-            return metadata.get("thing_classes") or _coco_class_names(metadata.get("json_file"))
-    return None
-
-
-def _coco_class_names(json_file):
-    """In the order in which Detectron2 numbers the classes: that of the categories' ids."""
-    if json_file is None or not PathManager.isfile(json_file):
-        return None
-    with PathManager.open(json_file) as f:
-        categories = json.load(f).get("categories", [])
-    return [category["name"] for category in sorted(categories, key=lambda c: c["id"])]
-
-
-def _listed(names, most=5):
-    rest = ", ..." if len(names) > most else ""
-    return f"{len(names)}: {', '.join(map(str, names[:most]))}{rest}"
-
-
 def _set_keypoint_metadata(name, json_file):
     """From the JSON: names, and which ("left_x", "right_x") change places in a mirrored image."""
     metadata = MetadataCatalog.get(name)
     if metadata.get("keypoint_names") or not PathManager.isfile(json_file):
         return  # a missing file is :func:`check_datasets`' to explain
-    with PathManager.open(json_file) as f:
-        categories = json.load(f).get("categories", [])
-    names = [category["keypoints"] for category in categories if "keypoints" in category]
+    categories = read_coco(json_file)["categories"]
+    names = [category["keypoints"] for category in categories if category.get("keypoints")]
     if not names or any(other != names[0] for other in names):
         raise ValueError(
             f"DATASETS.COCO: MODEL.KEYPOINT_ON is True, but '{name}' ({json_file}) has "

@@ -188,8 +188,10 @@ class DistillationTrainer(Trainer):
 
 def _check_classes_of_teacher(cfg: CfgNode, task: Task) -> None:
     if cfg.MOKD.ENABLED and not cfg.MOKD.TEACHER.TORCHSCRIPT.FILE:
-        if any(OBJECTIVES.get(name).compares_classes for name in cfg.MOKD.OBJECTIVES):
-            check_teacher_classes(cfg, task.teacher_config(cfg))
+        comparing = [n for n in cfg.MOKD.OBJECTIVES if OBJECTIVES.get(n).compares_classes]
+        if comparing:
+            reader = f"MOKD.OBJECTIVES {comparing}"
+            check_teacher_classes(cfg, task.teacher_config(cfg), reader)
 
 
 def _check_loader(data_loader: Any, trainer: str) -> None:

@@ -5,11 +5,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from detectron2.data import transforms as T
 from torch import Tensor, nn
 
 from ..config import stock_config
+from ..data.coco import read_class_names
 from . import detector
 from .detector import detect, detect_batch
 from .exporter import Exporter, ExportOptions, differences, save_and_load, stack
@@ -139,6 +140,6 @@ def _write_backbone_and_head(model, pictures, path, metadata, tolerance) -> dict
 
 
 def _class_names(name: str, metadata) -> list[str]:
-    if "thing_classes" not in metadata.as_dict():
-        DatasetCatalog.get(name)  # reading COCO's JSON sets them
+    if "thing_classes" not in metadata.as_dict() and "json_file" in metadata.as_dict():
+        return read_class_names(metadata.json_file)
     return metadata.get("thing_classes", [])

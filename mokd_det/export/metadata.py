@@ -39,8 +39,8 @@ def common_metadata(cfg: CfgNode, model: Any, stock_cfg: CfgNode) -> Json:
 
 
 def data_sets_of(cfg: CfgNode) -> list[str]:
-    """Return the names of a config's data sets that are registered, those of TEST first."""
-    return [n for n in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN) if n in DatasetCatalog.list()]
+    """Return the names of a config's data sets that are registered, those of TRAIN first."""
+    return [n for n in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST) if n in DatasetCatalog.list()]
 
 
 def class_names_of(cfg: CfgNode, count: int, names_of: Callable) -> list[str] | None:

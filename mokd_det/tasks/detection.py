@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from ..config import find_config, get_cfg, load_config
 from ..data import ResumableLoader, build_resumable_train_loader, build_train_mapper
-from ..data import check_augmentation
+from ..data import check_augmentation, check_detection_sets, known_class_names
 from ..export import DetectorExporter
 from ..modeling import StrictCheckpointer, load_lazy_config, replace_backbone_features
 from ..objectives import DetectorHeads, Level, Objective, align_resolution, onto_grid
@@ -28,6 +28,12 @@ from .base import TASKS, Features, Names, Task
 
 
 RECIPES_FOR = ("", "one-stage", "two-stage")
+# Where a meta-architecture has the number of its classes.
+NUM_CLASSES = {
+    "GeneralizedRCNN": "MODEL.ROI_HEADS.NUM_CLASSES",
+    "PanopticFPN": "MODEL.ROI_HEADS.NUM_CLASSES",
+    "RetinaNet": "MODEL.RETINANET.NUM_CLASSES",
+}
 
 
 @TASKS.register("detection")
@@ -126,6 +132,18 @@ class DetectionTask(Task):
         return DetectorTeacher(
             model, input_format, proposals=options.PROPOSALS, **speed_options(cfg)
         )
+
+    def check_data(self, cfg: CfgNode, options: Sequence[str] = ("TRAIN", "TEST")) -> None:
+        option = NUM_CLASSES.get(cfg.MODEL.META_ARCHITECTURE)
+        head = (
+            None if option is None else (option, functools.reduce(getattr, option.split("."), cfg))
+        )
+        names = None
+        if "TRAIN" not in options:  # the order is that of training
+            names = known_class_names(cfg)
+            if names is not None and head is not None and len(names) != head[1]:
+                names = None
+        check_detection_sets(cfg, options, head, names)
 
     def shared_part(self, student: nn.Module) -> nn.Module:
         return student.get_submodule("backbone")

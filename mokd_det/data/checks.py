@@ -1,0 +1,119 @@
+# Copyright (c) The mokd_det authors.
+"""Before training and evaluation: are a config's sets in COCO's format what they should be?"""
+
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+
+from .classes import listed_names
+from .coco import check_coco, class_names, read_coco, with_classes
+
+logger = logging.getLogger(__name__)
+
+# The sets that were checked in this process, and as what: one check is enough.
+_checked: dict[str, tuple] = {}
+
+
+def check_detection_sets(
+    cfg: CfgNode,
+    options: Sequence[str],
+    head: tuple[str, int] | None = None,
+    names: Sequence[str] | None = None,
+) -> None:
+    """
+    Check the registered sets in these keys of ``cfg.DATASETS``. A set of ``DATASETS.COCO`` that had
+    to be completed, or whose classes have other numbers, is registered anew, with a file in
+    ``OUTPUT_DIR/datasets``.
+
+    Args:
+        head: the option with the number of classes of the model, and its value; None: unknown.
+        names: the classes of the model; None: those of the first set.
+
+    Raises:
+        ValueError: a set with errors, with classes that are not the model's, or of which something
+            had to be completed though it is no set of ``DATASETS.COCO``.
+    """
+    for option in options:
+        for name in cfg.DATASETS[option]:
+            metadata = MetadataCatalog.get(name)
+            if metadata.get("evaluator_type") == "coco" and metadata.get("json_file"):
+                _check_set(cfg, option, name, names)
+            found = MetadataCatalog.get(name).get("thing_classes")
+            if found is None:
+                continue
+            _check_names(option, name, found, names)
+            names = names or found
+            if head is not None and len(found) != head[1]:
+                raise ValueError(
+                    f"{head[0]} is {head[1]}, but '{name}' (DATASETS.{option}) has "
+                    f"{listed_names(found)}: set it to {len(found)}."
+                )
+
+
+def _check_set(cfg: CfgNode, option: str, name: str, names: Sequence[str] | None) -> None:
+    metadata = MetadataCatalog.get(name)
+    source, root = metadata.get("completed_from") or metadata.json_file, metadata.image_root
+    what = f"DATASETS.{option}: '{name}' ({source})"
+    needs: dict[str, Any] = {
+        "training": option == "TRAIN",
+        "masks": cfg.INPUT.MASK_FORMAT if cfg.MODEL.MASK_ON else None,
+        "keypoints": cfg.MODEL.KEYPOINT_ON,
+    }
+    state = source, os.stat(source).st_mtime_ns, root, *needs.values(), names and tuple(names)
+    if _checked.get(name) == state:
+        return
+    data, report = check_coco(given := read_coco(source), root, **needs)
+    report.raise_for_errors(what)
+    found = class_names(data)
+    if names is not None and found != list(names) and set(found) <= set(names):
+        data = with_classes(data, names)
+        report.warn(f"its classes are {listed_names(found)}, which get the numbers of the model's")
+    for warning in report.warnings:
+        logger.warning(f"{what}: {warning}.")
+    if data is not given:
+        if name not in [entry[0] for entry in cfg.DATASETS.COCO]:
+            raise ValueError(
+                f"{what} has to be completed: {'; '.join(report.warnings)}. Name it in "
+                "DATASETS.COCO, where that is done, or mend the file: tools/check_data.py --write"
+            )
+        _register_completed(cfg, name, data, source, root)
+    MetadataCatalog.get(name).thing_classes = class_names(data)
+    _checked[name] = state
+
+
+def _register_completed(cfg, name, data, source, root):
+    path = os.path.join(cfg.OUTPUT_DIR, "datasets", f"{name}.json")
+    write_json(data, path)
+    logger.warning(f"'{name}' is read from {path}, where this is mended.")
+    kept = {
+        key: value
+        for key, value in MetadataCatalog.get(name).as_dict().items()
+        if key.startswith("keypoint_")
+    }
+    DatasetCatalog.remove(name)
+    MetadataCatalog.remove(name)
+    register_coco_instances(name, {**kept, "completed_from": source}, path, root)
+
+
+def write_json(data: dict[str, Any], path: str) -> None:
+    """Write a file that is there as a whole or not at all: several processes may write it."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=os.path.dirname(path), delete=False) as file:
+        json.dump(data, file)
+    os.replace(file.name, path)
+
+
+def _check_names(option, name, found, names):
+    if names is None or list(found) == list(names):
+        return
+    raise ValueError(
+        f"DATASETS.{option}: '{name}' has the classes {listed_names(found)}, but the model has "
+        f"{listed_names(names)}. Labels are compared by number: give both the same classes."
+    )

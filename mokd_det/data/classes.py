@@ -1,0 +1,92 @@
+# Copyright (c) The mokd_det authors.
+"""Models, teachers and data sets have to number their classes alike: labels are only numbers."""
+
+import os
+from collections.abc import Sequence
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils.file_io import PathManager
+
+from .classification.sources import class_names as names_of_folders
+from .coco import read_class_names
+from .paths import local_path
+from .report import listed
+
+
+def check_classes(cfg: CfgNode, options: Sequence[str] = ("TRAIN", "TEST")) -> None:
+    """
+    Check the data sets of a classifier, in these keys of ``cfg.DATASETS``, against it. ValueError:
+    a set for detection, sets of different classes, or another number of classes than the
+    classifier's. FileNotFoundError: a folder without class folders.
+    """
+    first = None
+    for option in options:
+        for name in cfg.DATASETS[option]:
+            if MetadataCatalog.get(name).get("evaluator_type") != "classification":
+                raise ValueError(
+                    f"DATASETS.{option} names '{name}', which is no set for classification, but "
+                    "MODEL.META_ARCHITECTURE is 'Classifier': name one of DATASETS.CLASSIFICATION."
+                )
+            classes = names_of_folders(MetadataCatalog.get(name).image_path)
+            first = first or (name, classes)
+            if classes != first[1]:
+                raise ValueError(
+                    f"DATASETS.{option}: '{name}' has other classes ({listed_names(classes)}) than "
+                    f"'{first[0]}' ({listed_names(first[1])}): their labels mean different things."
+                )
+            if len(classes) != cfg.MODEL.CLASSIFIER.NUM_CLASSES:
+                raise ValueError(
+                    f"MODEL.CLASSIFIER.NUM_CLASSES is {cfg.MODEL.CLASSIFIER.NUM_CLASSES}, but "
+                    f"'{name}' has {len(classes)} classes ({listed_names(classes)}): set it to "
+                    f"{len(classes)}."
+                )
+
+
+def check_teacher_classes(cfg: CfgNode, teacher_cfg: CfgNode, reader: str) -> None:
+    """
+    Raise ValueError if student and teacher name their classes differently or in another order, as
+    far as the names are known: of the first training set of each config. ``reader``: what compares
+    them by number, for the message.
+    """
+    names, teacher_names = known_class_names(cfg), known_class_names(teacher_cfg)
+    if not names or not teacher_names or names == teacher_names:
+        return
+    if len(names) != len(teacher_names):
+        return  # the model's to refuse, which knows how many classes each side has
+    order = ", the same in another order" if sorted(names) == sorted(teacher_names) else ""
+    raise ValueError(
+        f"{reader} compares classes by number, but the student's classes are "
+        f"{listed_names(names)} (DATASETS.TRAIN {cfg.DATASETS.TRAIN[0]}), the teacher's "
+        f"{listed_names(teacher_names)} ({teacher_cfg.DATASETS.TRAIN[0]}){order}. Bring the "
+        "student's data set into the teacher's order; or distil features only "
+        "(MOKD.OBJECTIVES ['features']); or, if they mean the same, let the teacher name none "
+        "(MOKD.TEACHER.OPTS ['DATASETS.TRAIN', '()'])."
+    )
+
+
+def known_class_names(cfg: CfgNode) -> list[str] | None:
+    """Return the classes of the first training set of a config; None if nothing says them."""
+    for name in cfg.DATASETS.TRAIN[:1]:
+        for known, json_file, _ in cfg.DATASETS.COCO:
+            if known == name:
+                return _names_in(local_path(json_file))
+        for known, path in cfg.DATASETS.CLASSIFICATION:
+            if known == name:
+                path = local_path(path)
+                return names_of_folders(path) if os.path.exists(path) else None
+        if name in DatasetCatalog.list():
+            metadata = MetadataCatalog.get(name)
+            return metadata.get("thing_classes") or _names_in(metadata.get("json_file"))
+    return None
+
+
+def _names_in(json_file):
+    if json_file is None or not PathManager.isfile(json_file):
+        return None
+    return read_class_names(json_file)
+
+
+def listed_names(names: Sequence[str]) -> str:
+    """Return the number of classes and the first of them."""
+    return listed(names, most=5)
