@@ -60,7 +60,7 @@ def check_annotations(
     if report.errors:
         return rows
     rows = _check_areas(rows, where, report)
-    return _check_numbers(rows, report)
+    return _check_numbers(rows, where, report)
 
 
 class _Where:
@@ -145,7 +145,7 @@ def _check_boxes(rows, where, report):
     if beyond.any():
         report.warn("boxes that reach beyond their image, and are cut in training", named(beyond))
     left = ~(flat | away | relative)
-    if not left.any():
+    if not left.any() and not report.errors:
         report.error("it has no box that can be used")
     return rows if left.all() else [row for row, keep in zip(rows, left) if keep]
 
@@ -331,14 +331,17 @@ def _area(row: Row, image: Row) -> float:
     return area or float(row["bbox"][2] * row["bbox"][3])
 
 
-def _check_numbers(rows, report):
+def _check_numbers(rows, where, report):
     """Nothing refers to the ids of annotations, but evaluators take 0 for none."""
     values = column(rows, "id", "iu")
     if values is not None and values.min() > 0 and values.max() <= LARGEST:
         if len(np.unique(values)) == len(values):
             return rows
-    ids = [row.get("id") for row in rows]
-    counts = Counter(map(canonical, ids))
-    odd = [id for id in ids if type(id) is not int or not 0 < id <= LARGEST or counts[id] > 1]
+    counts = Counter(canonical(row.get("id")) for row in rows)
+    odd = [where(row) for row in rows if not _is_number_of_its_own(row.get("id"), counts)]
     report.warn("annotations without a positive number of their own as id, numbered anew", odd)
     return [{**row, "id": number} for number, row in enumerate(rows, 1)]
+
+
+def _is_number_of_its_own(id: Any, counts: Counter) -> bool:
+    return type(id) is int and 0 < id <= LARGEST and counts[id] == 1

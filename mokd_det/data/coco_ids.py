@@ -53,6 +53,6 @@ def check_ids(
     usable = len(whole) == len(ids)
     new = dict(zip(ids, whole if usable else range(1, len(ids) + 1)))
     changed = [f"{row['id']!r} is {new[id]}" for row, id in zip(rows, ids)]
-    kind = "no whole numbers" if usable else "no whole numbers of 31 bits"
-    report.warn(f"ids of {what} that are {kind} and are replaced, in predictions, too", changed)
+    kind = "no whole numbers" if usable else "not all whole numbers from 0 to 2^31 - 1"
+    report.warn(f"ids of {what} are {kind}: they are replaced, in predictions, too", changed)
     return [{**row, "id": new[id]} for row, id in zip(rows, ids)], new
