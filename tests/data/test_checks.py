@@ -20,6 +20,8 @@ from mokd_det.config import load_config
 from mokd_det.data import register_datasets
 from mokd_det.engine import prepare_datasets
 from mokd_det.evaluation.fast_coco import fast_coco_eval
+from mokd_det.export.detector_exporter import _class_names as detector_classes
+from mokd_det.export.metadata import class_names_of
 from mokd_det.tasks import task_of
 
 from .test_coco import DROP, GOOD, SUPER, changed, everywhere
@@ -213,3 +215,13 @@ def evaluate(content, ids, evaluate_with):
         evaluation.accumulate()
         evaluation.summarize()
     return evaluation.stats[:4]
+
+
+@pytest.mark.bad_input
+def test_an_export_has_the_classes_of_training(sets):
+    cfg = sets(renamed("apple", "pear"), renamed("pear", "apple"))
+    register_datasets(cfg)
+    assert class_names_of(cfg, 2, detector_classes) == ["apple", "pear"]
+    cfg.DATASETS.TRAIN = ()
+    assert class_names_of(cfg, 2, detector_classes) == ["pear", "apple"]
+    assert class_names_of(cfg, 3, detector_classes) is None
