@@ -4,11 +4,12 @@ What Detectron2 0.6 needs to run on today's NumPy, Pillow, setuptools and PyTorc
 
 Importing this module applies the patches, before the first import of a Detectron2 submodule: all
 folders of mokd_det that use Detectron2 import it first. Every patch looks whether it is needed, so
-a build of upstream's main branch (which needs at most the last) is left as it is.
+a build of upstream's main branch (which needs at most the last two) is left as it is.
 """
 
 import importlib
 import importlib.util
+import random
 import sys
 import types
 import warnings
@@ -38,11 +39,12 @@ def apply() -> list[str]:
         "compiled": _patch_compiled,
         "caffe2": _patch_caffe2,
         "pkg_resources": _patch_pkg_resources,
+        "sampling": _patch_sampling,  # the last: it imports Detectron2
     }
-    applied = [name for name, patch in patches.items() if patch(root)]
     with warnings.catch_warnings():
         # It scripts two modules, and PyTorch 2.10 says each time that scripting is deprecated.
         warnings.simplefilter("ignore", FutureWarning)
+        applied = [name for name, patch in patches.items() if patch(root)]
         importlib.import_module("detectron2.modeling")
     return applied
 
@@ -161,6 +163,31 @@ def _patch_pkg_resources(root: Path) -> bool:
 
     stand_in.resource_filename = resource_filename
     sys.modules["pkg_resources"] = stand_in
+    return True
+
+
+def _patch_sampling(root: Path) -> bool:
+    """Python 3.11 samples no sets; ``MapDataset`` does, after a mapper has dropped an image."""
+    source = root / "data" / "common.py"
+    if sys.version_info < (3, 11) or not _mentions(source, "sample(self._fallback_candidates, "):
+        return False
+    common: Any = importlib.import_module("detectron2.data.common")
+    if common.MapDataset.__init__.__module__ == __name__:
+        return False
+
+    class SamplingSets(random.Random):
+        def sample(self, population, k, **kwargs):
+            if not population:
+                raise RuntimeError("The mapper dropped every image: check the data set.")
+            return super().sample(sorted(population), k, **kwargs)
+
+    init = common.MapDataset.__init__
+
+    def patched(self: Any, dataset: Any, map_func: Callable) -> None:
+        init(self, dataset, map_func)
+        self._rng = SamplingSets(42)
+
+    common.MapDataset.__init__ = patched
     return True
 
 

@@ -34,8 +34,9 @@ def add_mokd_config(cfg: CN) -> None:
     # folder of images for each class, or a packed .npz (datasets/README.md). "imagenet_train" and
     # "imagenet_val" are there: datasets://imagenet/train and /val.
     cfg.DATASETS.CLASSIFICATION = []
-    # What to do with an image file that cannot be read, for classification: "error" (names it) or
-    # "skip" (another image takes its place in training, none in evaluation; they are counted).
+    # What to do with an image file that cannot be read: "error" (names it) or "skip". Then another
+    # image takes its place in training, and none in evaluation, where a detector's AP counts its
+    # objects as missed; the skipped ones are counted in the log.
     cfg.DATASETS.BROKEN_IMAGES = "error"
 
     # Detectors: random colours in training. Contrast and each channel's brightness are multiplied

@@ -6,6 +6,9 @@ from .augmentation import RandomChannelGain, build_train_mapper, check_augmentat
 from .catalog import check_datasets, register_datasets
 from .checks import check_detection_sets
 from .classes import check_classes, check_teacher_classes, known_class_names
-from .loader import ResumableLoader, build_resumable_train_loader, isolated_rng
+from .images import ImageError, check_broken_images, check_for_detector, check_images, read_rgb
+from .images import vanishes
+from .loader import ResumableLoader, build_resumable_train_loader, build_test_loader, isolated_rng
 from .paths import datasets_root, local_path
+from .report import Report
 from .schedule import check_schedule, schedule_in_iterations

@@ -12,6 +12,7 @@ import copy
 import dataclasses
 import functools
 import itertools
+import logging
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -19,12 +20,17 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetFromList, DatasetMapper, get_detection_dataset_dicts
+from detectron2.data import DatasetFromList, DatasetMapper, build_detection_test_loader
+from detectron2.data import get_detection_dataset_dicts
 from detectron2.data.build import trivial_batch_collator
 from detectron2.data.samplers import RandomSubsetTrainingSampler, RepeatFactorTrainingSampler
 from detectron2.data.samplers import TrainingSampler
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
+
+from .augmentation import build_test_mapper
+
+logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -202,3 +208,39 @@ def _make_sampler(cfg, elements, seed):
         f"DATALOADER.SAMPLER_TRAIN is '{name}': expected TrainingSampler, "
         "RepeatFactorTrainingSampler or RandomSubsetTrainingSampler."
     )
+
+
+class _WithoutSkipped:
+    """The batches of a loader but the empty ones; the number of the others is told afterwards."""
+
+    def __init__(self, loader, name, broken):
+        self.loader, self.name, self.broken = loader, name, broken
+
+    def __len__(self):
+        return len(self.loader)
+
+    def __iter__(self):
+        before = self.broken.skipped
+        yield from filter(None, self.loader)
+        if skipped := self.broken.skipped - before:
+            logger.warning(
+                f"{skipped} images of '{self.name}' could not be read (DATASETS.BROKEN_IMAGES "
+                "'skip') and have no predictions: their objects count as missed."
+            )
+
+
+def build_test_loader(cfg: CfgNode, name: str) -> Iterable[list[dict[str, Any]]]:
+    """
+    Return Detectron2's loader for the evaluation of a detector on a registered set. An image that
+    cannot be read is an ImageError; with ``DATASETS.BROKEN_IMAGES`` "skip" it is left out, and the
+    number of these is told at the end.
+    """
+    mapper = build_test_mapper(cfg)
+    if not mapper.broken.skips:
+        return build_detection_test_loader(cfg, name, mapper=mapper)
+    loader = build_detection_test_loader(cfg, name, mapper=mapper, collate_fn=_without_dropped)
+    return _WithoutSkipped(loader, name, mapper.broken)
+
+
+def _without_dropped(samples):
+    return [sample for sample in samples if sample]

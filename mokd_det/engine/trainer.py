@@ -4,6 +4,7 @@
 import logging
 import os
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -17,7 +18,6 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 from detectron2.utils.logger import setup_logger
 from torch import nn
-from torch.utils.data import DataLoader
 
 from ..data import ResumableLoader, build_train_mapper, check_datasets, check_teacher_classes
 from ..data import register_datasets, schedule_in_iterations
@@ -52,7 +52,7 @@ class Trainer(DefaultTrainer):
         return build_detection_train_loader(cfg, mapper=build_train_mapper(cfg))
 
     @classmethod
-    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> DataLoader:
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[Any]:
         return task_of(cfg).build_test_loader(cfg, dataset_name)
 
     @classmethod

@@ -3,13 +3,12 @@
 
 import abc
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from ..config import stock_config
 from ..data import ResumableLoader
@@ -173,8 +172,8 @@ class Task(abc.ABC):
         """Return the loader of a config's training sets."""
 
     @abc.abstractmethod
-    def build_test_loader(self, cfg: CfgNode, name: str) -> DataLoader:
-        """Return the loader of a registered data set, for evaluation."""
+    def build_test_loader(self, cfg: CfgNode, name: str) -> Iterable[Any]:
+        """Return the loader of a registered data set, for evaluation; it has a length."""
 
     # ---- checks --------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from torch.nn import Parameter
 from torch.utils.data import DataLoader
 
 from ..config import find_config, load_config, merge_overrides
-from ..data import ResumableLoader, check_classes, classification
+from ..data import ResumableLoader, check_broken_images, check_classes, classification
 from ..export import ClassifierExporter
 from ..modeling import Classifier, TapShape, as_map, common_grid, default_tap, find_taps
 from ..modeling import implied_options, input_normalisation, load_trained_classifier, replace_taps
@@ -34,7 +34,6 @@ class ClassificationTask(Task):
     meta_architectures = ("Classifier",)
     options = (
         "DATALOADER.REPEATED_AUGMENTATION",
-        "DATASETS.BROKEN_IMAGES",
         "INPUT.CLASSIFICATION",
         "MODEL.CLASSIFIER",
         "MOKD.TEACHER.CLASSIFIER",
@@ -235,6 +234,7 @@ class ClassificationTask(Task):
 
     def check_config(self, cfg: CfgNode) -> None:
         classification.check_transform(cfg)
+        check_broken_images(cfg.DATASETS.BROKEN_IMAGES)
         if cfg.MOKD.TEACHER.IMAGE_SIZE < 0:
             raise ValueError(
                 f"MOKD.TEACHER.IMAGE_SIZE is {cfg.MOKD.TEACHER.IMAGE_SIZE}: expected 0 (the "

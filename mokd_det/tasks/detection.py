@@ -4,21 +4,20 @@
 import functools
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_test_loader
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 from torch import nn
-from torch.utils.data import DataLoader
 
 from ..config import find_config, get_cfg, load_config
-from ..data import ResumableLoader, build_resumable_train_loader, build_train_mapper
-from ..data import check_augmentation, check_detection_sets, known_class_names
+from ..data import ResumableLoader, build_resumable_train_loader, build_test_loader
+from ..data import build_train_mapper, check_augmentation, check_broken_images
+from ..data import check_detection_sets, known_class_names
 from ..export import DetectorExporter
 from ..modeling import StrictCheckpointer, load_lazy_config, replace_backbone_features
 from ..objectives import DetectorHeads, Level, Objective, align_resolution, onto_grid
@@ -241,11 +240,12 @@ class DetectionTask(Task):
     def build_train_loader(self, cfg: CfgNode) -> ResumableLoader:
         return build_resumable_train_loader(cfg, mapper=build_train_mapper(cfg))
 
-    def build_test_loader(self, cfg: CfgNode, name: str) -> DataLoader:
-        return build_detection_test_loader(cfg, name)
+    def build_test_loader(self, cfg: CfgNode, name: str) -> Iterable[Any]:
+        return build_test_loader(cfg, name)
 
     def check_config(self, cfg: CfgNode) -> None:
         check_augmentation(cfg)
+        check_broken_images(cfg.DATASETS.BROKEN_IMAGES)
         if not cfg.MOKD.ENABLED:
             return
         if cfg.MOKD.RECIPE_FOR not in RECIPES_FOR:

@@ -1,6 +1,7 @@
 # Copyright (c) The mokd_det authors.
 """Loaders of labelled images: the resumable stream of training, and evaluation's."""
 
+import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -12,19 +13,20 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from detectron2.data.samplers import InferenceSampler, TrainingSampler
 from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.functional import pil_to_tensor
 
+from ..images import BrokenImages, ImageError, opened, orientation_of, read_rgb, upright
 from ..loader import ResumableLoader, images_per_process, isolated_rng
 from .batch import Batch
 from .transforms import BatchMixing, build_transform
 
-# What PIL and torchvision raise for files that are no (whole) images.
-BROKEN_ERRORS = (OSError, RuntimeError, SyntaxError, ValueError, Image.DecompressionBombError)
-JPEG = b"\xff\xd8"
+# A MPO file is a JPEG file with further pictures behind it, as some phones write.
+JPEG_FORMATS = ("JPEG", "MPO")
 
 
 class ImageMapper:
@@ -39,60 +41,49 @@ class ImageMapper:
             transform: from what that returns to a (3, S, S) uint8 tensor.
             broken: "error" or "skip", see ``DATASETS.BROKEN_IMAGES``; else ValueError.
         """
-        if broken not in ("error", "skip"):
-            raise ValueError(
-                f"DATASETS.BROKEN_IMAGES is '{broken}': expected one of 'error', 'skip'."
-            )
-        self.read, self.transform, self.skips = read, transform, broken == "skip"
-        # Of all worker processes together.
-        self._skipped = torch.zeros(1, dtype=torch.int64).share_memory_()
+        self.read, self.transform, self.broken = read, transform, BrokenImages(broken)
 
     @property
     def skipped(self) -> int:
         """Images that could not be read so far, in this process and its workers."""
-        return int(self._skipped)
+        return self.broken.skipped
 
     def __call__(self, element: dict[str, Any]) -> dict[str, Any] | None:
         """
         Return ``image``, ``label``, ``name`` and ``seed``, a random number, of a source's element.
-        An image that cannot be read is None if it is skipped, else a ValueError that names it.
+        An image that cannot be read is None if it is skipped, else an ImageError that names it.
         """
         try:
             image = self.read(element)
-        except BROKEN_ERRORS as error:
-            if self.skips:
-                self._skipped += 1
-                return None
-            raise ValueError(
-                f"The image {element.get('file_name', element['name'])} cannot be read: {error}. "
-                "Repair or remove it, or set DATASETS.BROKEN_IMAGES to 'skip'."
-            ) from error
+        except ImageError as error:
+            self.broken.handle(error)
+            return None
         image = self.transform(image)
         seed = int(torch.randint(2**31, ()))  # drawn after the transform's
         return {"image": image, "label": element["label"], "name": element["name"], "seed": seed}
 
 
 def read_image(element: dict[str, Any]) -> Image.Image:
-    """Return the RGB PIL image of a source's element."""
+    """Return the RGB PIL image of a source's element, turned as EXIF says, or raise ImageError."""
     if "image" in element:
         return Image.fromarray(np.asarray(element["image"])).convert("RGB")
-    # An own handle, which PIL would leave open for a broken file.
-    with open(element["file_name"], "rb") as file:
-        return Image.open(file).convert("RGB")
+    return read_rgb(element["file_name"])
 
 
 def read_tensor(element: dict[str, Any]) -> Tensor:
     """
     Return the (3, H, W) uint8 RGB tensor of a source's element: the pixels of :func:`read_image`,
-    of JPEG files (and only these) by torchvision's decoder, which is faster.
+    of upright JPEG files (and only these) by torchvision's decoder, which is faster.
     """
-    if "file_name" in element:
-        with open(element["file_name"], "rb") as file:
-            content = file.read()
-        if content.startswith(JPEG):
-            data = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-            return decode_jpeg(data, ImageReadMode.RGB)
-    return pil_to_tensor(read_image(element))
+    if "image" in element:
+        return pil_to_tensor(read_image(element))
+    with opened(element["file_name"]) as image:
+        if image.format in JPEG_FORMATS and orientation_of(image) == 1:
+            with PathManager.open(element["file_name"], "rb") as file:
+                content = torch.frombuffer(bytearray(file.read()), dtype=torch.uint8)
+            with contextlib.suppress(RuntimeError):  # PIL has the last word, and a clearer one
+                return decode_jpeg(content, ImageReadMode.RGB)
+        return pil_to_tensor(upright(image).convert("RGB"))
 
 
 def make_batch(samples: Sequence[dict | None], mixing: BatchMixing | None = None) -> Batch:
