@@ -64,8 +64,17 @@ def load(path, device):
 
 
 def read(path):
-    """Return the image of a file, RGB, upright as its EXIF data say."""
-    return ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+    """
+    Return the image of a file, RGB, upright as its EXIF data say; ValueError: one of 16 or 32 bits,
+    which PIL would clip to white.
+    """
+    image = Image.open(path)
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(
+            f"{path} is 16-bit, 32-bit or float (Pillow's mode '{image.mode}'): convert it to 8 "
+            "bit first, as the images that the model was trained on."
+        )
+    return ImageOps.exif_transpose(image).convert("RGB")
 
 
 def resized_size(width, height, short_edge, longest_edge):

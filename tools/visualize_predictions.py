@@ -21,12 +21,11 @@ import torch
 
 import mokd_det.compat  # noqa: F401  (first: patches Detectron2 where it needs it)
 from detectron2.data import DatasetCatalog, DatasetMapper
-from detectron2.data.detection_utils import read_image
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
 from mokd_det.config import check_device, load_config
-from mokd_det.data import check_datasets, register_datasets
+from mokd_det.data import check_datasets, read_rgb, register_datasets
 from mokd_det.engine import errors_as_messages
 from mokd_det.tasks import task_of
 
@@ -81,7 +80,7 @@ def grid(elements, columns, scale=1.5):
     Returns:
         ndarray: (H, W, 3) BGR uint8.
     """
-    images = [np.ascontiguousarray(read_image(e["file_name"], "BGR")) for e in elements]
+    images = [np.asarray(read_rgb(e["file_name"]))[:, :, ::-1].copy() for e in elements]
     height = round(max(i.shape[0] for i in images) * scale)
     width = round(max(i.shape[1] for i in images) * scale)
     margin, header = 6, 30

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
-from detectron2.data.detection_utils import read_image
 from PIL import Image
 from torch import Tensor
+
+from ..data import read_rgb
 
 SCALES = (1.0, 0.75, 0.5)  # of the test size: those of the comparison
 
@@ -29,7 +30,7 @@ def read_images(
         if not os.path.isfile(file):
             raise FileNotFoundError(f"--images '{file}' does not exist.")
     if files:
-        return [read_image(file, "RGB") for file in files], ", ".join(map(str, files))
+        return [np.asarray(read_rgb(str(file))) for file in files], ", ".join(map(str, files))
     for name in cfg.DATASETS.TEST:
         if name not in DatasetCatalog.list():
             continue
@@ -48,7 +49,7 @@ def read_images(
 
 def _image_of(element: dict[str, Any]) -> np.ndarray:
     if "file_name" in element:
-        return read_image(element["file_name"], "RGB")
+        return np.asarray(read_rgb(element["file_name"]))
     image = np.asarray(element["image"])  # packed, grey or RGB
     return np.stack([image] * 3, axis=2) if image.ndim == 2 else image
 

@@ -14,7 +14,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from mokd_det.data import build_resumable_train_loader, build_test_loader, build_train_mapper
 from mokd_det.data import check_images, isolated_rng, read_rgb, register_datasets, vanishes
 from mokd_det.data.augmentation import build_test_mapper
-from mokd_det.data.classification.loader import read_image, read_tensor
+from mokd_det.data.classification.loader import ImageMapper, read_image, read_tensor
 from mokd_det.data.images import ImageError, check_for_detector, check_header
 from mokd_det.data.report import Report
 from mokd_det.engine import validate
@@ -132,6 +132,18 @@ def _read_all(elements):
 )
 def test_sides_that_vanish(size, edges, expected):
     assert vanishes(*size, *edges) == expected
+
+
+@pytest.mark.parametrize("read", [read_image, read_tensor])
+def test_a_line_does_not_fill_the_memory_of_a_classifier(tmp_path, read):
+    for size in ((1, 600), (600, 1), (2, 900)):
+        (tmp_path / "x.png").write_bytes(encoded("png", size=size))
+        mapper = ImageMapper(read, lambda image: torch.zeros(3, 4, 4))
+        if size == (2, 900):
+            assert mapper(element(tmp_path / "x.png"))["image"].shape == (3, 4, 4)
+            continue
+        with pytest.raises(ImageError, match="x.png .*one side is over 500 times the other. Cut"):
+            mapper(element(tmp_path / "x.png"))
 
 
 @pytest.mark.parametrize("is_train", [True, False])

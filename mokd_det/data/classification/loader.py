@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.functional import pil_to_tensor
+from torchvision.transforms.v2.functional import get_size
 
 from ..images import BrokenImages, ImageError, opened, orientation_of, read_rgb, upright
 from ..loader import ResumableLoader, images_per_process, isolated_rng
@@ -27,6 +28,7 @@ from .transforms import BatchMixing, build_transform
 
 # A MPO file is a JPEG file with further pictures behind it, as some phones write.
 JPEG_FORMATS = ("JPEG", "MPO")
+LONGEST = 500  # sides of an image, in units of the other
 
 
 class ImageMapper:
@@ -55,12 +57,24 @@ class ImageMapper:
         """
         try:
             image = self.read(element)
+            _refuse_lines(image, element)
         except ImageError as error:
             self.broken.handle(error)
             return None
         image = self.transform(image)
         seed = int(torch.randint(2**31, ()))  # drawn after the transform's
         return {"image": image, "label": element["label"], "name": element["name"], "seed": seed}
+
+
+def _refuse_lines(image: Any, element: dict[str, Any]) -> None:
+    """Resized by its short edge, a line would fill the memory."""
+    height, width = get_size(image)
+    if max(height, width) > LONGEST * min(height, width):
+        raise ImageError.of(
+            element.get("file_name", element["name"]),
+            f"of its {width} x {height} pixels, one side is over {LONGEST} times the other",
+            "Cut or remove it, or set DATASETS.BROKEN_IMAGES to 'skip'.",
+        )
 
 
 def read_image(element: dict[str, Any]) -> Image.Image:

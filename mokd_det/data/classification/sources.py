@@ -14,33 +14,60 @@ from typing import Any
 
 import numpy as np
 from detectron2.data import DatasetFromList
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+
+from ..images import check_header, check_images, read_rgb
+from ..report import Report
+from .folders import IMAGE_EXTENSIONS, LeftOut, class_folders, images_beside, list_images
+from .folders import names_alike
 
 logger = logging.getLogger(__name__)
+
+SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing", "eval", "dev")
 
 
 class ClassFolders:
     """
-    A folder with a folder of images for each class, as torchvision's ``ImageFolder`` reads it:
-    labels count the classes in the order of their names. A class without images counts as well,
-    with a warning; FileNotFoundError: no folder, or no image in them.
+    A folder with a folder of images for each class, as torchvision's ``ImageFolder`` reads it, but
+    for hidden files and folders: labels count the classes in the order of their names. What looks
+    wrong is warned of and in ``report``; a class without images counts as well.
+    FileNotFoundError: no folder, or no image in them; ValueError: see :func:`class_names`.
     """
 
     def __init__(self, path: str):
         self.path = path
         self.classes = class_names(path)
-        labels = {name: label for label, name in enumerate(self.classes)}
-        samples = make_dataset(path, labels, extensions=IMG_EXTENSIONS, allow_empty=True)
+        left_out = LeftOut()
+        images = [list_images(os.path.join(path, name), left_out) for name in self.classes]
+        samples = [(file_name, label) for label, files in enumerate(images) for file_name in files]
         if not samples:
             raise FileNotFoundError(
-                f"'{os.path.abspath(path)}' has {len(labels)} folders of classes, but no image "
-                f"({', '.join(IMG_EXTENSIONS)}) in them."
+                f"'{os.path.abspath(path)}' has {len(self.classes)} folders of classes, but no "
+                f"image ({', '.join(IMAGE_EXTENSIONS)}) in them."
             )
-        if empty := sorted(set(range(len(labels))) - {label for _, label in samples}):
-            names = ", ".join(self.classes[label] for label in empty[:5])
-            logger.warning(f"{path}: {len(empty)} classes have no image: {names} ...")
+        empty = [name for name, files in zip(self.classes, images) if not files]
+        self.report = self._report(empty, left_out)
+        for warning in self.report.warnings:
+            logger.warning(f"{path}: {warning}.")
         # One serialised block: a million Python objects would be copied into every worker.
         self._samples = DatasetFromList(samples, copy=False)
+
+    def _report(self, empty: list[str], left_out: LeftOut) -> Report:
+        report = Report()
+        for message, cases in (
+            ("classes have no image", empty),
+            ("classes differ in capitals or spaces only", names_alike(self.classes)),
+            ("images lie beside the folders of classes and are left out", images_beside(self.path)),
+            ("files are no images, or links to nowhere, and are left out", left_out.special),
+            ("links to a folder above them are left out", left_out.loops),
+            (f"{left_out.extensions()}: files that are no images are left out", left_out.others),
+        ):
+            if cases:
+                report.warn(message, cases)
+        return report
+
+    def file_names(self) -> list[str]:
+        """Return the paths of all images."""
+        return [file_name for file_name, _ in self._samples]
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -54,31 +81,35 @@ class ClassFolders:
 class PackedImages:
     """
     An .npz file of :func:`write_packed`, held in memory: for small sets of small images;
-    ValueError: the file holds something else.
+    ValueError: the file holds something else, or no image.
     """
 
     def __init__(self, path: str):
         self.path = path
-        with _open_packed(path) as arrays:
-            self.images, self.labels = arrays["images"], arrays["labels"]
-            self.classes = arrays["classes"].tolist()
+        arrays = _read_packed(path, ("images", "labels", "classes"))
+        self.images, self.labels = arrays["images"], arrays["labels"]
+        self.classes = _class_list(path, arrays["classes"])
         if (
             self.images.dtype != np.uint8
             or self.images.ndim not in (3, 4)
             or self.images.shape[3:] not in ((), (3,))
             or self.labels.shape != self.images.shape[:1]
             or not np.issubdtype(self.labels.dtype, np.integer)
+            or not self.images.size
         ):
             raise ValueError(
                 f"{path}: expected images (N, H, W) or (N, H, W, 3) uint8 and labels (N,) integer, "
                 f"but it has {self.images.shape} {self.images.dtype} and {self.labels.shape} "
                 f"{self.labels.dtype}."
             )
-        if len(self.labels) and not 0 <= self.labels.min() <= self.labels.max() < len(self.classes):
+        if not 0 <= self.labels.min() <= self.labels.max() < len(self.classes):
             raise ValueError(
                 f"{path}: labels from {self.labels.min()} to {self.labels.max()} do not fit its "
                 f"{len(self.classes)} classes."
             )
+        self.report = Report()
+        if empty := sorted(set(range(len(self.classes))) - set(self.labels.tolist())):
+            self.report.warn("classes have no image", [self.classes[label] for label in empty])
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -88,15 +119,29 @@ class PackedImages:
         return {"image": self.images[index], "label": int(self.labels[index]), "name": name}
 
 
-def _open_packed(path):
+def _read_packed(path: str, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Return these arrays; pickled ones, which may run code, are never read."""
     try:
-        arrays = np.load(path, allow_pickle=False)
-        missing = {"images", "labels", "classes"} - set(getattr(arrays, "files", ()))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is not an .npz file: {error}") from error
-    if missing:
-        raise ValueError(f"{path} lacks {sorted(missing)}: write it with write_packed().")
-    return arrays
+        with np.load(path, allow_pickle=False) as arrays:
+            missing = set(names) - set(arrays.files)
+            if not missing:
+                return {name: arrays[name] for name in names}
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # of numpy, zipfile and zlib
+        raise ValueError(
+            f"{path} is not an .npz file of plain arrays: {error}. Write it with write_packed()."
+        ) from error
+    raise ValueError(f"{path} lacks {sorted(missing)}: write it with write_packed().")
+
+
+def _class_list(path: str, classes: np.ndarray) -> list[str]:
+    if classes.ndim != 1 or classes.dtype.kind != "U" or len(set(classes.tolist())) < len(classes):
+        raise ValueError(
+            f"{path}: expected classes (C,), different strings, but it has {classes.shape} "
+            f"{classes.dtype} {classes.ravel()[:5].tolist()}."
+        )
+    return classes.tolist()
 
 
 def write_packed(path: str, images: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> None:
@@ -114,22 +159,52 @@ def write_packed(path: str, images: np.ndarray, labels: np.ndarray, classes: Seq
 def class_names(path: str) -> list[str]:
     """
     Return the classes at a path of :func:`open_source` in the order of their labels, without
-    reading images; FileNotFoundError: a folder without folders, ValueError: no packed file.
+    reading images; FileNotFoundError: a folder without folders, ValueError: no packed file, or a
+    folder of splits.
     """
     if path.endswith(".npz"):
-        with _open_packed(path) as arrays:
-            return arrays["classes"].tolist()
-    try:
-        return find_classes(path)[0]
-    except FileNotFoundError as error:
+        return _class_list(path, _read_packed(path, ["classes"])["classes"])
+    names = class_folders(path)
+    if not names:
         raise FileNotFoundError(
             f"'{os.path.abspath(path)}' has no folders: expected one for each class, with its "
             "images inside. (ImageNet's validation images come in one flat folder; "
             "datasets/README.md says how to sort them.)"
-        ) from error
+        )
+    if all(n.lower() in SPLITS and class_folders(os.path.join(path, n)) for n in names):
+        raise ValueError(
+            f"'{os.path.abspath(path)}' has the folders {', '.join(names)}, which are splits, no "
+            f"classes: name one of them, as '{os.path.join(path, names[0])}'."
+        )
+    return names
 
 
 @functools.lru_cache(maxsize=8)  # looking through a million files takes seconds
 def open_source(path: str) -> ClassFolders | PackedImages:
     """Return the source at a path: a folder of class folders, or a packed ``.npz``."""
     return PackedImages(path) if path.endswith(".npz") else ClassFolders(path)
+
+
+def check_source(path: str, read_images: bool = False, broken: str = "error") -> Report:
+    """
+    Check what is at a path of :func:`open_source`.
+
+    Args:
+        read_images: decode every image file, for some ms each; else the headers of 100 of them.
+        broken: ``DATASETS.BROKEN_IMAGES``; with "skip", unreadable images are warnings.
+    """
+    try:
+        source = open_source(path)
+    except (FileNotFoundError, ValueError) as error:
+        return Report(errors=[str(error)])
+    report = Report(warnings=[*source.report.warnings])
+    if isinstance(source, ClassFolders):
+        files = source.file_names()
+        empty = [name for name in files if not os.path.getsize(name)]
+        if empty:
+            (report.warn if broken == "skip" else report.error)("images are empty files", empty)
+        empty_names = set(empty)
+        files = [name for name in files if name not in empty_names]
+        sample = files if read_images else files[:: max(len(files) // 100, 1)]
+        check_images(sample, report, read_rgb if read_images else check_header, broken)
+    return report
