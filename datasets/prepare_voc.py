@@ -5,12 +5,17 @@ Any VOC-style folder to COCO JSON, and the lines that make a config use it.
 
     python datasets/prepare_voc.py --root /path/to/VOC2007 --name my_set
 
-reads Annotations/*.xml, JPEGImages/ and ImageSets/Main/*.txt (each list there becomes a split, but
-for VOC's lists of one class; without that folder there is one split, "all") and writes
-my_set/<split>.json into $DETECTRON2_DATASETS (./datasets by default). Images stay where they are;
-my_set/images is a link to their folder. A box that is empty or outside its image is dropped with a
-warning; a broken XML or a missing image is an error. Objects marked difficult become COCO's
-iscrowd: they are not trained on, and missing them costs nothing.
+reads Annotations/**.xml, JPEGImages/ and ImageSets/Main/*.txt (each list there becomes a split, but
+for VOC's lists of one class; without that folder there is one split, "all"). Or images and XML
+files side by side in one folder; or folders of splits (train/, valid/, test/, as Roboflow exports
+them), which all get the same classes. It writes my_set/<split>.json into $DETECTRON2_DATASETS
+(./datasets by default). Images stay where they are; my_set/images is a link to their folder. A
+further split in the same folder gets the classes of those that are there.
+
+An image is the one with the XML's name; if several have it, or none, the one that <filename> names.
+Boxes that are empty or outside their image are dropped, counted and named; a broken XML or a
+missing image is an error. Objects marked difficult become COCO's iscrowd: they are not trained on,
+and missing them costs nothing.
 """
 
 import argparse
@@ -18,12 +23,13 @@ import json
 import logging
 from pathlib import Path
 
+from mokd_det.data.classification.folders import names_alike
 from mokd_det.data.paths import datasets_root
-from voc import check_replaceable, coco_dict, read_voc_xml
+from mokd_det.data.report import Report
+from voc import check_replaceable, coco_dict, is_ours, parse_xml, read_annotation
+from voc_folders import open_voc
 
 logger = logging.getLogger(__name__)
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff")
 
 
 def prepare(
@@ -31,17 +37,18 @@ def prepare(
     output,
     splits=None,
     classes=None,
-    annotations="Annotations",
-    images="JPEGImages",
+    annotations=None,
+    images=None,
     image_sets="ImageSets/Main",
 ):
     """
     Args:
-        root (str or Path): the VOC-style folder.
+        root (str or Path): the VOC-style folder, see :func:`voc_folders.open_voc`.
         output (str or Path): folder for ``<split>.json`` and ``images``, a link to the images.
-        splits (list[str]): lists of ``image_sets`` to convert. None: all of them, without VOC's
-            lists of a single class (``<class>_<split>.txt`` beside ``<split>.txt``).
-        classes (list[str]): names in the order of their ids. None: those found, sorted.
+        splits (list[str]): lists of ``image_sets``, or folders, to convert. None: all of them,
+            without VOC's lists of a single class (``<class>_<split>.txt`` beside ``<split>.txt``).
+        classes (list[str]): names in the order of their ids. None: those of the splits that are in
+            ``output`` already, else those found, sorted.
         annotations, images, image_sets (str): folders inside ``root``.
 
     Returns:
@@ -49,39 +56,28 @@ def prepare(
 
     Raises:
         FileNotFoundError: a folder, list, annotation or image is missing.
-        FileExistsError: ``output`` has its own ``images`` or ``<split>.json`` already.
-        ValueError: no list, broken XML, an image listed twice, or a class that is not in
-            ``classes``.
+        FileExistsError: ``output`` has its own ``images`` or ``<split>.json`` already, or other
+            splits, whose images lie elsewhere.
+        ValueError: no list, broken XML or image, an image listed twice or not to be told from
+            another, no usable box (of a class), or a class that is not in ``classes``.
     """
     root, output = Path(root), Path(output)
-    annotation_folder, image_folder = root / annotations, root / images
-    for folder in (annotation_folder, image_folder):
-        if not folder.is_dir():
-            raise FileNotFoundError(f"{folder} does not exist: is {root} a VOC-style folder?")
-    files = {f.stem: f for f in image_folder.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES}
-
-    split_names = _read_splits(root / image_sets, annotation_folder, splits)
-    for split in split_names:
+    image_folder, folders = open_voc(root, splits, annotations, images, image_sets)
+    for split in folders:
         check_replaceable(output / f"{split}.json")
-    split_images = {}
-    for split, names in split_names.items():
-        split_images[split] = []
-        for name in names:
-            xml = annotation_folder / f"{name}.xml"
-            if not xml.is_file():
-                raise FileNotFoundError(f"{xml} does not exist, but split '{split}' lists it.")
-            if name not in files:
-                raise FileNotFoundError(f"{xml}: there is no image {image_folder / name}.*")
-            record = read_voc_xml(xml, files[name])
-            split_images[split].append({"file_name": files[name].name, **record})
-    if classes is None:
-        found = {
-            o["name"] for records in split_images.values() for r in records for o in r["objects"]
-        }
-        classes = sorted(found)
+    _check_link(output / "images", image_folder)
 
+    report = Report()
+    records = {
+        split: _read_split(folder, split, image_folder, report) for split, folder in folders.items()
+    }
+    _check_boxes([record for split in records.values() for record in split], report)
+    report.raise_for_errors(str(root))
+    classes = _choose_classes(classes, records, output)
     # Everything is converted before anything is written: an error leaves the old files alone.
-    converted = {split: coco_dict(records, classes) for split, records in split_images.items()}
+    converted = {split: coco_dict(images, classes) for split, images in records.items()}
+    for warning in report.warnings:
+        logger.warning(f"{root}: {warning}")
     output.mkdir(parents=True, exist_ok=True)
     _link(output / "images", image_folder)
     for split, coco in converted.items():
@@ -93,48 +89,89 @@ def prepare(
     return {"classes": classes, "image_root": str(image_folder.resolve()), "splits": counts}
 
 
-def _link(link, folder):
-    target = folder.resolve()  # before anything changes: it may be behind the link itself
-    if link.is_symlink():
-        link.unlink()
-    elif link.exists():
-        if link.samefile(folder):  # the images' folder is called that, and has the JSON beside it
-            return
-        raise FileExistsError(f"{link} exists and is no link: choose another --output.")
-    link.symlink_to(target, target_is_directory=True)
+def _read_split(folder, split, image_folder, report):
+    """Return the images of a split for :func:`coco_dict`, and report on names that do not fit."""
+    records, used, disagree = [], {}, []
+    for xml_file in folder.splits[split]:
+        element = parse_xml(xml_file)
+        file_name = (element.findtext("filename") or "").strip()
+        image, agrees = folder.find_image(xml_file, file_name)
+        if image in used:
+            raise ValueError(f"{xml_file} and {used[image]} are both of {image}: remove one.")
+        used[image] = xml_file
+        if not agrees:
+            disagree.append(f"{xml_file} names '{file_name}'")
+        record = read_annotation(element, xml_file, image)
+        name = image.relative_to(image_folder).as_posix()
+        records.append({"file_name": name, "xml_file": xml_file, **record})
+    if not records:
+        report.error(f"split '{split}' has no annotation file")
+    if disagree:
+        report.warn(f"{split}: the image of the XML's name is taken, not <filename>'s", disagree)
+    left_out = [path for path in folder.images.paths if path not in used]
+    if left_out and not folder.has_lists:
+        report.warn(f"{split}: images without an XML file are left out", left_out)
+    return records
 
 
-def _read_splits(folder, annotation_folder, splits):
-    if not folder.is_dir():
-        if splits:
-            raise FileNotFoundError(f"{folder} does not exist, so there are no splits {splits}.")
-        return {"all": sorted(f.stem for f in annotation_folder.glob("*.xml"))}
-    lists = {f.stem: f for f in sorted(folder.glob("*.txt"))}
-    if splits is None:
-        of_a_class = [n for n in lists if any(n.endswith(f"_{split}") for split in lists)]
-        splits = [name for name in lists if name not in of_a_class]
-        if not splits:
+def _check_boxes(records, report):
+    for key, message in (
+        ("dropped", "boxes are dropped, which are empty, reversed or outside their image"),
+        ("clipped", "boxes are cut at the border of their image"),
+    ):
+        # A file may be in several lists.
+        cases = dict.fromkeys(f"{r['xml_file']}: {case}" for r in records for case in r[key])
+        if cases:
+            report.warn(message, cases)
+    resized = dict.fromkeys(f"{r['xml_file']}: {r['resized']}" for r in records if r["resized"])
+    if resized:
+        report.warn("XML files give another size than their image has: do the boxes fit?", resized)
+    boxes = [o["box"] for r in records for o in r["objects"]]
+    kept = {o["name"] for r in records for o in r["objects"]}
+    if lost := sorted({name for r in records for name in r["lost"]} - kept):
+        report.error("classes have empty, reversed or outside boxes only", lost)
+    elif records and not boxes:
+        report.error("no XML file has an object")
+    elif boxes and all(max(box) <= 1 for box in boxes):
+        report.error("all boxes are within one pixel: VOC's are in pixels, not parts of the image")
+    if alike := names_alike(sorted(kept)):
+        report.warn("classes differ in capitals or spaces only", alike)
+
+
+def _choose_classes(classes, records, output):
+    """Return the order of the classes, which is one for all splits in a folder."""
+    found = sorted({o["name"] for split in records.values() for r in split for o in r["objects"]})
+    for file in sorted(output.glob("*.json")):
+        if file.stem in records or not is_ours(file):
+            continue
+        there = [category["name"] for category in json.loads(file.read_text())["categories"]]
+        if (classes and list(classes) != there) or not set(found) <= set(there):
             raise ValueError(
-                f"{folder} has no list (.txt) to make a split of, and no --splits names one: give "
-                "the folder of the lists by --image-sets."
+                f"{file} has the classes {', '.join(there)}, and {', '.join(records)} would get "
+                f"{', '.join(classes or found)}, so that class ids would mean different things. "
+                "Convert all splits by one command, with --classes if some lack a class, or choose "
+                "another --output."
             )
-        if of_a_class:
-            logger.info(
-                f"{folder}: left out {', '.join(of_a_class)} as lists of one class; --splits "
-                "converts the lists that it names."
-            )
-    result = {}
-    for split in splits:
-        if split not in lists:
-            raise FileNotFoundError(
-                f"{folder / split}.txt does not exist; there are {', '.join(lists) or 'no lists'}."
-            )
-        # VOC's lists of a class have a second column.
-        names = [line.split()[0] for line in lists[split].read_text().splitlines() if line.strip()]
-        if len(set(names)) < len(names):
-            raise ValueError(f"{lists[split]} lists an image twice.")
-        result[split] = names
-    return result
+        classes = there
+    return list(classes or found)
+
+
+def _check_link(link, folder):
+    """Raise FileExistsError if ``link`` is anything but a link to this folder, or to nowhere."""
+    if link.exists() and not link.samefile(folder):
+        if not link.is_symlink():
+            raise FileExistsError(f"{link} exists and is no link: choose another --output.")
+        raise FileExistsError(
+            f"{link} is a link to {link.resolve()}, where the sets beside it have their images, "
+            f"and not to {folder}: choose another --output, with --classes for one order of the "
+            "classes. DATASETS.TRAIN takes several sets."
+        )
+
+
+def _link(link, folder):
+    if not link.exists():
+        link.unlink(missing_ok=True)  # to a folder that has moved
+        link.symlink_to(folder.resolve(), target_is_directory=True)
 
 
 def config_lines(name, output, result):
@@ -156,24 +193,20 @@ def main():
     parser.add_argument("--root", required=True, help="the VOC-style folder")
     parser.add_argument("--name", required=True, help="of the data set, for config and folder")
     parser.add_argument("--output", help="folder to write (default: <datasets>/<name>)")
-    parser.add_argument("--splits", nargs="+", help="lists to convert (all but those of a class)")
+    parser.add_argument("--splits", nargs="+", help="lists or folders to convert (all)")
     parser.add_argument("--classes", nargs="+", help="in the order of their ids")
-    parser.add_argument("--annotations", default="Annotations")
-    parser.add_argument("--images", default="JPEGImages")
+    parser.add_argument("--annotations", help="folder (Annotations)")
+    parser.add_argument("--images", help="folder (JPEGImages)")
     parser.add_argument("--image-sets", default="ImageSets/Main")
     args = parser.parse_args()
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.INFO)
-    output = args.output or datasets_root() / args.name
-    result = prepare(
-        args.root,
-        output,
-        args.splits,
-        args.classes,
-        args.annotations,
-        args.images,
-        args.image_sets,
-    )
-    (Path(output) / "summary.json").write_text(json.dumps(result, indent=2))
+    output = Path(args.output or datasets_root() / args.name)
+    parts = args.annotations, args.images, args.image_sets
+    try:
+        result = prepare(args.root, output, args.splits, args.classes, *parts)
+        (output / "summary.json").write_text(json.dumps(result, indent=2))
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"error: {error}\n")
     print(json.dumps(result["splits"], indent=2))
     print("\nIn your config:\n" + config_lines(args.name, output, result))
 

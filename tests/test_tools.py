@@ -587,7 +587,7 @@ def test_prepare_voc(tmp_path, caplog):
     with pytest.raises(FileNotFoundError, match="test.txt does not exist; there are"):
         tool.prepare(root, tmp_path / "out", splits=["test"])
     with pytest.raises(ValueError, match="class 'dog' is not among"):
-        tool.prepare(root, tmp_path / "out", splits=["train"], classes=["cat"])
+        tool.prepare(root, tmp_path / "new", splits=["train"], classes=["cat"])
     assert json.loads((tmp_path / "out/train.json").read_text()) == coco  # errors leave it alone
 
     (root / "ImageSets/Main/val.txt").rename(root / "ImageSets/Main/my_val.txt")

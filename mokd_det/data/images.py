@@ -27,6 +27,8 @@ TO_8_BIT = (
     "Its values would be clipped to 255, that is to white. Convert the images to 8 bit first, by "
     "the range that your data use."
 )
+# EXIF orientations of an image that lies on its side.
+SIDEWAYS = (5, 6, 7, 8)
 SPECIAL_FILES = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a named pipe",
@@ -146,12 +148,27 @@ def check_for_detector(file_name: str, decode: bool = False) -> None:
     ``decode`` also for one whose header is fine, but not the rest.
     """
     with opened(file_name) as image:
-        # Pillow turns TIFF files itself, and Detectron2 then turns them once more.
-        if image.format == "TIFF" and orientation_of(image) != 1:
-            reason = "it is a TIFF file that EXIF turns, which Detectron2 would turn twice"
-            raise ImageError.of(file_name, reason, "Save it upright.")
+        _refuse_turned_tiff(image, file_name)
         if decode:
             image.convert("RGB")
+
+
+def upright_size(file_name: str) -> tuple[int, int]:
+    """
+    Return width and height of an image as Detectron2 reads it, by the header of most kinds of
+    files; ImageError: see :func:`check_for_detector`.
+    """
+    with opened(file_name) as image:
+        _refuse_turned_tiff(image, file_name)
+        width, height = image.size
+        return (height, width) if orientation_of(image) in SIDEWAYS else (width, height)
+
+
+def _refuse_turned_tiff(image: Image.Image, file_name: str) -> None:
+    """Pillow turns TIFF files itself, and Detectron2 then turns them once more."""
+    if image.format == "TIFF" and orientation_of(image) != 1:
+        reason = "it is a TIFF file that EXIF turns, which Detectron2 would turn twice"
+        raise ImageError.of(file_name, reason, "Save it upright.")
 
 
 def check_images(
