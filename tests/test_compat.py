@@ -67,6 +67,21 @@ def test_numpy(monkeypatch, old_source, new_source):
     assert not compat._patch_numpy(old_source)
 
 
+def test_sampling_of_sets(old_source, new_source):
+    from detectron2.data.common import MapDataset
+
+    for source, drawn in ((old_source, "self._fallback_candidates"), (new_source, "candidates")):
+        file = source / "data" / "common.py"
+        file.write_text(f"self._rng.sample({drawn}, k=1)")
+    init = MapDataset.__init__
+    assert not compat._patch_sampling(new_source) and MapDataset.__init__ is init
+    assert not compat._patch_sampling(old_source)  # done already
+    dataset = MapDataset([1, None, 3], lambda x: x)
+    assert {dataset[1] for _ in range(20)} == {1, 3}
+    with pytest.raises(RuntimeError, match="dropped every image"):
+        MapDataset([None], lambda x: x)[0]
+
+
 def test_compiled_operators(monkeypatch, old_source, new_source):
     monkeypatch.setattr(compat, "_define_missing_torch_ops", lambda operator: None)
     for name in ("detectron2._C", "detectron2.evaluation.fast_eval_api"):

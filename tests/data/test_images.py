@@ -1,6 +1,8 @@
 # Copyright (c) The mokd_det authors.
 """Image files as people have them: what is read, what is refused, what is skipped."""
 
+import functools
+import importlib.util
 import logging
 
 import numpy as np
@@ -19,6 +21,7 @@ from mokd_det.data.images import ImageError, check_for_detector, check_header
 from mokd_det.data.report import Report
 from mokd_det.engine import validate
 
+from ..conftest import ROOT
 from .images import BAD, EVERY_DECODER, SIZE, encoded, message_of, pixels, write_bad, write_coco
 
 
@@ -26,6 +29,7 @@ def element(path, **more):
     return {"file_name": str(path), "name": path.name, "label": 0, "annotations": [], **more}
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize("name", BAD)
 def test_bad_files_are_named_and_nothing_hangs(tmp_path, make_cfg, name):
     path = write_bad(tmp_path, name)
@@ -36,6 +40,7 @@ def test_bad_files_are_named_and_nothing_hangs(tmp_path, make_cfg, name):
         assert str(path) in str(error.value) and len(str(error.value)) < 500
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize("suffix, mode", EVERY_DECODER)
 @pytest.mark.parametrize("orientation", [1, 6])
 def test_all_readers_see_the_same_upright_pixels(tmp_path, suffix, mode, orientation):
@@ -54,6 +59,7 @@ def test_all_readers_see_the_same_upright_pixels(tmp_path, suffix, mode, orienta
     assert np.array_equal(stock, first.permute(1, 2, 0).numpy())
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize("orientation", [0, *range(1, 9), 77])
 def test_photos_are_turned_as_a_viewer_shows_them(tmp_path, orientation):
     path = tmp_path / "x.png"
@@ -71,6 +77,7 @@ def test_photos_are_turned_as_a_viewer_shows_them(tmp_path, orientation):
     assert np.array_equal(np.asarray(read_rgb(str(path))), expected)
 
 
+@pytest.mark.bad_input
 def test_damaged_exif_data_turn_nothing(tmp_path):
     path = tmp_path / "x.jpg"
     path.write_bytes(encoded(exif=b"Exif\x00\x00garbage"))
@@ -134,6 +141,7 @@ def test_sides_that_vanish(size, edges, expected):
     assert vanishes(*size, *edges) == expected
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize("read", [read_image, read_tensor])
 def test_a_line_does_not_fill_the_memory_of_a_classifier(tmp_path, read):
     for size in ((1, 600), (600, 1), (2, 900)):
@@ -146,6 +154,7 @@ def test_a_line_does_not_fill_the_memory_of_a_classifier(tmp_path, read):
             mapper(element(tmp_path / "x.png"))
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize("is_train", [True, False])
 def test_an_image_whose_side_vanishes_is_named(tmp_path, make_cfg, is_train):
     path = tmp_path / "thin.png"
@@ -156,6 +165,7 @@ def test_an_image_whose_side_vanishes_is_named(tmp_path, make_cfg, is_train):
         mapper(element(path, width=2000, height=4))
 
 
+@pytest.mark.bad_input
 def test_other_errors_of_the_mapper_name_the_image_too(tmp_path, make_cfg):
     path = tmp_path / "x.png"
     path.write_bytes(encoded("png"))
@@ -212,6 +222,7 @@ BUILD = {
 }
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("kind", BUILD)
 def test_training_skips_broken_images_and_counts_them(broken_set, caplog, kind, workers):
@@ -228,6 +239,7 @@ def test_training_skips_broken_images_and_counts_them(broken_set, caplog, kind, 
         assert told[2].startswith("Skipped 4 ")
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize("kind", BUILD)
 def test_training_stops_at_a_broken_image_and_names_it(broken_set, kind):
     broken_set.DATASETS.BROKEN_IMAGES = "error"
@@ -237,6 +249,7 @@ def test_training_stops_at_a_broken_image_and_names_it(broken_set, kind):
             next(loader)
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize("kind", BUILD)
 def test_a_set_of_broken_images_ends(broken_set, tmp_path, kind):
     for path in tmp_path.glob("*.jpg"):
@@ -246,6 +259,7 @@ def test_a_set_of_broken_images_ends(broken_set, tmp_path, kind):
         next(loader)
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize("workers", [0, 2])
 def test_evaluation_leaves_broken_images_out_once_and_tells(broken_set, caplog, workers):
     broken_set.DATALOADER.NUM_WORKERS = workers
@@ -280,3 +294,30 @@ def test_another_action_is_refused_before_anything_is_read(request, make):
     cfg = request.getfixturevalue(make)(*args, ["DATASETS.BROKEN_IMAGES", "ignore"])
     with pytest.raises(ValueError, match="BROKEN_IMAGES is 'ignore': expected one of 'error'"):
         validate(cfg)
+
+
+@functools.cache
+def run_exported():
+    spec = importlib.util.spec_from_file_location("run_exported", ROOT / "tools/run_exported.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exported_classifiers_see_the_pixels_of_training(tmp_path, suffix, orientation):
+    path = tmp_path / f"x.{suffix}"
+    path.write_bytes(encoded(suffix, orientation=orientation))
+    exported = np.asarray(run_exported().read(path))
+    assert np.array_equal(exported, np.asarray(read_image(element(path))))
+    assert torch.equal(pil_to_tensor(read_image(element(path))), read_tensor(element(path)))
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("name", ["16-bit png", "16-bit tif", "32-bit tif", "float tif"])
+def test_exported_models_refuse_deep_images_too(tmp_path, name):
+    path = write_bad(tmp_path, name)
+    with pytest.raises(ValueError, match="convert it to 8 bit first"):
+        run_exported().read(path)

@@ -11,6 +11,8 @@ from PIL import Image
 
 from .images import SIZE, encoded
 
+pytestmark = pytest.mark.bad_input
+
 OBJECT = """<object><name>{0}</name><bndbox><xmin>{1}</xmin><ymin>{2}</ymin><xmax>{3}</xmax>
 <ymax>{4}</ymax></bndbox></object>"""
 BOX = (2, 2, 9, 7)

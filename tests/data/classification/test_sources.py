@@ -84,6 +84,7 @@ SYSTEM_FILES = [
 ]
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize("path", SYSTEM_FILES)
 def test_files_and_folders_of_the_system_are_no_classes_and_no_images(tmp_path, path):
     for name in ("cat/0.png", "dog/0.png"):
@@ -95,6 +96,7 @@ def test_files_and_folders_of_the_system_are_no_classes_and_no_images(tmp_path, 
     assert check_source(str(tmp_path), read_images=True) == Report()
 
 
+@pytest.mark.bad_input
 def test_only_hidden_folders_are_no_classes(tmp_path):
     put(tmp_path, ".ipynb_checkpoints/0.png")
     with pytest.raises(FileNotFoundError, match="has no folders: expected one for each class"):
@@ -129,6 +131,7 @@ WARNINGS = {
 }
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize("name", WARNINGS)
 def test_what_looks_wrong_is_one_warning(tmp_path, caplog, name):
     paths, message = WARNINGS[name]
@@ -140,6 +143,7 @@ def test_what_looks_wrong_is_one_warning(tmp_path, caplog, name):
     assert all(warning in caplog.text for warning in report.warnings)
 
 
+@pytest.mark.bad_input
 def test_links(tmp_path):
     put(tmp_path / "elsewhere", "0.png")
     put(tmp_path, "set/cat/0.png")
@@ -154,6 +158,7 @@ def test_links(tmp_path):
     assert "2: " in report.warnings[0] and "pipe.png" in report.warnings[0]
 
 
+@pytest.mark.bad_input
 def test_a_folder_of_splits_is_no_set(tmp_path):
     for split in ("train", "valid"):
         for name in ("cat", "dog"):
@@ -172,6 +177,7 @@ def test_a_folder_of_splits_is_no_set(tmp_path):
     assert ClassFolders(str(tmp_path / "games")).classes == ["test", "train"]
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize("name", BAD_FILES)
 @pytest.mark.parametrize("broken", ["error", "skip"])
 def test_unreadable_images_are_found_before_training(tmp_path, name, broken):
@@ -233,6 +239,7 @@ def packed(**changed):
     return {"images": images, "labels": [0, 1], "classes": ["a", "b"], **changed}
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize(
     "arrays, message",
     [
@@ -269,6 +276,7 @@ def test_packed_files_of_something_else_are_errors(tmp_path, arrays, message):
     assert re.search(message, check_source(path).errors[0])
 
 
+@pytest.mark.bad_input
 @pytest.mark.parametrize("content", [b"not packed", b"", b"PK\x03\x04 cut", b"\x93NUMPY"])
 def test_a_file_that_is_no_npz_is_an_error(tmp_path, content):
     (tmp_path / "x.npz").write_bytes(content)
@@ -350,6 +358,7 @@ def test_sources_are_opened_once():
     assert open_source(path) is open_source(path)
 
 
+@pytest.mark.bad_input
 def test_a_pack_without_images_of_a_class_is_warned_of(tmp_path):
     write_packed(str(tmp_path / "x.npz"), np.zeros((1, 2, 2), np.uint8), np.array([1]), ["a", "b"])
     assert check_source(str(tmp_path / "x.npz")) == Report([], ["classes have no image (1: a)"])
