@@ -52,7 +52,8 @@ def prepare(
         annotations, images, image_sets (str): folders inside ``root``.
 
     Returns:
-        dict: ``classes``, ``image_root`` and, by split, ``images`` and ``boxes``.
+        dict: ``classes``, ``image_root``, ``warnings`` and, by split in ``splits``, the numbers of
+        ``images`` and ``boxes``.
 
     Raises:
         FileNotFoundError: a folder, list, annotation or image is missing.
@@ -86,7 +87,13 @@ def prepare(
         split: {"images": len(coco["images"]), "boxes": len(coco["annotations"])}
         for split, coco in converted.items()
     }
-    return {"classes": classes, "image_root": str(image_folder.resolve()), "splits": counts}
+    image_root = str(image_folder.resolve())
+    return {
+        "classes": classes,
+        "image_root": image_root,
+        "splits": counts,
+        "warnings": report.warnings,
+    }
 
 
 def _read_split(folder, split, image_folder, report):

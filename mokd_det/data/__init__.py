@@ -4,8 +4,9 @@
 from .. import compat  # first: patches Detectron2 where it needs it
 from .augmentation import RandomChannelGain, build_train_mapper, check_augmentation
 from .catalog import check_datasets, register_datasets
-from .checks import check_detection_sets
+from .checks import check_detection_sets, write_json
 from .classes import check_classes, check_teacher_classes, known_class_names
+from .coco import check_coco, read_coco
 from .images import ImageError, check_broken_images, check_for_detector, check_images, read_rgb
 from .images import vanishes
 from .loader import ResumableLoader, build_resumable_train_loader, build_test_loader, isolated_rng

@@ -65,6 +65,7 @@ def _check_set(cfg: CfgNode, option: str, name: str, names: Sequence[str] | None
         "training": option == "TRAIN",
         "masks": cfg.INPUT.MASK_FORMAT if cfg.MODEL.MASK_ON else None,
         "keypoints": cfg.MODEL.KEYPOINT_ON,
+        "broken": cfg.DATASETS.BROKEN_IMAGES,
     }
     state = source, os.stat(source).st_mtime_ns, root, *needs.values(), names and tuple(names)
     if _checked.get(name) == state:

@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from detectron2.utils.file_io import PathManager
-from PIL import ExifTags, Image
 
 from .coco_annotations import check_annotations
 from .coco_ids import canonical, check_ids
+from .images import ImageError, upright_size
 from .report import Report
 
 # Sets up to this size have the headers of their image files read unless told otherwise.
@@ -77,6 +77,7 @@ def check_coco(
     masks: str | None = None,
     keypoints: bool = False,
     read_images: bool | None = None,
+    broken: str = "error",
 ) -> tuple[dict[str, Any], Report]:
     """
     Args:
@@ -85,19 +86,20 @@ def check_coco(
         masks: ``INPUT.MASK_FORMAT`` of a model that learns masks, "polygon" or "bitmask".
         keypoints: of a model that learns keypoints.
         read_images: read the headers of the image files: their sizes. None: of few images only.
+        broken: ``DATASETS.BROKEN_IMAGES``; with "skip", files that cannot be read are warnings.
 
     Returns:
         the completed data (``data`` itself if nothing had to be completed), with boxes (x, y, w, h)
         in pixels; and the report. After errors the data is of no use.
     """
     with _without_garbage_collection():
-        return _check(data, image_root, training, masks, keypoints, read_images)
+        return _check(data, image_root, training, masks, keypoints, read_images, broken == "skip")
 
 
-def _check(data, image_root, training, masks, keypoints, read_images):
+def _check(data, image_root, training, masks, keypoints, read_images, skips):
     report = Report()
     categories, category_ids = _check_categories(data, report)
-    images, image_ids = _check_images(data["images"], image_root, report, read_images)
+    images, image_ids = _check_images(data["images"], image_root, report, read_images, skips)
     completed = {**data, "categories": categories, "images": images}
     if "annotations" not in data:
         if training:
@@ -191,7 +193,7 @@ def _without_super_category(categories, annotations, ids, report):
     return categories
 
 
-def _check_images(images, image_root, report, read_images):
+def _check_images(images, image_root, report, read_images, skips):
     """Return the completed images, and from ids as they are in the file to those now."""
     if not images:
         report.error("it has no images")
@@ -214,11 +216,9 @@ def _check_images(images, image_root, report, read_images):
         read_images = len(images) <= FEW_IMAGES
 
     def size_of(image):
-        with Image.open(os.path.join(image_root, image["file_name"])) as file:
-            turned = file.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-            return file.size[::-1] if turned else file.size
+        return upright_size(os.path.join(image_root, image["file_name"]))
 
-    return _check_sizes(images, size_of, report, read_images), ids
+    return _check_sizes(images, size_of, report, read_images, skips), ids
 
 
 def _missing_files(names, image_root):
@@ -240,6 +240,7 @@ def _check_sizes(
     size_of: Callable[[dict[str, Any]], tuple[int, int]] | None,
     report: Report,
     read_all: bool = False,
+    skips: bool = False,
 ) -> list[dict[str, Any]]:
     if not read_all and _all_sizes_fine(images):
         return images
@@ -259,17 +260,19 @@ def _check_sizes(
         size: tuple[int | None, int | None]
         try:
             size = size_of(image)
-        except (OSError, ValueError, SyntaxError) as error:
-            unread.append(f"{name}: {error}")
+        except ImageError as error:
+            if None in given:
+                report.error("images without width and height, which cannot be read", [error])
+            unread.append(str(error))
             size = given
-        if None not in given and given != size:
-            (turned if given == size[::-1] else other).append(f"{name} {given}, the file {size}")
-        elif None in given:
+        if None in given:
             read.append(name)
+        elif given != size:
+            (turned if given == size[::-1] else other).append(f"{name} {given}, the file {size}")
         same = (image.get("width"), image.get("height")) == size
         completed.append(image if same else {**image, "width": size[0], "height": size[1]})
     if unread:
-        report.error("image files that cannot be read", unread)
+        (report.warn if skips else report.error)("image files that cannot be read", unread)
     if read:
         report.warn("images without width and height, which are the file's", read)
     if turned:

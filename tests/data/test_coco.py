@@ -287,7 +287,12 @@ def test_files_that_are_no_images(tmp_path):
     for name in ("a.png", "b.png"):
         (tmp_path / name).write_text("no image")
     (error,) = check_coco(GOOD, str(tmp_path))[1].errors
-    assert "cannot be read (2: a.png" in error
+    assert re.search("cannot be read .2: The image .*a.png cannot be read: ", error)
+    _, report = check_coco(GOOD, str(tmp_path), broken="skip")
+    assert report.errors == [] and report.warnings == [error]
+    no_size = changed(("images", 0, "width"), DROP)
+    (error,) = check_coco(no_size, str(tmp_path), broken="skip")[1].errors
+    assert "without width and height" in error
 
 
 RLE = {"size": [30, 40], "counts": [100, 50, 1050]}

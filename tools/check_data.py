@@ -1,0 +1,165 @@
+#!/usr/bin/env python
+# Copyright (c) The mokd_det authors.
+"""
+Check data sets before training, as training itself does: boxes, ids, classes, masks, image files.
+
+Examples:
+  # the sets of a config, and whether its model suits them
+  python tools/check_data.py --config-file configs/Quick-Start/student_mokd.yaml
+
+  # an annotation file in COCO's format with its images; write down what can be completed
+  python tools/check_data.py train.json images/ --write train_completed.json
+
+  # class folders or a packed .npz; a Pascal VOC folder (its converter is datasets/prepare_voc.py)
+  python tools/check_data.py photos/train
+  python tools/check_data.py VOC2007
+
+  # decode every image file, too, and keep the report
+  python tools/check_data.py train.json images/ --images --report report.json
+
+What is found is an error (training would go wrong) or a warning (counted; what has one meaning is
+completed). Exit code 0: no error; 1: errors; 2: the check itself was not possible.
+"""
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mokd_det.compat  # noqa: F401  (first: patches Detectron2 where it needs it)
+
+from mokd_det.config import load_config
+from mokd_det.data import Report, check_coco, check_images, read_coco, read_rgb, write_json
+from mokd_det.data.classification import check_source
+from mokd_det.engine import errors_as_messages, prepare_datasets
+from mokd_det.tasks import task_of
+
+
+def check_config(config_file: str, opts: list[str]) -> tuple[Report, dict[str, Any]]:
+    """Return the report on the sets of a config, as training checks them, and their names."""
+    cfg = load_config(config_file, opts)
+    report = Report()
+    with _logged_warnings(report):
+        try:
+            prepare_datasets(cfg, task_of(cfg))
+        except (ValueError, FileNotFoundError) as error:
+            report.error(str(error))
+    return report, {key: list(cfg.DATASETS[key]) for key in ("TRAIN", "TEST")}
+
+
+@contextlib.contextmanager
+def _logged_warnings(report: Report) -> Iterator[None]:
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: report.warn(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("mokd_det")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+def check_path(args: argparse.Namespace) -> tuple[Report, dict[str, Any]]:
+    """Return the report on what is at a path, and counts of what it has."""
+    path = Path(args.path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist.")
+    if path.suffix == ".json":
+        return _check_coco(args.path, args)
+    if args.write:
+        raise ValueError("--write is for annotations in COCO's format: a .json file.")
+    is_voc = path.is_dir() and any(path.rglob("*.xml"))
+    return _check_voc(path, args) if is_voc else (check_source(args.path, args.images), {})
+
+
+def _check_coco(json_file, args):
+    if args.image_root is None:
+        raise ValueError(f"Give the folder of the images, too: check_data.py {json_file} FOLDER")
+    data = read_coco(json_file)
+    completed, report = check_coco(
+        data,
+        args.image_root,
+        masks=args.masks,
+        keypoints=args.keypoints,
+        read_images=args.images or None,
+    )
+    if args.images and not report.errors:
+        files = [os.path.join(args.image_root, image["file_name"]) for image in data["images"]]
+        check_images(files, report, read_rgb)
+    if args.write and not report.errors:
+        write_json(completed, os.path.abspath(args.write))
+    return report, {key: len(completed.get(key, [])) for key in ("images", "annotations")}
+
+
+def _check_voc(path, args):
+    """As its converter does, with the files that it writes."""
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "datasets"))
+    from prepare_voc import prepare
+
+    logging.getLogger("prepare_voc").disabled = True  # its warnings are in the report
+    report, counts = Report(), {}
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            converted = prepare(path, folder)
+        except (ValueError, FileNotFoundError) as error:
+            return Report(errors=[str(error)]), {}
+        report.warnings += converted["warnings"]
+        args.image_root = os.path.join(folder, "images")
+        for split in converted["splits"]:
+            found, counts[split] = _check_coco(os.path.join(folder, f"{split}.json"), args)
+            report.errors += [f"{split}: {error}" for error in found.errors]
+            report.warnings += [f"{split}: {warning}" for warning in found.warnings]
+    return report, counts
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("path", nargs="?", help="a .json, .npz or folder; not with --config-file")
+    parser.add_argument("image_root", nargs="?", help="folder of the images of a .json")
+    parser.add_argument("--config-file", default="", help="check the sets of a config")
+    parser.add_argument("--images", action="store_true", help="decode every image file, too")
+    parser.add_argument("--masks", choices=["polygon", "bitmask"], help="needed, in this format")
+    parser.add_argument("--keypoints", action="store_true", help="keypoints are needed")
+    parser.add_argument("--write", default="", help="JSON file to write, with all completed")
+    parser.add_argument("--report", default="", help="JSON file to write the findings to")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE ...")
+    return parser
+
+
+def check(args: argparse.Namespace) -> int:
+    if bool(args.path) == bool(args.config_file):
+        raise ValueError("Give either a path or --config-file.")
+    start = time.perf_counter()
+    if args.config_file:
+        report, counts = check_config(args.config_file, args.opts)
+    else:
+        report, counts = check_path(args)
+    for kind, messages in (("error", report.errors), ("warning", report.warnings)):
+        for message in messages:
+            print(f"{kind}: {message}")
+    seconds = time.perf_counter() - start
+    print(
+        f"{args.path or args.config_file}: {len(report.errors)} kinds of errors, "
+        f"{len(report.warnings)} kinds of warnings; {counts or ''} {seconds:.1f} s"
+    )
+    if args.report:
+        found = {"errors": report.errors, "warnings": report.warnings, "counts": counts}
+        Path(args.report).write_text(json.dumps(found, indent=2))
+    return int(bool(report.errors))
+
+
+if __name__ == "__main__":
+    args = argument_parser().parse_args()
+    with errors_as_messages(args.debug):
+        code = check(args)
+    sys.exit(code)
