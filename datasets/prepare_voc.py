@@ -67,12 +67,7 @@ def prepare(
     for split in folders:
         check_replaceable(output / f"{split}.json")
     _check_link(output / "images", image_folder)
-
-    report = Report()
-    records = {
-        split: _read_split(folder, split, image_folder, report) for split, folder in folders.items()
-    }
-    _check_boxes([record for split in records.values() for record in split], report)
+    records, report = _read(image_folder, folders)
     report.raise_for_errors(str(root))
     classes = _choose_classes(classes, records, output)
     # Everything is converted before anything is written: an error leaves the old files alone.
@@ -96,12 +91,35 @@ def prepare(
     }
 
 
+def check(root, splits=None, annotations=None, images=None, image_sets="ImageSets/Main"):
+    """
+    Check a folder as :func:`prepare` does, with the same arguments, and write nothing.
+
+    Returns:
+        Report
+    """
+    try:
+        return _read(*open_voc(Path(root), splits, annotations, images, image_sets))[1]
+    except (ValueError, FileNotFoundError) as error:
+        return Report(errors=[str(error)])
+
+
+def _read(image_folder, folders):
+    """Return the images of each split, and a report on them."""
+    report = Report()
+    records = {
+        split: _read_split(folder, split, image_folder, report) for split, folder in folders.items()
+    }
+    _check_boxes([record for split in records.values() for record in split], report)
+    return records, report
+
+
 def _read_split(folder, split, image_folder, report):
     """Return the images of a split for :func:`coco_dict`, and report on names that do not fit."""
     records, used, disagree = [], {}, []
     for xml_file in folder.splits[split]:
         element = parse_xml(xml_file)
-        file_name = (element.findtext("filename") or "").strip()
+        file_name = element.findtext("filename") or ""
         image, agrees = folder.find_image(xml_file, file_name)
         if image in used:
             raise ValueError(f"{xml_file} and {used[image]} are both of {image}: remove one.")

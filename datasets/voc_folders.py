@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mokd_det.data.classification.folders import IMAGE_EXTENSIONS, is_hidden
 from mokd_det.data.classification.sources import SPLITS
+from voc import parse_xml
 
 logger = logging.getLogger(__name__)
 
@@ -97,13 +98,14 @@ class VocFolder:
         Return the image of an annotation file: the one of its name; if several have that (a.jpg,
         a.png), or none, the one that its ``<filename>`` names. And whether ``<filename>`` agrees.
 
-        FileNotFoundError: there is none; ValueError: there are several.
+        FileNotFoundError: there is none; ValueError: there are several, or the two name different
+        images, unless ``<filename>`` was only copied from the annotation of the other image.
         """
-        file_name = re.split(r"[/\\]", file_name)[-1]
+        file_name = _base(file_name)
         own = self.images.find(self._annotations.name_of(xml_file))
         named = self.images.called(file_name) if file_name else []
         both = [path for path in own if path in named]
-        if own and named and not both:
+        if own and named and not both and not any(map(self._has_its_own, named)):
             raise ValueError(
                 f"{xml_file} could be of {own[0]}, which has its name, or of {named[0]}, which its "
                 "<filename> names: rename the file, or correct <filename>."
@@ -121,6 +123,11 @@ class VocFolder:
             )
         agrees = not file_name or found[0].stem in (file_name, Path(file_name).stem)
         return found[0], agrees
+
+    def _has_its_own(self, image: Path) -> bool:
+        """Return whether an annotation file has this image's name and names it, too."""
+        own = self._annotations.find(self.images.name_of(image))
+        return any(_base(parse_xml(file).findtext("filename")) == image.name for file in own)
 
     def _read_list(self, split: str, file: Path) -> list[Path]:
         try:
@@ -196,6 +203,11 @@ def _open_splits(root: Path, splits: Sequence[str] | None) -> dict[str, VocFolde
 
 def _is_xml(path: Path) -> bool:
     return path.suffix.lower() == ".xml" and not is_hidden(path.name)
+
+
+def _base(file_name: str | None) -> str:
+    """Return the last part of a path of any system."""
+    return re.split(r"[/\\]", (file_name or "").strip())[-1]
 
 
 def _choose_lists(folder: Path, splits: Sequence[str] | None) -> dict[str, Path]:

@@ -211,18 +211,22 @@ def _make_sampler(cfg, elements, seed):
 
 
 class _WithoutSkipped:
-    """The batches of a loader but the empty ones; the number of the others is told afterwards."""
+    """The batches of a loader, of one image each, but the empty ones, which are told afterwards."""
 
-    def __init__(self, loader, name, broken):
-        self.loader, self.name, self.broken = loader, name, broken
+    def __init__(self, loader, name):
+        self.loader, self.name = loader, name
 
     def __len__(self):
         return len(self.loader)
 
     def __iter__(self):
-        before = self.broken.skipped
-        yield from filter(None, self.loader)
-        if skipped := self.broken.skipped - before:
+        skipped = 0
+        for batch in self.loader:
+            if batch:
+                yield batch
+            else:
+                skipped += 1
+        if skipped:
             logger.warning(
                 f"{skipped} images of '{self.name}' could not be read (DATASETS.BROKEN_IMAGES "
                 "'skip') and have no predictions: their objects count as missed."
@@ -239,7 +243,7 @@ def build_test_loader(cfg: CfgNode, name: str) -> Iterable[list[dict[str, Any]]]
     if not mapper.broken.skips:
         return build_detection_test_loader(cfg, name, mapper=mapper)
     loader = build_detection_test_loader(cfg, name, mapper=mapper, collate_fn=_without_dropped)
-    return _WithoutSkipped(loader, name, mapper.broken)
+    return _WithoutSkipped(loader, name)
 
 
 def _without_dropped(samples):

@@ -126,6 +126,12 @@ IMAGES = {
         ["a.png"],
         r"the image of the XML's name is taken, not <filename>'s .1: .*a.xml names 'IMG_7.png'",
     ),
+    "copied": (
+        {J + "a.png": None, J + "a_turned.png": None, A + "a.xml": xml(filename="a.png")}
+        | {A + "a_turned.xml": xml(filename="a.png")},
+        ["a.png", "a_turned.png"],
+        "not <filename>'s .1: .*a_turned.xml names 'a.png'",
+    ),
     "sub-folders": (
         {J + "s/a.png": None, J + "c.png": None, A + "s/a.xml": xml(), A + "c.xml": xml()},
         ["c.png", "s/a.png"],
@@ -169,6 +175,8 @@ def test_which_image_is_whose(tmp_path, caplog, kind):
     prepare_voc.prepare(root, tmp_path / "out")
     assert names_in(tmp_path / "out", "all") == expected
     assert len(caplog.records) == bool(warning) and re.search(warning, caplog.text)
+    report = prepare_voc.check(root)
+    assert not report.errors and all(told in caplog.text for told in report.warnings)
 
 
 BAD_IMAGES = {
@@ -182,6 +190,11 @@ BAD_IMAGES = {
     ),
     "name or filename": (
         {J + "a.png": None, J + "b.png": None, A + "a.xml": xml(filename="b.png")},
+        "a.xml could be of .*a.png, which has its name, or of .*b.png, which its <filename> names",
+    ),
+    "exchanged": (
+        {J + "a.png": None, J + "b.png": None, A + "a.xml": xml(filename="b.png")}
+        | {A + "b.xml": xml(filename="a.png")},
         "a.xml could be of .*a.png, which has its name, or of .*b.png, which its <filename> names",
     ),
     "none": ({J + "b.png": None, A + "a.xml": xml()}, "a.xml: there is no image of that name in"),
@@ -210,6 +223,8 @@ def test_images_that_cannot_be_told(tmp_path, kind):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         prepare_voc.prepare(root, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    report = prepare_voc.check(root)
+    assert re.search(message, report.errors[0])
 
 
 # Boxes, those that are left, and the warning.
