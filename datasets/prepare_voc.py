@@ -52,8 +52,7 @@ def prepare(
         annotations, images, image_sets (str): folders inside ``root``.
 
     Returns:
-        dict: ``classes``, ``image_root``, ``warnings`` and, by split in ``splits``, the numbers of
-        ``images`` and ``boxes``.
+        dict: ``classes``, ``image_root`` and, by split, ``images`` and ``boxes``.
 
     Raises:
         FileNotFoundError: a folder, list, annotation or image is missing.
@@ -82,13 +81,7 @@ def prepare(
         split: {"images": len(coco["images"]), "boxes": len(coco["annotations"])}
         for split, coco in converted.items()
     }
-    image_root = str(image_folder.resolve())
-    return {
-        "classes": classes,
-        "image_root": image_root,
-        "splits": counts,
-        "warnings": report.warnings,
-    }
+    return {"classes": classes, "image_root": str(image_folder.resolve()), "splits": counts}
 
 
 def check(root, splits=None, annotations=None, images=None, image_sets="ImageSets/Main"):

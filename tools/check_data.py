@@ -27,7 +27,6 @@ import json
 import logging
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,17 +71,21 @@ def check_path(args: argparse.Namespace) -> tuple[Report, dict[str, Any]]:
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist.")
     if path.suffix == ".json":
-        return _check_coco(args.path, args)
+        return _check_coco(args)
     if args.write:
         raise ValueError("--write is for annotations in COCO's format: a .json file.")
-    is_voc = path.is_dir() and any(path.rglob("*.xml"))
-    return _check_voc(path, args) if is_voc else (check_source(args.path, args.images), {})
+    if path.is_dir() and any(path.rglob("*.xml")):
+        sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "datasets"))
+        import prepare_voc
+
+        return prepare_voc.check(path), {}
+    return check_source(args.path, args.images), {}
 
 
-def _check_coco(json_file, args):
+def _check_coco(args):
     if args.image_root is None:
-        raise ValueError(f"Give the folder of the images, too: check_data.py {json_file} FOLDER")
-    data = read_coco(json_file)
+        raise ValueError(f"Give the folder of the images, too: check_data.py {args.path} FOLDER")
+    data = read_coco(args.path)
     completed, report = check_coco(
         data,
         args.image_root,
@@ -96,27 +99,6 @@ def _check_coco(json_file, args):
     if args.write and not report.errors:
         write_json(completed, os.path.abspath(args.write))
     return report, {key: len(completed.get(key, [])) for key in ("images", "annotations")}
-
-
-def _check_voc(path, args):
-    """As its converter does, with the files that it writes."""
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "datasets"))
-    from prepare_voc import prepare
-
-    logging.getLogger("prepare_voc").disabled = True  # its warnings are in the report
-    report, counts = Report(), {}
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            converted = prepare(path, folder)
-        except (ValueError, FileNotFoundError) as error:
-            return Report(errors=[str(error)]), {}
-        report.warnings += converted["warnings"]
-        args.image_root = os.path.join(folder, "images")
-        for split in converted["splits"]:
-            found, counts[split] = _check_coco(os.path.join(folder, f"{split}.json"), args)
-            report.errors += [f"{split}: {error}" for error in found.errors]
-            report.warnings += [f"{split}: {warning}" for warning in found.warnings]
-    return report, counts
 
 
 def argument_parser() -> argparse.ArgumentParser:

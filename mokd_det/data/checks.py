@@ -14,6 +14,7 @@ from detectron2.data.datasets import register_coco_instances
 
 from .classes import listed_names
 from .coco import check_coco, class_names, read_coco, with_classes
+from .images import vanishes
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +73,8 @@ def _check_set(cfg: CfgNode, option: str, name: str, names: Sequence[str] | None
         return
     data, report = check_coco(given := read_coco(source), root, **needs)
     report.raise_for_errors(what)
+    _check_shapes(cfg, option, data["images"], report)
+    report.raise_for_errors(what)
     found = class_names(data)
     if names is not None and found != list(names) and set(found) <= set(names):
         data = with_classes(data, names)
@@ -87,6 +90,30 @@ def _check_set(cfg: CfgNode, option: str, name: str, names: Sequence[str] | None
         _register_completed(cfg, name, data, source, root)
     MetadataCatalog.get(name).thing_classes = class_names(data)
     _checked[name] = state
+
+
+def _check_shapes(cfg, option, images, report):
+    """Thin images must not be resized to nothing."""
+    if option == "TRAIN":
+        if cfg.INPUT.LSJ.ENABLED:
+            return
+        short_edge, longest_edge = min(cfg.INPUT.MIN_SIZE_TRAIN), cfg.INPUT.MAX_SIZE_TRAIN
+    else:
+        short_edge, longest_edge = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
+    if not short_edge:  # images keep their size
+        return
+    thin = [
+        f"{image['file_name']}, {image['width']} x {image['height']}"
+        for image in images
+        if vanishes(image["height"], image["width"], short_edge, longest_edge)
+    ]
+    if thin:
+        add = report.warn if cfg.DATASETS.BROKEN_IMAGES == "skip" else report.error
+        add(
+            f"images that INPUT.MIN_SIZE_{option} {short_edge} and MAX_SIZE_{option} "
+            f"{longest_edge} make less than a pixel wide or high",
+            thin,
+        )
 
 
 def _register_completed(cfg, name, data, source, root):

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch.nn.functional as F
 from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
 from detectron2.utils.file_io import PathManager
 from torch import Tensor, nn
 from torch.nn import Parameter
@@ -245,6 +246,11 @@ class ClassificationTask(Task):
 
     def check_data(self, cfg: CfgNode, options: Sequence[str] = ("TRAIN", "TEST")) -> None:
         check_classes(cfg, options)
+        for option in options:
+            for name in cfg.DATASETS[option]:
+                path = MetadataCatalog.get(name).image_path
+                report = classification.check_source(path, broken=cfg.DATASETS.BROKEN_IMAGES)
+                report.raise_for_errors(f"DATASETS.{option}: '{name}' ({path})")
 
     def exporter(self, cfg: CfgNode) -> ClassifierExporter:
         return ClassifierExporter(cfg, self.stock_options)

@@ -97,6 +97,8 @@ def test_completed_sets_are_what_loader_and_evaluator_read(sets, tmp_path, caplo
         (GOOD, renamed("apple", "pear", "plum"), (), "TEST: .*apple, pear, plum"),
         (changed(("annotations", 0, "bbox"), None), GOOD, (), "TRAIN: .*train.json.*not four"),
         (GOOD, changed(("annotations", 0, "bbox"), None), (), "TEST: .*test.json.*not four"),
+        (GOOD, GOOD, ("INPUT.MAX_SIZE_TRAIN", 0), "TRAIN: .*less than a pixel.*2: a.png, 40 x 30"),
+        (GOOD, GOOD, ("INPUT.MAX_SIZE_TEST", 0), "TEST: .*less than a pixel.*2: a.png, 40 x 30"),
     ],
 )
 def test_sets_that_do_not_suit_the_model(train, test, opts, message, sets):
