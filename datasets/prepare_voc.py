@@ -26,6 +26,7 @@ from pathlib import Path
 from mokd_det.data.classification.folders import names_alike
 from mokd_det.data.paths import datasets_root
 from mokd_det.data.report import Report
+from mokd_det.untrusted import check_file_name
 from voc import check_replaceable, coco_dict, is_ours, parse_xml, read_annotation
 from voc_folders import open_voc
 
@@ -221,6 +222,7 @@ def main():
     output = Path(args.output or datasets_root() / args.name)
     parts = args.annotations, args.images, args.image_sets
     try:
+        check_file_name(args.name, "--name")
         result = prepare(args.root, output, args.splits, args.classes, *parts)
         (output / "summary.json").write_text(json.dumps(result, indent=2))
     except (ValueError, OSError) as error:

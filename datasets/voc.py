@@ -12,6 +12,7 @@ from typing import Any
 from PIL import Image
 
 from mokd_det.data.images import upright_size
+from mokd_det.untrusted import check_class_names
 
 logger = logging.getLogger(__name__)
 
@@ -74,9 +75,10 @@ def read_annotation(
     record["resized"] = _check_size(root, xml_file, image_file, width, height)
     for index, node in enumerate(root.iter("object")):
         name = (node.findtext("name") or "").strip()
-        x0, y0, x1, y1 = _read_corners(node, f"{xml_file}: object {index} ('{name}')")
         if not name:
             raise ValueError(f"{xml_file}: object {index} has no name.")
+        check_class_names([name], str(xml_file))
+        x0, y0, x1, y1 = _read_corners(node, f"{xml_file}: object {index} ('{name}')")
         box = clip_box((x0 - 1, y0 - 1, x1, y1), width, height) if x1 > x0 and y1 > y0 else None
         described = f"({x0:g}, {y0:g}, {x1:g}, {y1:g}) of '{name}'"
         if box is None:

@@ -1,10 +1,11 @@
 # Copyright (c) The mokd_det authors.
 """
-What Detectron2 0.6 needs to run on today's NumPy, Pillow, setuptools and PyTorch. Nothing else.
+What Detectron2 0.6 needs to run on today's NumPy, Pillow, setuptools and PyTorch; and that no
+Detectron2 runs the code that pickled weights or proposals may hold. Nothing else.
 
 Importing this module applies the patches, before the first import of a Detectron2 submodule: all
 folders of mokd_det that use Detectron2 import it first. Every patch looks whether it is needed, so
-a build of upstream's main branch (which needs at most the last two) is left as it is.
+a build of upstream's main branch (which needs at most the last three) is left as it is.
 """
 
 import importlib
@@ -39,7 +40,9 @@ def apply() -> list[str]:
         "compiled": _patch_compiled,
         "caffe2": _patch_caffe2,
         "pkg_resources": _patch_pkg_resources,
-        "sampling": _patch_sampling,  # the last: it imports Detectron2
+        # The last two import Detectron2.
+        "sampling": _patch_sampling,
+        "pickle": _patch_pickle,
     }
     with warnings.catch_warnings():
         # It scripts two modules, and PyTorch 2.10 says each time that scripting is deprecated.
@@ -189,6 +192,23 @@ def _patch_sampling(root: Path) -> bool:
 
     common.MapDataset.__init__ = patched
     return True
+
+
+def _patch_pickle(root: Path) -> bool:
+    """Detectron2 reads .pkl weights and proposals by ``pickle.load``, which runs what they say."""
+
+    def load(file: Any, encoding: str = "ASCII") -> Any:
+        # Imported late: this module loads nothing else of mokd_det.
+        from .untrusted import read_pickle
+
+        return read_pickle(file, encoding)
+
+    names = ("detectron2.checkpoint.detection_checkpoint", "detectron2.data.build")
+    modules: list[Any] = [importlib.import_module(name) for name in names]
+    stock = [module for module in modules if isinstance(module.pickle, types.ModuleType)]
+    for module in stock:
+        module.pickle = types.SimpleNamespace(load=load)
+    return bool(stock)
 
 
 APPLIED = apply()

@@ -10,6 +10,7 @@ import statistics
 from pathlib import Path
 
 import yaml
+from mokd_det.untrusted import check_file_name, markdown_row, printable
 from scipy.stats import t as student_t
 
 KEYS = {"teacher", "seeds", "baseline", "metrics", "opts", "axis", "balance", "methods"}
@@ -25,10 +26,16 @@ def load_study(path):
         dict: with all keys, ``name``, and ``records``, the path of its JSON file.
 
     Raises:
-        ValueError: an unknown or missing key, or two methods whose runs would share a folder.
+        ValueError: no YAML, an unknown or missing key, two methods whose runs would share a folder,
+            or what would be an option of the command that a run is, or lead out of its folder.
     """
     path = Path(path)
-    study = yaml.safe_load(path.read_text())
+    try:
+        study = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no plain YAML: {printable(str(error))}") from error
+    if not isinstance(study, dict):
+        raise ValueError(f"{path} is no study: expected a mapping with {sorted(KEYS)}.")
     if unknown := set(study) - KEYS:
         raise ValueError(f"{path}: unknown {sorted(unknown)}; expected some of {sorted(KEYS)}.")
     if missing := {"seeds", "baseline", "metrics", "methods"} - set(study):
@@ -41,6 +48,8 @@ def load_study(path):
         for name in set(study[key]) - set(study["methods"]):
             raise ValueError(f"{path}: {key} '{name}' is none of its methods.")
     _check_methods(path, study)
+    _check_commands(path, study)
+    check_file_name(path.stem, "the name of a study")
     return {**study, "name": path.stem, "records": path.with_suffix(".json")}
 
 
@@ -57,6 +66,20 @@ def _check_methods(path, study):
         if folder in names:
             raise ValueError(f"{path}: '{names[folder]}' and '{name}' share {folder}: rename one.")
         names[folder] = name
+
+
+def _check_commands(path, study):
+    """A study chooses configs and their keys, but no options of the command, such as --trust."""
+    methods = study["methods"].values()
+    configs = [*study["teacher"], *(method["config"] for method in methods)]
+    keys = [key for opts in (study["opts"], *(m.get("opts", []) for m in methods)) for key in opts]
+    for text in (*configs, *keys):
+        if str(text).startswith("--"):
+            raise ValueError(f"{path}: '{text}' is an option of the command line: remove it.")
+    for seeds in (study["seeds"], *(method.get("seeds", []) for method in methods)):
+        for seed in seeds:
+            if type(seed) is not int:
+                raise ValueError(f"{path}: the seed {seed!r} is no whole number.")
 
 
 def folder_of(name, seed):
@@ -229,7 +252,7 @@ def seeds_of(row):
 
 def markdown(head, rows):
     """Markdown of a table whose cells are strings."""
-    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *rows])
+    return "\n".join(map(markdown_row, [head, ["---"] * len(head), *rows]))
 
 
 def format_table(study):

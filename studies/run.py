@@ -61,6 +61,7 @@ from mokd_det.evaluation import read_json_lines
 ROOT = Path(__file__).resolve().parent.parent
 # What CUDA_VISIBLE_DEVICES calls the GPUs, each lent to one run at a time; filled by run().
 gpus = queue.SimpleQueue()
+flags = []  # of every run's command, before its overrides
 POINTS = 24  # of a series of the balance that is kept
 BALANCE = ("cosine_", "dominance_", "weight_", "share_task")  # what balance.png draws
 
@@ -68,6 +69,7 @@ BALANCE = ("cosine_", "dominance_", "weight_", "share_task")  # what balance.png
 def train(config, opts, output):
     """Run tools/train_net.py; return seconds. RuntimeError if it fails, with the end of its log."""
     command = [sys.executable, "tools/train_net.py", "--config-file", config]
+    command += flags
     command += [str(opt) for opt in opts] + ["OUTPUT_DIR", str(output)]
     start = time.time()
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -269,9 +271,11 @@ def main():
     parser.add_argument("--output", help="folder of records and pictures (that of the study file)")
     parser.add_argument("--only", action="append", default=[], help="a method; may be repeated")
     parser.add_argument("--first", type=int, help="only so many seeds of each method")
+    parser.add_argument("--trust", action="store_true", help="run the code in config files")
     args = parser.parse_args()
     if args.run == args.summarize:
         parser.error("give one of --run and --summarize")
+    flags.extend(["--trust"] if args.trust else [])
     study = records.load_study(args.study)
     if args.output:
         study["records"] = Path(args.output) / study["records"].name

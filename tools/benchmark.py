@@ -57,7 +57,7 @@ from detectron2.utils.events import EventStorage, get_event_storage
 from torch import nn
 
 from mokd_det.balancing import Branch, build_balancer
-from mokd_det.config import load_config, split_overrides
+from mokd_det.config import load_config, split_overrides, trust_files
 from mokd_det.engine import BalancedTrainer, DistillationTrainer, errors_as_messages, launch
 from mokd_det.engine.optimizer import build_optimizer
 from mokd_det.engine.trainer import wrap_distributed
@@ -467,6 +467,7 @@ def argument_parser():
         "--teacher-options", action="store_true", help="compare those of the teacher"
     )
     parser.add_argument("--output", default="", help="JSON file to write")
+    parser.add_argument("--trust", action="store_true", help="run the code in config files")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides KEY VALUE ...")
     # One process, unless torchrun has started several.
@@ -528,6 +529,7 @@ def benchmark(args):
 
 
 def main(args):
+    trust_files(args.trust)
     with errors_as_messages(args.debug):
         benchmark(args)
 

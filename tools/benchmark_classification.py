@@ -46,7 +46,7 @@ from benchmark import (
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 
-from mokd_det.config import load_config
+from mokd_det.config import load_config, trust_files
 from mokd_det.data import check_datasets, register_datasets
 from mokd_det.data.classification import Batch
 from mokd_det.engine import BalancedTrainer, errors_as_messages
@@ -230,6 +230,7 @@ def argument_parser():
     parser.add_argument("--batch", type=positive, default=32, help="images a step (%(default)s)")
     parser.add_argument("--rounds", type=positive, default=20, help="or batches (%(default)s)")
     parser.add_argument("--output", default="", help="JSON file to write")
+    parser.add_argument("--trust", action="store_true", help="run the code in config files")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides KEY VALUE ...")
     return parser
@@ -261,6 +262,7 @@ def benchmark(args):
 
 def main():
     args = argument_parser().parse_args()
+    trust_files(args.trust)
     with errors_as_messages(args.debug):
         benchmark(args)
 

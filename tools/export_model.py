@@ -37,7 +37,7 @@ import mokd_det.compat  # noqa: F401  (first: patches Detectron2 where it needs 
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 
-from mokd_det.config import check_device, load_config, split_overrides
+from mokd_det.config import check_device, load_config, split_overrides, trust_files
 from mokd_det.engine import errors_as_messages
 from mokd_det.export import (
     DEFAULT_TOLERANCE,
@@ -83,6 +83,7 @@ def argument_parser():
     parser.add_argument(
         "--benchmark", action="store_true", help="latency and size beside the teacher's"
     )
+    parser.add_argument("--trust", action="store_true", help="run the code in config files")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides: KEY VALUE ...")
     return parser
@@ -148,6 +149,7 @@ def export(args):
 
 def main():
     args = argument_parser().parse_args()
+    trust_files(args.trust)
     with errors_as_messages(args.debug):
         result = export(args)
     if args.format != "checkpoint" and not result["parity"]["passed"]:

@@ -18,6 +18,7 @@ each. A classifier's has "classes", the best first: "class", "name" and "score" 
 import argparse
 import json
 import os
+import re
 import sys
 import warnings
 import zipfile
@@ -30,6 +31,10 @@ from torchvision.transforms import functional as F
 from torchvision.utils import draw_bounding_boxes, draw_keypoints, draw_segmentation_masks
 
 METADATA_FILE = "metadata.json"
+OF_FILES = {"save", "from_file", "read_file", "write_file", "write_png", "write_jpeg"}
+# What is taken of a file's metadata: bytes in all, classes, characters of a class; and how large it
+# may make an image: side and area in pixels.
+MOST_BYTES, MOST_CLASSES, MOST_CHARACTERS, LONGEST, LARGEST = 2**24, 100_000, 1000, 8192, 2**27
 
 
 def load(path, device):
@@ -44,12 +49,16 @@ def load(path, device):
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             names = [n for n in archive.namelist() if n.endswith(f"/extra/{METADATA_FILE}")]
+            if names and archive.getinfo(names[0]).file_size > MOST_BYTES:
+                raise ValueError(f"{path}: its {METADATA_FILE} has over {MOST_BYTES} bytes.")
             metadata = json.loads(archive.read(names[0])) if names else None
+            check_program(archive, path)
     if not names:
         raise ValueError(
             f"{path} has no {METADATA_FILE} inside: expected a file of tools/export_model.py "
             "--format torchscript."
         )
+    check_metadata(metadata, path)
     traced_on = metadata.get("traced_on")
     if traced_on and traced_on != torch.device(device).type:
         raise ValueError(
@@ -61,6 +70,42 @@ def load(path, device):
         # A trace has constants on the CPU, wherever its weights are: all stay where they were.
         module = torch.jit.load(path, map_location=None if traced_on else device)
     return module, metadata
+
+
+def check_program(archive, path):
+    """Raise ValueError for operators that read or write files: exports have none."""
+    for name in (name for name in archive.namelist() if name.endswith(".py")):
+        words = re.findall(r"[A-Za-z_]\w*", archive.read(name).decode())
+        if found := sorted(OF_FILES & set(words)):
+            raise ValueError(f"{path} is a program that may read or write files: '{found[0]}'.")
+
+
+def check_metadata(metadata, path):
+    """Raise ValueError for metadata that no export writes: they decide how much memory is used."""
+
+    def need(is_fine, key, expected):
+        if not is_fine:
+            raise ValueError(f"{path}: '{key}' of its {METADATA_FILE} is not {expected}.")
+
+    need(isinstance(metadata, dict), METADATA_FILE, "a JSON object")
+    need(metadata.get("task") in ("detection", "classification"), "task", "one that is known")
+    need(metadata.get("format") in ("RGB", "BGR"), "format", "'RGB' or 'BGR'")
+    names = metadata.get("class_names") or []
+    need(isinstance(names, list) and len(names) <= MOST_CLASSES, "class_names", "a list of classes")
+    for name in names:
+        is_short = isinstance(name, str) and len(name) <= MOST_CHARACTERS
+        need(is_short, "class_names", f"texts of at most {MOST_CHARACTERS} characters")
+    rule = metadata.get("resize")
+    need(isinstance(rule, dict), "resize", "a rule")
+    is_detector = metadata["task"] == "detection"
+    for key in ("short_edge", "longest_edge" if is_detector else "crop"):
+        least = 0 if key == "short_edge" and is_detector else 1
+        most = 10**9 if key == "longest_edge" else LONGEST  # that only makes images smaller
+        in_range = type(rule.get(key)) is int and least <= rule[key] <= most
+        need(in_range, f"resize.{key}", f"a whole number from {least} to {most}")
+    if not is_detector:
+        known = [mode.value for mode in InterpolationMode]
+        need(rule.get("interpolation") in known, "resize.interpolation", f"one of {known}")
 
 
 def read(path):
@@ -90,6 +135,8 @@ def resized_size(width, height, short_edge, longest_edge):
     if max(width, height) > longest_edge:
         scale = longest_edge / max(width, height)
         width, height = scale * width, scale * height
+    if width * height > LARGEST:
+        raise ValueError(f"An image would become {width:.0f} x {height:.0f} pixels: crop it.")
     return int(width + 0.5), int(height + 0.5)
 
 
@@ -142,7 +189,7 @@ def classify(module, metadata, image, device):
 
 def name_of(metadata, label):
     names = metadata["class_names"]
-    return names[label] if names else str(label)
+    return names[label] if names and 0 <= label < len(names) else str(label)
 
 
 def run_lengths(mask):
@@ -234,7 +281,7 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, Image.DecompressionBombError) as error:
         if "--debug" in sys.argv:
             raise
         sys.exit(f"run_exported.py: {error}\n(--debug shows where)")

@@ -39,9 +39,8 @@ from detectron2.engine import default_argument_parser, default_setup
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
-from fvcore.common.checkpoint import Checkpointer
 
-from mokd_det.config import check_device, load_config
+from mokd_det.config import check_device, load_config, trust_files
 from mokd_det.engine import (
     DistillationTrainer,
     Trainer,
@@ -52,6 +51,7 @@ from mokd_det.engine import (
     validate,
 )
 from mokd_det.evaluation import finite, format_comparison, format_zoo_row, write_results, zoo_row
+from mokd_det.modeling import SafeCheckpointer
 from mokd_det.tasks import task_of
 
 
@@ -73,13 +73,14 @@ def check_arguments(args, cfg):
             "checkpoint with Detectron2's own tools/train_net.py."
         )
     weights = cfg.MODEL.WEIGHTS
-    goes_on = args.resume and Checkpointer(torch.nn.Module(), cfg.OUTPUT_DIR).has_checkpoint()
+    goes_on = args.resume and SafeCheckpointer(torch.nn.Module(), cfg.OUTPUT_DIR).has_checkpoint()
     if not goes_on and weights and "://" not in weights and not PathManager.isfile(weights):
         raise FileNotFoundError(f"MODEL.WEIGHTS '{weights}' does not exist.")
 
 
 def setup(args):
     """Read the config, check all that can be checked before data and weights, start logging."""
+    trust_files(args.trust)
     cfg = load_config(args.config_file, args.opts)
     check_arguments(args, cfg)
     if args.eval_only and not args.with_teacher:
@@ -104,10 +105,10 @@ def with_weights(cfg, weights):
 def evaluate(args, cfg):
     """Evaluate the plain model of ``cfg`` on DATASETS.TEST (with --resume: its last weights)."""
     task = task_of(cfg)
-    last = Checkpointer(torch.nn.Module(), cfg.OUTPUT_DIR)
-    if args.resume and last.has_checkpoint():
-        cfg = with_weights(cfg, last.get_checkpoint_file())
+    last = SafeCheckpointer(torch.nn.Module(), cfg.OUTPUT_DIR)
     with errors_as_messages(args.debug):
+        if args.resume and last.has_checkpoint():
+            cfg = with_weights(cfg, last.get_checkpoint_file())
         student = task.load_trained(cfg)
         if args.with_teacher:  # what may be wrong with it is found before the student is evaluated
             teacher_cfg = task.teacher_config(cfg)
@@ -165,6 +166,7 @@ def argument_parser():
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--with-teacher", action="store_true", help="evaluate the teacher as well")
     parser.add_argument("--zoo-row", action="store_true", help="print a row for a model zoo")
+    parser.add_argument("--trust", action="store_true", help="run the code in config files")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 

@@ -24,7 +24,7 @@ from detectron2.data import DatasetCatalog, DatasetMapper
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
-from mokd_det.config import check_device, load_config
+from mokd_det.config import check_device, load_config, trust_files
 from mokd_det.data import check_datasets, read_rgb, register_datasets
 from mokd_det.engine import errors_as_messages
 from mokd_det.tasks import task_of
@@ -155,9 +155,11 @@ def main():
     parser.add_argument("--output", required=True, help="PNG to write")
     parser.add_argument("--count", type=int, default=3, help="number of images (%(default)s)")
     parser.add_argument("--score", type=float, default=0.5, help="smallest score (%(default)s)")
+    parser.add_argument("--trust", action="store_true", help="run the code in config files")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides: KEY VALUE ...")
     args = parser.parse_args()
+    trust_files(args.trust)
     with errors_as_messages(args.debug):
         visualize(args.dataset, args.model, args.output, args.count, args.score, args.opts)
     print(args.output)

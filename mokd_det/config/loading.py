@@ -14,6 +14,7 @@ from detectron2.config import CfgNode
 from detectron2.config import get_cfg as get_detectron2_cfg
 from detectron2.utils.file_io import PathManager
 
+from ..untrusted import printable
 from .defaults import add_mokd_config
 
 # Options of version 0.1 and what became of them.
@@ -109,7 +110,7 @@ def merge_overrides(cfg: CfgNode, opts: Sequence[Any], source: str = "override")
     for i in range(0, len(opts), 2):
         node = _check_key(opts[i], cfg, source)
         if isinstance(node, CfgNode) and node.is_new_allowed():
-            value = yaml.safe_load(opts[i + 1]) if isinstance(opts[i + 1], str) else opts[i + 1]
+            value = _parsed(opts[i + 1], f"{source}: {opts[i]}")
             if not isinstance(value, dict):
                 raise ValueError(
                     f"{source}: {opts[i]} is {opts[i + 1]!r}: expected a dict, such as "
@@ -122,6 +123,13 @@ def merge_overrides(cfg: CfgNode, opts: Sequence[Any], source: str = "override")
                 f"itself, such as {opts[i]}.{next(iter(node))}."
             )
     cfg.merge_from_list(opts)
+
+
+def _parsed(value, source):
+    try:
+        return yaml.safe_load(value) if isinstance(value, str) else value
+    except yaml.YAMLError as error:
+        raise ValueError(f"{source} is {value!r}: not YAML, {printable(str(error))}") from error
 
 
 def check_device(cfg: CfgNode) -> None:

@@ -11,5 +11,6 @@ from .images import ImageError, check_broken_images, check_for_detector, check_i
 from .images import vanishes
 from .loader import ResumableLoader, build_resumable_train_loader, build_test_loader, isolated_rng
 from .paths import datasets_root, local_path
+from .proposals import check_proposals
 from .report import Report
 from .schedule import check_schedule, schedule_in_iterations

@@ -11,6 +11,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.utils.file_io import PathManager
 
+from ..untrusted import check_file_name
 from .classification.sources import open_source
 from .coco import read_coco
 from .paths import datasets_root, local_path
@@ -50,6 +51,7 @@ def _check_entry(option, entry, parts):
         raise ValueError(
             f"DATASETS.{option} has the entry {entry!r}: expected [{', '.join(parts)}]."
         )
+    check_file_name(entry[0], f"DATASETS.{option}: the name of a data set")
 
 
 def _register_classification(entry):

@@ -15,6 +15,7 @@ from typing import Any
 
 from detectron2.utils.file_io import PathManager
 
+from ..untrusted import is_class_name
 from .coco_annotations import check_annotations
 from .coco_ids import canonical, check_ids
 from .images import ImageError, upright_size
@@ -166,8 +167,8 @@ def _check_categories(data, report):
     """Return the completed categories, and from ids as they are in the file to those now."""
     categories = data["categories"]
     names = [category.get("name") for category in categories]
-    if odd := [c for c in categories if not isinstance(c.get("name"), str) or not c["name"]]:
-        report.error("categories without a name, a text", odd)
+    if odd := [c for c in categories if not is_class_name(c.get("name"))]:
+        report.error("categories without a name, a text without line ends", odd)
         return categories, None
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         report.error("names of several categories, so that they cannot be told apart", twice)

@@ -5,6 +5,8 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
+from ..untrusted import printable
+
 
 @dataclasses.dataclass
 class Report:
@@ -34,7 +36,7 @@ def listed(cases: Iterable[Any], most: int = 3) -> str:
     """Return the number of cases and the first ones, as "12: a, b, c, ..."."""
     cases = list(cases)
     rest = ", ..." if len(cases) > most else ""
-    return f"{len(cases)}: {', '.join(map(str, cases[:most]))}{rest}"
+    return f"{len(cases)}: {', '.join(printable(str(case)) for case in cases[:most])}{rest}"
 
 
 def _with_cases(message: str, cases: Iterable[Any]) -> str:

@@ -5,9 +5,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from ..modeling import SafeCheckpointer
 
 
 class WeightAverage:
@@ -47,9 +48,9 @@ class WeightAverage:
         self._average.n_averaged.fill_(self.steps)
 
 
-class AverageCheckpointer(DetectionCheckpointer):
+class AverageCheckpointer(SafeCheckpointer):
     """
-    Detectron2's checkpointer for a student with or without a running mean. With one, the mean is
+    The checkpointer for a student with or without a running mean. With one, the mean is
     the model, and whatever is loaded as the model is where the student starts, too (its own
     weights, if a checkpoint to resume from has them, follow).
     """

@@ -14,6 +14,7 @@ from detectron2.engine import launch as detectron2_launch
 from detectron2.utils import comm
 
 from ..config import load_config
+from ..untrusted import printable
 
 
 @contextlib.contextmanager
@@ -27,7 +28,9 @@ def errors_as_messages(debug: bool) -> Iterator[None]:
     except (ValueError, FileNotFoundError, ImportError) as error:
         if debug:
             raise
-        sys.exit(f"{os.path.basename(sys.argv[0])}: {error}\n(--debug shows where)")
+        # Parts of it may come from a file: no control characters for the terminal.
+        text = "\n".join(map(printable, str(error).splitlines()))
+        sys.exit(f"{os.path.basename(sys.argv[0])}: {text}\n(--debug shows where)")
 
 
 def launch(main: Callable[[Any], Any], args: argparse.Namespace) -> Any:

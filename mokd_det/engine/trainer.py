@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_train_loader
-from detectron2.engine import DefaultTrainer, TrainerBase, create_ddp_model
+from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils import comm
@@ -19,11 +19,11 @@ from detectron2.utils.events import EventWriter
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
-from ..data import ResumableLoader, build_train_mapper, check_datasets, check_teacher_classes
-from ..data import register_datasets, schedule_in_iterations
+from ..data import ResumableLoader, build_train_mapper, check_datasets, check_proposals
+from ..data import check_teacher_classes, register_datasets, schedule_in_iterations
 from ..evaluation import build_evaluator, check_evaluators
-from ..modeling import DistillationModel, SupervisedModel, accelerate_student, copy_weights
-from ..modeling import inheritable_names
+from ..modeling import DistillationModel, SafeCheckpointer, SupervisedModel, accelerate_student
+from ..modeling import copy_weights, inheritable_names
 from ..objectives import OBJECTIVES
 from ..tasks import Task, task_of
 from .average import AverageCheckpointer, WeightAverage
@@ -46,6 +46,15 @@ class Trainer(DefaultTrainer):
         prepare_datasets(cfg, validate(cfg))
         self.check_evaluators(cfg)
         super().__init__(schedule_in_iterations(cfg))
+
+    def build_hooks(self) -> list[HookBase | None]:
+        # DefaultTrainer.__init__ has made Detectron2's, which the hooks are about to hold.
+        stock: Any = vars(self)["checkpointer"]
+        if not isinstance(stock, SafeCheckpointer):
+            self.checkpointer = SafeCheckpointer(
+                stock.model, stock.save_dir, **stock.checkpointables
+            )
+        return super().build_hooks()
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
@@ -232,4 +241,5 @@ def prepare_datasets(cfg: CfgNode, task: Task, is_training: bool = True) -> None
     for option in options:
         if option == "TRAIN" or not is_training or cfg.DATASETS.TEST:
             check_datasets(cfg.DATASETS[option], f"DATASETS.{option}")
+            check_proposals(cfg, [option])
     task.check_data(cfg, options)

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..untrusted import markdown_row
+
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 CLASSIFICATION_METRICS = ("top1", "top5")
 
@@ -66,7 +68,7 @@ def format_comparison(results_by_model: Mapping[str, Mapping[str, Any]]) -> str:
     lines = [["data set", "task", "model", *found], ["---"] * (3 + len(found))]
     for *head, metrics in rows:
         lines.append([*head, *(f"{metrics[m]:.2f}" if m in metrics else "" for m in found)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join(map(markdown_row, lines))
 
 
 def finite(value: Any) -> Any:

@@ -13,6 +13,7 @@ from detectron2.config import CfgNode
 from torch import nn
 
 from ..data.paths import sha256_of
+from ..untrusted import markdown_row
 from .cost import count_parameters, gflops, seconds_of
 from .results import read_json_lines
 
@@ -84,7 +85,7 @@ def format_zoo_row(row: Mapping[str, Any]) -> str:
         "weights": row["weights"],
     }
     lines: list[Iterable[str]] = [cells.keys(), [":---:"] * len(cells), cells.values()]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join(map(markdown_row, lines))
 
 
 def _accuracies(results: Mapping[str, Any]) -> dict[str, float]:

@@ -7,7 +7,7 @@ from .classifier import Classifier, default_tap, load_trained_classifier
 from .distillation import DistillationModel, check_balancing
 from .inherit import copy_weights, inheritable_names
 from .lazy_config import LazyConfigDetector, load_lazy_config
-from .loading import StrictCheckpointer, shortened
+from .loading import SafeCheckpointer, StrictCheckpointer, shortened
 from .networks import CLASSIFIERS, build_network, implied_options, input_normalisation
 from .state import RestoredState, module_numbers, set_module_numbers
 from .supervised_model import SupervisedModel

@@ -5,10 +5,12 @@ from collections.abc import Sequence
 
 from detectron2.config import CfgNode, LazyConfig, instantiate
 from detectron2.modeling import META_ARCH_REGISTRY
+from hydra.errors import HydraException
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
-from ..config import find_config
+from ..config import check_targets, find_config, read_lazy_config
 
 
 @META_ARCH_REGISTRY.register()
@@ -37,10 +39,20 @@ def load_lazy_config(name: str, overrides: Sequence[str], option: str) -> DictCo
     """
     Return a config with ``model``; ``name`` is a Python config, or its name in Detectron2's model
     zoo, and ``option`` where it was given, for messages. ValueError or FileNotFoundError: no such
-    file, or it holds no ``model``.
+    file, it holds no ``model``, an override that is none, or code that nobody trusts.
     """
     path, _ = find_config(name, option)
-    lazy = LazyConfig.apply_overrides(LazyConfig.load(path), list(overrides))
-    if "model" not in lazy:
-        raise ValueError(f"{option} '{path}' defines no 'model'.")
+    lazy = read_lazy_config(path, option)
+    try:
+        lazy = LazyConfig.apply_overrides(lazy, list(overrides))
+        if "model" not in lazy or not isinstance(lazy.model, DictConfig):
+            raise ValueError(f"{option} '{path}' defines no 'model'.")
+        check_targets(lazy.model, f"{option} '{path}'")
+    except (
+        *(HydraException, OmegaConfBaseException, KeyError),
+        *(NotImplementedError, RecursionError),
+    ) as error:
+        raise ValueError(
+            f"{option} '{path}' with the overrides {list(overrides)} is no config: {error}"
+        ) from error
     return lazy

@@ -1,6 +1,10 @@
 # Copyright (c) The mokd_det authors.
-"""Loading weights so that all of them fit, or none are used."""
+"""Loading weights without running what is in the file; all of them fit, or none are used."""
 
+import http.client
+import os
+import urllib.error
+import urllib.parse
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,21 +12,60 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
+from ..untrusted import printable, read_checkpoint
 
-class StrictCheckpointer(DetectionCheckpointer):
+
+class SafeCheckpointer(DetectionCheckpointer):
     """
-    Detectron2's checkpointer, for which a missing, unexpected or mis-shaped key is an error that
-    lists them. Detectron2 only warns, and a half-random model then ruins a run silently.
+    Detectron2's checkpointer, which reads files by :func:`mokd_det.untrusted.read_checkpoint`:
+    Detectron2's own runs the code that a .pkl holds.
     """
 
     def __init__(self, model: nn.Module, *args: Any, option: str = "MODEL.WEIGHTS", **kwargs: Any):
-        """``option``: the config key of the weights, for the message. Others: Detectron2's."""
+        """``option``: the config key of the weights, for messages. Others: Detectron2's."""
         super().__init__(model, *args, **kwargs)
         self.option = option
+        self._name = ""
 
-    def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        self._path = path
-        return super().load(path, *args, **kwargs)
+    def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
+        """
+        As Detectron2's. ValueError, FileNotFoundError: a file that is no checkpoint, or an address
+        from which there is none.
+        """
+        what = "The checkpoint to resume from," if checkpointables is None else self.option
+        self._name = f"{what} '{path}'"
+        try:
+            return super().load(path, checkpointables)
+        except (urllib.error.URLError, http.client.HTTPException, ConnectionError) as error:
+            raise ValueError(f"{self._name} cannot be downloaded: {error}.") from error
+
+    def get_checkpoint_file(self) -> str:
+        """As Detectron2's; ValueError if the folder's ``last_checkpoint`` leads out of it."""
+        path = super().get_checkpoint_file()
+        name = path.removeprefix(os.path.join(self.save_dir, ""))
+        if path and os.path.basename(name) != name or name in (".", ".."):
+            raise ValueError(
+                f"{os.path.join(self.save_dir, 'last_checkpoint')} names '{printable(name)}': "
+                "expected a file of its own folder. To go on from another folder's checkpoint, "
+                "name it in MODEL.WEIGHTS."
+            )
+        return path
+
+    def _load_file(self, filename):
+        # Of upstream's main: the query of an address is no part of the file's name.
+        address = getattr(self, "_parsed_url_during_load", None)
+        query = urllib.parse.parse_qs(address.query) if address else {}
+        checkpoint = read_checkpoint(filename, self._name)
+        if query.get("matching_heuristics") == ["True"]:
+            checkpoint["matching_heuristics"] = True
+        return checkpoint
+
+
+class StrictCheckpointer(SafeCheckpointer):
+    """
+    A checkpointer for which a missing, unexpected or mis-shaped key is an error that lists them.
+    Detectron2 only warns, and a half-random model then ruins a run silently.
+    """
 
     def _load_model(self, checkpoint):
         given = dict(checkpoint["model"])
@@ -39,7 +82,7 @@ class StrictCheckpointer(DetectionCheckpointer):
         if any(problems.values()):
             lines = [f"  {what}: {shortened(keys)}\n" for what, keys in problems.items() if keys]
             raise ValueError(
-                f"{self.option} '{self._path}' does not fit the model of its config:\n"
+                f"{self._name} does not fit the model of its config:\n"
                 f"{''.join(lines)}Give the weights that were trained with this config, or the "
                 "config that these weights were trained with."
             )
@@ -51,7 +94,8 @@ class StrictCheckpointer(DetectionCheckpointer):
         if mine is None or key not in ("pixel_mean", "pixel_std"):
             return False
         value = torch.as_tensor(given[key], dtype=torch.float32).flatten()
-        return torch.allclose(mine.cpu().flatten(), value)
+        mine = mine.cpu().flatten()
+        return mine.shape == value.shape and torch.allclose(mine, value)
 
 
 def shortened(names: Sequence[str], most: int = 8) -> str:

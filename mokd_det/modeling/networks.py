@@ -3,6 +3,8 @@
 
 import functools
 import logging
+import os
+import urllib.error
 import warnings
 from typing import Any
 
@@ -12,6 +14,7 @@ from detectron2.utils.file_io import PathManager
 from torch import Tensor, nn
 from torchvision.models import get_model_weights, list_models
 
+from ..untrusted import read_checkpoint
 from ..registry import Registry
 from .loading import shortened
 
@@ -29,6 +32,9 @@ HEADS = ("fc", "classifier", "head", "heads")
 TIMM_PREFIX = "timm."
 # With torchvision's own weights, these convert images from the others' normalisation.
 TRANSFORM_INPUT = ("googlenet", "inception_v3")
+# Arguments by which timm and torchvision load files of weights.
+NOT_OPTIONS = {"checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay"}
+NOT_OPTIONS |= {"weights", "weights_backbone", "cache_dir"}
 IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
 
@@ -57,6 +63,10 @@ def build_network(
     ValueError, ImportError: unknown name, options or weights; weights that do not fit; no timm.
     """
     option, options = "MODEL.CLASSIFIER.WEIGHTS", dict(options or {})
+    if loading := sorted(NOT_OPTIONS & options.keys()):
+        raise ValueError(
+            f"MODEL.CLASSIFIER.OPTIONS has {loading[0]}: weights are named in {option} only."
+        )
     make, state = _resolve(name, weights, option)
     try:
         network = make(num_classes=num_classes, **options)
@@ -72,7 +82,7 @@ def build_network(
 def _resolve(name, weights, option, named_by="MODEL.CLASSIFIER.NAME"):
     """The constructor of a random network, and a function that returns a state dict (or None)."""
     is_file = bool(weights) and PathManager.isfile(weights)
-    state = functools.partial(state_of_file, weights) if is_file else None
+    state = functools.partial(state_of_file, weights, option) if is_file else None
     if name in CLASSIFIERS:
         if weights and not is_file:
             raise ValueError(f"{option} is '{weights}': expected '' or a file for '{name}'.")
@@ -83,7 +93,7 @@ def _resolve(name, weights, option, named_by="MODEL.CLASSIFIER.NAME"):
     check_torchvision_name(name, named_by, f", '{TIMM_PREFIX}X' for timm's X, or {registered}")
     if weights and not is_file:
         member = torchvision_weights(name, weights, option)
-        state = functools.partial(member.get_state_dict, progress=False, check_hash=True)
+        state = functools.partial(torchvision_state, member, f"{option} '{weights}'")
     return functools.partial(make_torchvision, name, implied_options(name, weights)), state
 
 
@@ -106,6 +116,25 @@ def torchvision_weights(name: str, weights: str, option: str) -> Any:
             "internet, name a local file (datasets/prepare_pretrained.py fetches MobileNetV2's)."
         )
     return members[weights]
+
+
+def torchvision_state(member: Any, name: str) -> dict[str, Any]:
+    """
+    Return the state dict of torchvision's weights, from torch's cache or the internet. ValueError:
+    there is none, or the cache has something else; ``name``: for the message.
+    """
+    try:
+        # A file that is in the cache already is not compared with its hash.
+        return member.get_state_dict(progress=False, check_hash=True, weights_only=True)
+    except urllib.error.URLError as error:
+        raise ValueError(
+            f"{name} cannot be downloaded from {member.url}: {error}. Name a local file."
+        ) from error
+    except Exception as error:  # a damaged or hostile file may end in any of them
+        file = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(member.url))
+        raise ValueError(
+            f"{name}: {file} in torch's cache is no file of plain weights: delete it."
+        ) from error
 
 
 def make_torchvision(name: str, defaults: dict[str, Any], **options: Any) -> nn.Module:
@@ -153,10 +182,9 @@ def _resolve_timm(name, weights, option, state, named_by):
     return make, lambda: timm.create_model(bare, pretrained=True).state_dict()
 
 
-def state_of_file(path: str) -> dict[str, Any]:
-    """Return a state dict, also from a checkpoint that has it as "model"."""
-    state = torch.load(PathManager.get_local_path(path), map_location="cpu", weights_only=True)
-    return state.get("model", state)
+def state_of_file(path: str, option: str) -> dict[str, Any]:
+    """Return a state dict as :func:`mokd_det.untrusted.read_checkpoint` finds it; its errors."""
+    return read_checkpoint(PathManager.get_local_path(path), f"{option} '{path}'")["model"]
 
 
 def differences(expected: dict[str, Tensor], state: dict[str, Tensor]) -> tuple[list[str], ...]:

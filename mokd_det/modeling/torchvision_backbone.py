@@ -82,30 +82,33 @@ class TorchvisionBackbone(Backbone):
 
 
 def _build_model(name, weights):
+    option = "MODEL.TORCHVISION.WEIGHTS"
     networks.check_torchvision_name(name, "MODEL.TORCHVISION.NAME")
     is_file = PathManager.isfile(weights)
     if weights and not is_file:
-        member = networks.torchvision_weights(name, weights, "MODEL.TORCHVISION.WEIGHTS")
+        member = networks.torchvision_weights(name, weights, option)
+        # Torchvision loads them again by a pickle that may run code, which these then do not.
+        networks.torchvision_state(member, f"{option} '{weights}'")
         return torchvision.models.get_model(name, weights=member)
     # As with torchvision's own weights, because a trained model is built without them.
     options = {"transform_input": True} if name in networks.TRANSFORM_INPUT else {}
     model = networks.make_torchvision(name, options)
     if is_file:
-        _load_file(model, name, weights)
+        _load_file(model, name, weights, option)
     return model
 
 
-def _load_file(model, name, weights):
+def _load_file(model, name, weights, option):
     def in_head(key):
         return key.split(".")[0] in networks.HEADS
 
     # The classifier is not used, so its size (the number of classes) may differ.
-    state = {k: v for k, v in networks.state_of_file(weights).items() if not in_head(k)}
+    state = {k: v for k, v in networks.state_of_file(weights, option).items() if not in_head(k)}
     state |= {k: v for k, v in model.state_dict().items() if in_head(k)}
     missing, unexpected, shapes = networks.differences(model.state_dict(), state)
     if missing or unexpected or shapes:
         raise ValueError(
-            f"MODEL.TORCHVISION.WEIGHTS '{weights}' is not a state dict of {name}: missing "
+            f"{option} '{weights}' is not a state dict of {name}: missing "
             f"{missing or 'none'}, unexpected {unexpected or 'none'}, misshaped {shapes or 'none'}."
         )
     model.load_state_dict(state, strict=False)

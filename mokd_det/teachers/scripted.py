@@ -11,6 +11,9 @@ from detectron2.structures import ImageList
 from detectron2.utils.file_io import PathManager
 from torch import Tensor, nn
 
+from ..config import is_trusted
+from ..untrusted import check_torchscript
+
 PROBE = 256  # pixels
 
 
@@ -60,8 +63,10 @@ class ScriptedDetector(nn.Module):
         """
         cls.check_config(cfg)
         options = cfg.MOKD.TEACHER.TORCHSCRIPT
+        path = PathManager.get_local_path(options.FILE)
+        if not is_trusted():
+            check_torchscript(path, f"MOKD.TEACHER.TORCHSCRIPT.FILE '{options.FILE}'")
         try:
-            path = PathManager.get_local_path(options.FILE)
             module = torch.jit.load(path, map_location="cpu")
             if not module.state_dict():
                 # Frozen: its weights are constants, which no later ``to`` moves.
