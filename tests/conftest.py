@@ -11,7 +11,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
 
 from mokd_det import tasks  # noqa: F401  (registers meta-architectures and backbones)
-from mokd_det.config import load_config, merge_overrides
+from mokd_det.config import load_config, merge_overrides, trust_files
 
 ROOT = Path(__file__).parent.parent
 TREES = Path(__file__).parent / "data" / "trees"
@@ -19,6 +19,7 @@ DIGITS = Path(__file__).parent / "data" / "digits"
 
 # Sums are split over threads, so a fixed number of them makes float results repeatable.
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
+trust_files()  # tests write Python configs of their own; tests/untrusted takes it back
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -35,6 +36,18 @@ def pytest_terminal_summary(terminalreporter):
         end = ", none with a traceback" if right == names else ""
         line = f"bad inputs, tried / right outcome: {len(names)} / {len(right)}{end}"
         terminalreporter.write_sep("=", line)
+
+
+    executed = [dict(r.user_properties)["executed"] for r in _reports(terminalreporter)]
+    if executed:
+        line = f"hostile files that executed: {sum(executed)} / {len(executed)}"
+        terminalreporter.write_sep("=", line)
+
+
+def _reports(terminalreporter):
+    """Of tests with a hostile file (tests/untrusted/hostile.py), which say whether it was executed."""
+    reports = sum((terminalreporter.stats.get(key, []) for key in ("passed", "failed")), [])
+    return [r for r in reports if "executed" in dict(getattr(r, "user_properties", ()))]
 
 
 @pytest.fixture(autouse=True)
