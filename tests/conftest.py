@@ -37,7 +37,6 @@ def pytest_terminal_summary(terminalreporter):
         line = f"bad inputs, tried / right outcome: {len(names)} / {len(right)}{end}"
         terminalreporter.write_sep("=", line)
 
-
     executed = [dict(r.user_properties)["executed"] for r in _reports(terminalreporter)]
     if executed:
         line = f"hostile files that executed: {sum(executed)} / {len(executed)}"
@@ -45,7 +44,7 @@ def pytest_terminal_summary(terminalreporter):
 
 
 def _reports(terminalreporter):
-    """Of tests with a hostile file (tests/untrusted/hostile.py), which say whether it was executed."""
+    """Of tests with a hostile file, which say whether it was executed."""
     reports = sum((terminalreporter.stats.get(key, []) for key in ("passed", "failed")), [])
     return [r for r in reports if "executed" in dict(getattr(r, "user_properties", ()))]
 

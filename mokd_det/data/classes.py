@@ -8,7 +8,6 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
-from ..untrusted import check_class_names
 from .classification.sources import class_names as names_of_folders
 from .coco import read_class_names
 from .paths import local_path
@@ -29,8 +28,7 @@ def check_classes(cfg: CfgNode, options: Sequence[str] = ("TRAIN", "TEST")) -> N
                     f"DATASETS.{option} names '{name}', which is no set for classification, but "
                     "MODEL.META_ARCHITECTURE is 'Classifier': name one of DATASETS.CLASSIFICATION."
                 )
-            classes = names_of_folders(path := MetadataCatalog.get(name).image_path)
-            check_class_names(classes, path)
+            classes = names_of_folders(MetadataCatalog.get(name).image_path)
             first = first or (name, classes)
             if classes != first[1]:
                 raise ValueError(

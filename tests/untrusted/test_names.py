@@ -9,6 +9,7 @@ import pytest
 
 from mokd_det.config import get_cfg
 from mokd_det.data import check_classes, register_datasets
+from mokd_det.data.classification.sources import open_source
 from mokd_det.data.coco import check_coco
 from mokd_det.engine import errors_as_messages
 from mokd_det.evaluation import format_comparison
@@ -67,8 +68,11 @@ def test_class_folders(tmp_path):
     cfg.DATASETS.CLASSIFICATION = [["tests_forged", str(tmp_path / "images")]]
     cfg.DATASETS.TRAIN = ("tests_forged",)
     register_datasets(cfg)
-    with pytest.raises(ValueError, match=r"a class named 'pear\\n\[INFO\] done'"):
+    message = r"a class named 'pear\\n\[INFO\] done'"
+    with pytest.raises(ValueError, match=message):
         check_classes(cfg, ["TRAIN"])
+    with pytest.raises(ValueError, match=message):
+        open_source(str(tmp_path / "images"))
 
 
 @pytest.mark.bad_input
@@ -90,12 +94,13 @@ def test_names_of_files(name):
 
 @pytest.mark.bad_input
 @pytest.mark.parametrize("name", ["../x", "/x", "..", "a/../../b"])
-def test_prepare_voc(name, monkeypatch, tmp_path):
+def test_prepare_voc(name, monkeypatch, tmp_path, capsys):
     import prepare_voc
 
     monkeypatch.setattr(sys, "argv", ["prepare_voc.py", "--root", str(tmp_path), "--name", name])
-    with pytest.raises(ValueError, match="--name is"):
+    with pytest.raises(SystemExit) as stopped:
         prepare_voc.main()
+    assert stopped.value.code == 2 and "--name is" in capsys.readouterr().err
 
 
 def test_errors_show_no_control_characters(capsys):

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from detectron2.data import DatasetFromList
 
+from ...untrusted import check_class_names
 from ..images import check_header, check_images, read_rgb
 from ..report import Report
 from .folders import IMAGE_EXTENSIONS, LeftOut, class_folders, images_beside, list_images
@@ -141,7 +142,8 @@ def _class_list(path: str, classes: np.ndarray) -> list[str]:
             f"{path}: expected classes (C,), different strings, but it has {classes.shape} "
             f"{classes.dtype} {classes.ravel()[:5].tolist()}."
         )
-    return classes.tolist()
+    check_class_names(names := classes.tolist(), path)
+    return names
 
 
 def write_packed(path: str, images: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> None:
@@ -176,6 +178,7 @@ def class_names(path: str) -> list[str]:
             f"'{os.path.abspath(path)}' has the folders {', '.join(names)}, which are splits, no "
             f"classes: name one of them, as '{os.path.join(path, names[0])}'."
         )
+    check_class_names(names, path)
     return names
 
 
