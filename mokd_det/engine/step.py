@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..balancing import Decision
 from ..data import ResumableLoader
-from ..modeling import RestoredState, module_numbers, shortened
+from ..modeling import RestoredState, module_numbers, shortened, uncompiled_focal_loss
 from .average import WeightAverage
 from .diagnostics import BalanceDiagnostics
 from .finite import REMEDY, SkippedSteps, describe, non_finite_gradients, origin_of
@@ -93,7 +93,10 @@ class BalancedTrainer(SimpleTrainer):
         decision = self.boundary.finish(self.model.parameters())
 
         # Before anything is updated; all ranks have the same gradients. Scaled ones may overflow.
-        if self.grad_scaler is None and (names := non_finite_gradients(self.inner)):
+        names = []
+        if self.grad_scaler is None:
+            names = non_finite_gradients(self.optimizer, self.inner)
+        if names:
             self.skipped.add(self._describe(names, passes, decision))
             undo()
         else:
@@ -154,11 +157,8 @@ class BalancedTrainer(SimpleTrainer):
 
     @contextlib.contextmanager
     def forward_context(self) -> Iterator[None]:
-        """
-        Mixed precision; and TorchScript without its optimiser, which compiles a function anew
-        during its first calls in a process, to other bits: RetinaNet's and FCOS's focal loss.
-        """
-        with self.autocast(), torch.jit.optimized_execution(False):
+        """Mixed precision, and a focal loss whose bits do not depend on the calls before."""
+        with self.autocast(), uncompiled_focal_loss():
             yield
 
     def _micro_batches_of(self, data: Any) -> Iterator[tuple[Any, Any]]:

@@ -31,7 +31,7 @@ from .finite import SkippedSteps, check_weights, describe, raise_before_steps
 from .optimizer import build_optimizer
 from .step import NEW_RUN, BalancedTrainer
 from .validate import needs_own_step, validate
-from .writers import BalanceWriter
+from .writers import BalanceWriter, bound_history
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +76,10 @@ class Trainer(DefaultTrainer):
         used = getattr(self.build_evaluator, "__func__", None)  # a static method of one's own: None
         if used is vars(Trainer)["build_evaluator"].__func__:
             check_evaluators(cfg.DATASETS.TEST)
+
+    def before_train(self) -> None:
+        bound_history(self.storage)
+        super().before_train()
 
     def state_dict(self) -> dict[str, Any]:
         """Return this part of a checkpoint; FloatingPointError if its weights are not finite."""
