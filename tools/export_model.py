@@ -101,7 +101,12 @@ def report(result):
         lines.append(f"  detections: {parity['detections']}, unmatched: {parity['unmatched']}")
         if not parity["without_detections"]:
             lines.append("  (no image among them was without detections)")
-    for name, words in (("batch", "two sizes in a batch"), ("float32", "against float32")):
+    notes = {
+        "batch": "two sizes in a batch",
+        "float32": "against float32",
+        "ties": "the model itself, by the order of equal scores",
+    }
+    for name, words in notes.items():
         if name in parity:
             found = ", ".join(
                 f"{key.replace('_', ' ')} {value:.3g}"

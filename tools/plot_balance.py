@@ -7,8 +7,8 @@ Example:
   python tools/plot_balance.py output/quick_start/student_mokd --output balance.png
   python tools/plot_balance.py output/loss_ratio output/min_norm --output both.png
 
-Reads balance.json of each run: every step as it was computed. Thin lines are steps, thick ones
-their running median. "seen" is what the rule saw, where that is not the batch: smoothed. Each title
+Reads balance.json of each run. Thin lines are its values, means of 20 steps; thick ones their
+running median. "seen" is what the rule saw, where that is not the batch: smoothed. Each title
 counts the steps in which the rule was not asked.
 """
 
@@ -44,8 +44,8 @@ def read_balance(run_dir):
         run_dir (str): OUTPUT_DIR of a distillation run.
 
     Returns:
-        dict[str, tuple[ndarray]]: scalar's name -> (iterations, values). Of a step that was run
-        twice, because the run was resumed, the later one counts.
+        dict[str, tuple[ndarray]]: scalar's name -> (iterations, values). Of an iteration that
+        is there twice, because the run was resumed, the later one counts.
 
     Raises:
         FileNotFoundError: there is no balance.json.
@@ -69,7 +69,7 @@ def read_balance(run_dir):
     }
 
 
-def running_median(values, window=25):
+def running_median(values, window=5):
     """Return the median of each value and its neighbours, ``window`` in all (fewer at the ends)."""
     half = window // 2
     return np.array(

@@ -136,7 +136,8 @@ def add_mokd_config(cfg: CN) -> None:
     # ---------------------------------------------------------------------------------------- #
     # How a step is computed, with and without a teacher. If MOKD.ENABLED is False, a detector has
     # Detectron2's own loader and step, unless an option that those do not know is set
-    # (MICRO_BATCHES, EMA_DECAY, bfloat16, CHECKPOINTING, COMPILE), or DATALOADER.RESUMABLE.
+    # (MICRO_BATCHES, EMA_DECAY, bfloat16, CHECKPOINTING, COMPILE, NON_FINITE_GRADIENTS), or
+    # DATALOADER.RESUMABLE.
     # What SOLVER.MAX_ITER, STEPS, WARMUP_ITERS and CHECKPOINT_PERIOD, and TEST.EVAL_PERIOD count:
     # "iteration", or "epoch" (as many images as the training set has).
     cfg.SOLVER.UNIT = "iteration"
@@ -152,6 +153,11 @@ def add_mokd_config(cfg: CN) -> None:
     # d = min(EMA_DECAY, (1 + step) / (10 + step)). The mean is what is evaluated and saved as the
     # model. 0: off.
     cfg.SOLVER.EMA_DECAY = 0.0
+    # A step whose gradients are infinite or NaN: "raise" ends the run before the weights change,
+    # "skip" leaves the step out (weights, momentum, statistics, running mean, rule), but not more
+    # than so many in a row. Of float16, the loss scaling skips steps in any case.
+    cfg.SOLVER.NON_FINITE_GRADIENTS = "raise"
+    cfg.SOLVER.MAX_SKIPPED_STEPS = 10
     # Compute the inside of a ResNet's stages again in the backward pass instead of keeping it.
     cfg.MODEL.BACKBONE.CHECKPOINTING = False
     # A backend of torch.compile for the backbone, "inductor" being the usual one. "": off.

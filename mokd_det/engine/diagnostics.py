@@ -14,6 +14,7 @@ logger = logging.getLogger(__name__)
 
 WINDOW = 100  # steps
 LEAST_COSINE = 0.1
+COUNTS = ("fallbacks_degenerate", "fallbacks_non_finite")  # steps so far
 
 
 class BalanceDiagnostics:
@@ -40,8 +41,8 @@ class BalanceDiagnostics:
         """Return scalars of one step, of these objectives, by name; ``parts``: their names."""
         self.non_finite += decision.fallback == "non_finite"
         self.degenerate += decision.fallback in ("vanished", "undefined")
-        values: dict[str, float] = {"fallbacks_degenerate": self.degenerate}
-        values["fallbacks_non_finite"] = self.non_finite
+        counts = (self.degenerate, self.non_finite)
+        values: dict[str, float] = dict(zip(COUNTS, counts))
         for i, name in enumerate(names):
             values[f"weight_{name}"] = float(decision.weights[i])
             if i > 0:

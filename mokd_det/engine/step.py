@@ -4,7 +4,7 @@
 import contextlib
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,14 +17,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..balancing import Decision
 from ..data import ResumableLoader
-from ..modeling import module_numbers, shortened
+from ..modeling import RestoredState, module_numbers, shortened, uncompiled_focal_loss
 from .average import WeightAverage
 from .diagnostics import BalanceDiagnostics
+from .finite import REMEDY, SkippedSteps, describe, non_finite_gradients, origin_of
 from .replay import Replay
 
 NEW_RUN = "Start a new run (another OUTPUT_DIR) with the checkpoint as MODEL.WEIGHTS."
 
 PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+LEAST_SCALE = 2.0**-32  # of losses in float16; a scaler begins with 2**16
 
 
 class BalancedTrainer(SimpleTrainer):
@@ -47,6 +49,7 @@ class BalancedTrainer(SimpleTrainer):
         precision: str | None = None,
         grad_scaler: torch.amp.GradScaler | None = None,
         average: WeightAverage | None = None,
+        skipped: SkippedSteps | None = None,
     ):
         """
         Args:
@@ -56,6 +59,7 @@ class BalancedTrainer(SimpleTrainer):
             micro_batches: M; a batch of the loader (a list) is processed in M equal parts.
             precision: a key of ``PRECISIONS`` for autocast; None: float32.
             grad_scaler: default one for "float16".
+            skipped: what becomes of a step whose gradients are not finite; None: an error.
         """
         super().__init__(model, data_loader, optimizer)
         # A DistillationModel, a SupervisedModel, or one's own in META_ARCH_REGISTRY.
@@ -64,6 +68,7 @@ class BalancedTrainer(SimpleTrainer):
         self.seed = seed
         self.micro_batches = micro_batches
         self.average = average
+        self.skipped = SkippedSteps() if skipped is None else skipped
         device = self.inner.device.type
         self.autocast = functools.partial(
             torch.autocast, device, PRECISIONS.get(precision or ""), enabled=precision is not None
@@ -82,9 +87,32 @@ class BalancedTrainer(SimpleTrainer):
 
         torch.manual_seed(hash((self.seed, comm.get_rank(), self.iter)) % 2**63)
         balancer = self.boundary.balancer
-        undo = balancer.state_dict() if balancer and self.grad_scaler else None
         replay = Replay(self.inner) if balancer and balancer.needs_second_forward else None
+        undo = self._remembered()
+        passes = self._gradients(data, replay)
+        decision = self.boundary.finish(self.model.parameters())
 
+        # Before anything is updated; all ranks have the same gradients. Scaled ones may overflow.
+        names = []
+        if self.grad_scaler is None:
+            names = non_finite_gradients(self.optimizer, self.inner)
+        if names:
+            self.skipped.add(self._describe(names, passes, decision))
+            undo()
+        else:
+            # Raises if the plain sum of the losses is not finite.
+            self._write_metrics(_mean_losses(passes), data_time)
+            if decision is not None:
+                self._write_balance(list(passes[0]), decision)
+            if self._optimizer_step():
+                self._after_optimizer(replay, decision)
+            else:
+                undo()
+        if comm.is_main_process() and (self.skipped.skips or self.grad_scaler):
+            get_event_storage().put_scalar("skipped_steps", self.skipped.total, False)
+
+    def _gradients(self, data: Any, replay: Replay | None) -> list[dict[str, dict[str, Tensor]]]:
+        """Run forward and backward passes; return the losses by objective of each micro-batch."""
         self.optimizer.zero_grad()
         self.boundary.start(self.micro_batches, self._loss_scale())
         passes = []
@@ -92,28 +120,46 @@ class BalancedTrainer(SimpleTrainer):
             with synchronised:
                 if replay:
                     replay.before(batch)
-                with self.autocast():
+                with self.forward_context():
                     objectives = self.model(batch)
                     losses = {name: sum(parts.values()) for name, parts in objectives.items()}
                 if replay:
                     replay.after()
                 self.boundary.accumulate(losses)
             passes.append(objectives)
-        decision = self.boundary.finish(self.model.parameters())
+        return passes
 
-        # Raises if the plain sum of the losses is not finite, before anything is updated.
-        self._write_metrics(_mean_losses(passes), data_time)
-        if decision is not None:
-            self._write_balance(list(objectives), decision)
-        if not self._optimizer_step():
-            if undo is not None:
-                balancer.load_state_dict(undo)
-        else:
-            if replay:
-                after = _mean_over_ranks(replay.losses(self.autocast))
-                balancer.rule.update(decision.losses, after.to("cpu", torch.float64))
-            if self.average is not None:
-                self.average.update(self.inner.student)
+    def _after_optimizer(self, replay: Replay | None, decision: Decision | None) -> None:
+        self.skipped.taken()
+        if replay and decision is not None:
+            after = _mean_over_ranks(replay.losses(self.forward_context))
+            self.boundary.balancer.rule.update(decision.losses, after.to("cpu", torch.float64))
+        if self.average is not None:
+            self.average.update(self.inner.student)
+
+    def _remembered(self) -> Callable[[], Any]:
+        """Return what takes this step back, if it turns out that its gradients are not finite."""
+        balancer = self.boundary.balancer
+        undo: list[Callable[[], None]] = []
+        if balancer and (self.skipped.skips or self.grad_scaler):
+            undo.append(functools.partial(balancer.load_state_dict, balancer.state_dict()))
+        # Batch statistics of a step that only the loss scale has made overflow are as good as any.
+        if self.skipped.skips and not self.grad_scaler:
+            state = RestoredState(self.inner)
+            state.remember()
+            undo.append(state.restore)
+        return lambda: [function() for function in undo]
+
+    def _describe(self, names: list[str], passes: list, decision: Decision | None) -> str:
+        losses = {name: loss.item() for name, loss in _mean_losses(passes).items()}
+        levels = self.boundary.names if self.boundary.measured_at == "features" else []
+        return describe(names, losses, self.iter, origin_of(decision, self.inner.names, levels))
+
+    @contextlib.contextmanager
+    def forward_context(self) -> Iterator[None]:
+        """Mixed precision, and a focal loss whose bits do not depend on the calls before."""
+        with self.autocast(), uncompiled_focal_loss():
+            yield
 
     def _micro_batches_of(self, data: Any) -> Iterator[tuple[Any, Any]]:
         """Yield (part of the batch, context in which its gradients are averaged over ranks)."""
@@ -142,7 +188,14 @@ class BalancedTrainer(SimpleTrainer):
         self.grad_scaler.step(self.optimizer)
         before = self.grad_scaler.get_scale()
         self.grad_scaler.update()
-        return self.grad_scaler.get_scale() >= before
+        scale = self.grad_scaler.get_scale()
+        if scale < LEAST_SCALE:
+            raise FloatingPointError(
+                f"The gradient is not finite in iteration {self.iter}, at a loss scale of {scale}: "
+                f"it does so at any. {REMEDY} Or use SOLVER.AMP.PRECISION 'bfloat16'."
+            )
+        self.skipped.total += scale < before
+        return scale >= before
 
     def _write_balance(self, names: Sequence[str], decision: Decision) -> None:
         """Diagnostics go to the event storage: Detectron2 adds up all that is in the losses."""
@@ -153,8 +206,13 @@ class BalancedTrainer(SimpleTrainer):
     @property
     def _parts(self) -> dict[str, Any]:
         """What a step may have besides, with a state of its own."""
-        parts = {"balancer": self.boundary.balancer, "grad_scaler": self.grad_scaler}
-        return {k: v for k, v in {**parts, "average": self.average}.items() if v is not None}
+        parts = {
+            "balancer": self.boundary.balancer,
+            "grad_scaler": self.grad_scaler,
+            "average": self.average,
+            "skipped": self.skipped,
+        }
+        return {name: part for name, part in parts.items() if part is not None}
 
     def state_dict(self) -> dict[str, Any]:
         return {

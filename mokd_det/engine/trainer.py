@@ -15,7 +15,7 @@ from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils import comm
-from detectron2.utils.events import EventWriter
+from detectron2.utils.events import EventWriter, get_event_storage
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
@@ -27,10 +27,11 @@ from ..modeling import copy_weights, inheritable_names
 from ..objectives import OBJECTIVES
 from ..tasks import Task, task_of
 from .average import AverageCheckpointer, WeightAverage
+from .finite import SkippedSteps, check_weights, describe, raise_before_steps
 from .optimizer import build_optimizer
 from .step import NEW_RUN, BalancedTrainer
 from .validate import needs_own_step, validate
-from .writers import BalanceWriter
+from .writers import BalanceWriter, bound_history
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,13 @@ class Trainer(DefaultTrainer):
         prepare_datasets(cfg, validate(cfg))
         self.check_evaluators(cfg)
         super().__init__(schedule_in_iterations(cfg))
+        raise_before_steps(self._trainer.optimizer, self._trainer.model, self._describe)
+
+    def _describe(self, names: list[str]) -> str:
+        """Return sentences on a step of Detectron2's with parameters of such gradients."""
+        latest = get_event_storage().latest().items()
+        losses = {n: x for n, (x, step) in latest if "loss" in n and step == self.iter}
+        return describe(names, losses, self.iter)
 
     def build_hooks(self) -> list[HookBase | None]:
         # DefaultTrainer.__init__ has made Detectron2's, which the hooks are about to hold.
@@ -78,8 +86,17 @@ class Trainer(DefaultTrainer):
         if used is vars(Trainer)["build_evaluator"].__func__:
             check_evaluators(cfg.DATASETS.TEST)
 
-    # Detectron2 0.6 forgets its inner trainer here, and with it the optimizer's momentum.
+    def before_train(self) -> None:
+        bound_history(self.storage)
+        super().before_train()
+
     def state_dict(self) -> dict[str, Any]:
+        """Return this part of a checkpoint; FloatingPointError if its weights are not finite."""
+        checkpointer = self.checkpointer
+        parts = {n: x for n, x in checkpointer.checkpointables.items() if isinstance(x, nn.Module)}
+        latest = checkpointer.get_checkpoint_file() if checkpointer.has_checkpoint() else ""
+        check_weights({"model": checkpointer.model, **parts}, latest)
+        # Detectron2 0.6 forgets its inner trainer here, and with it the optimizer's momentum.
         return {**super().state_dict(), "_trainer": self._trainer.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -143,6 +160,7 @@ class DistillationTrainer(Trainer):
             cfg.SOLVER.MICRO_BATCHES,
             amp.PRECISION if amp.ENABLED else None,
             average=self.average,
+            skipped=SkippedSteps(cfg.SOLVER.NON_FINITE_GRADIENTS, cfg.SOLVER.MAX_SKIPPED_STEPS),
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = AverageCheckpointer(

@@ -17,6 +17,7 @@ from ..modeling import check_acceleration, check_balancing
 from ..objectives import OBJECTIVES
 from ..tasks import TASKS, Task, task_of
 from ..teachers import check_precision
+from .finite import ON_NON_FINITE
 from .optimizer import check_optimizer
 from .step import PRECISIONS
 
@@ -153,6 +154,21 @@ def _check_step(cfg: CfgNode) -> None:
         raise ValueError(
             f"SOLVER.EMA_DECAY is {solver.EMA_DECAY}: expected 0 (off) or 0 < decay < 1."
         )
+    if solver.NON_FINITE_GRADIENTS not in ON_NON_FINITE:
+        raise ValueError(
+            f"SOLVER.NON_FINITE_GRADIENTS is '{solver.NON_FINITE_GRADIENTS}': expected one of "
+            f"{', '.join(map(repr, ON_NON_FINITE))}."
+        )
+    if not isinstance(solver.MAX_SKIPPED_STEPS, int) or solver.MAX_SKIPPED_STEPS < 1:
+        raise ValueError(
+            f"SOLVER.MAX_SKIPPED_STEPS is {solver.MAX_SKIPPED_STEPS}: expected 1 or more steps."
+        )
+    if solver.NON_FINITE_GRADIENTS == "raise":
+        for key, value in _changed("SOLVER.MAX_SKIPPED_STEPS", cfg, get_cfg()):
+            raise ValueError(
+                f"{key} is {value!r}, but it is read with SOLVER.NON_FINITE_GRADIENTS 'skip' only: "
+                "set that, or remove it."
+            )
     # With a reference, the batch and the number of processes will be scaled together.
     size = solver.IMS_PER_BATCH // (solver.REFERENCE_WORLD_SIZE or comm.get_world_size())
     if solver.MICRO_BATCHES < 1 or size % solver.MICRO_BATCHES:
@@ -177,6 +193,7 @@ def needs_own_step(cfg: CfgNode) -> bool:
         or cfg.DATALOADER.RESUMABLE
         or cfg.SOLVER.MICRO_BATCHES != 1
         or cfg.SOLVER.EMA_DECAY
+        or cfg.SOLVER.NON_FINITE_GRADIENTS != "raise"
         or (amp.ENABLED and amp.PRECISION != "float16")
         or cfg.MODEL.BACKBONE.CHECKPOINTING
         or cfg.MODEL.BACKBONE.COMPILE

@@ -1,33 +1,53 @@
 # Copyright (c) The mokd_det authors.
-"""Every step's balance as JSON lines; Detectron2's own writers keep one smoothed value in 20."""
+"""The balance as JSON lines, and how much of the logs is kept in memory."""
 
+import functools
 import json
 
-from detectron2.utils.events import EventWriter, get_event_storage
+from detectron2.utils.events import EventStorage, EventWriter, get_event_storage
 from detectron2.utils.file_io import PathManager
+from fvcore.common.history_buffer import HistoryBuffer
+
+from .diagnostics import COUNTS
+
+HISTORY = 1000  # the most that Detectron2's own writers look back (for the time that is left)
+
+
+def bound_history(storage: EventStorage) -> None:
+    """
+    Let a new storage keep the latest ``HISTORY`` values of each scalar. Detectron2 keeps a million,
+    and reads no more of them than these; means over the whole training stay.
+    """
+    new = functools.partial(HistoryBuffer, max_length=HISTORY)
+    storage.histories().default_factory = new
 
 
 class BalanceWriter(EventWriter):
-    """Appends one JSON object a step: ``iteration``, and every scalar ``balance/...`` as it was."""
+    """
+    Appends a JSON object at each call (every 20 steps): ``iteration``, the latest, and the mean of
+    every scalar ``balance/...`` over the steps since the call before; of counts the latest value.
+    """
 
     def __init__(self, json_file: str):
         self._file = PathManager.open(json_file, "a")
         self._last = -1
 
     def write(self) -> None:
-        steps: dict[int, dict[str, float]] = {}
+        line: dict[str, float] = {}
+        latest = self._last
         for name, history in get_event_storage().histories().items():
             if not name.startswith("balance/"):
                 continue
-            for value, iteration in reversed(history.values()):
-                if iteration <= self._last:
-                    break
-                steps.setdefault(iteration, {})[name] = value
-        for iteration in sorted(steps):
-            line = json.dumps({"iteration": int(iteration), **steps[iteration]}, sort_keys=True)
-            self._file.write(line + "\n")
-        self._file.flush()
-        self._last = max(steps, default=self._last)
+            new = [pair for pair in history.values() if pair[1] > self._last]
+            if not new:
+                continue
+            latest = max(latest, new[-1][1])
+            is_count = name.split("/")[-1] in COUNTS
+            line[name] = new[-1][0] if is_count else sum(v for v, _ in new) / len(new)
+        if line:
+            self._file.write(json.dumps({"iteration": int(latest), **line}, sort_keys=True) + "\n")
+            self._file.flush()
+        self._last = latest
 
     def close(self) -> None:
         self._file.close()

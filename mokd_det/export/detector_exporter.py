@@ -19,6 +19,7 @@ from .metadata import Json, class_names_of, common_metadata, data_sets_of
 from .onnx import check_onnx, export_onnx, load_onnx
 from .parity import compare_detections, compare_tensors, parity
 from .precision import check_half, halve_backbone
+from .ties import StableSorting
 from .torch_export import BackboneAndHead, export_program, load_program
 from .torchscript import script, trace
 
@@ -99,9 +100,14 @@ class DetectorExporter(Exporter):
         # Every part of the model runs only on an example that has detections.
         example = max(zip(inputs, expected), key=lambda pair: len(pair[1]["scores"]))[0]
         run: Any
+        ties: Json = {}
         if options.format == "onnx":
             export_onnx(model, example, path, metadata)
             run = load_onnx(path)
+            as_it_is = expected
+            with StableSorting():
+                expected = [detect(model, image) for image in inputs]
+            ties = differences(as_it_is, expected, compare_detections)
         else:
             if options.method == "tracing":
                 metadata["traced_on"] = device.type
@@ -114,6 +120,8 @@ class DetectorExporter(Exporter):
             both = detect_batch(model, two), run.batch(two)
             result["batch"] = parity(*both, two, options.tolerance, compare_detections)
             result["passed"] = result["passed"] and result["batch"]["passed"]
+        if any(value for name, value in ties.items() if name != "detections"):
+            result["ties"] = ties
         if options.half:
             result["float32"] = differences(in_float32, found, compare_detections)
         return result

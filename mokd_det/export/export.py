@@ -74,7 +74,8 @@ def export_model(
     Returns:
         What ``export.json`` has. ``images``: where they come from; ``parity``: see
         :func:`mokd_det.export.parity.parity`, and in it ``batch``, if two sizes go into one batch,
-        and with ``half`` ``float32``, the differences to the model in float32. For a checkpoint
+        with ``half`` ``float32``, the differences to the model in float32, and for ONNX ``ties``,
+        what the model changes if equal scores stay in order, if it does. For a checkpoint
         only ``format``, ``bytes``, ``weights`` and ``config``.
     """
     format = options.format

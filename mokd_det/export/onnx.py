@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .detector import TraceableDetector, output_names
 from .metadata import METADATA_FILE, Json
+from .onnx_nms import onnx_nms
 
 OPSET = 17  # the newest that torch's tracing exporter writes in full
 
@@ -48,7 +49,7 @@ def export_onnx(model: nn.Module, image: Tensor, path: str, metadata: Json) -> N
         axes = {"images": {0: "batch", **sides}, "logits": {0: "batch"}}
     # torch's newer exporter (dynamo=True) fails at Detectron2's lists and asserts, so this is the
     # one that traces. It prints the graph when it fails.
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), onnx_nms():
         warnings.simplefilter("ignore")
         torch.onnx.export(
             traceable,

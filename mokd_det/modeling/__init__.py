@@ -5,6 +5,7 @@ from .. import compat  # first: patches Detectron2 where it needs it
 from .acceleration import accelerate_student, check_acceleration
 from .classifier import Classifier, default_tap, load_trained_classifier
 from .distillation import DistillationModel, check_balancing
+from .focal_loss import uncompiled_focal_loss
 from .inherit import copy_weights, inheritable_names
 from .lazy_config import LazyConfigDetector, load_lazy_config
 from .loading import SafeCheckpointer, StrictCheckpointer, shortened

@@ -45,20 +45,28 @@ def _numbers(module: nn.Module) -> dict[str, int | float]:
 class RestoredState:
     """
     Context that afterwards restores all buffers (BatchNorm's statistics) and numbers of a module.
-    Can be entered again and again, as activation checkpointing does.
+    Can be entered again and again, as activation checkpointing does. Or call :meth:`remember`, and
+    :meth:`restore` if it turns out to be needed.
     """
 
     def __init__(self, model: nn.Module):
         self.model = model
         self._buffers: list[tuple[Tensor, Tensor]] = []
 
-    def __enter__(self) -> None:
+    def remember(self) -> None:
         self._buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         self._numbers = module_numbers(self.model)
 
-    def __exit__(self, *error: object) -> None:
+    def restore(self) -> None:
+        """Go back to what was remembered last, once."""
         with torch.no_grad():
             for buffer, value in self._buffers:
                 buffer.copy_(value)
         set_module_numbers(self.model, self._numbers)
         self._buffers = []
+
+    def __enter__(self) -> None:
+        self.remember()
+
+    def __exit__(self, *error: object) -> None:
+        self.restore()

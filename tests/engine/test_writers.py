@@ -1,0 +1,64 @@
+# Copyright (c) The mokd_det authors.
+"""What is kept of the logs, in memory and in balance.json."""
+
+import json
+
+from detectron2.utils.events import EventStorage
+
+from mokd_det.engine.writers import HISTORY, BalanceWriter, bound_history
+
+
+def logged(steps, storage):
+    with storage:
+        for step in range(steps):
+            storage.iter = step
+            storage.put_scalars(time=0.1 * (step % 7), loss=1 / (1 + step))
+            yield step
+
+
+def test_memory_does_not_grow_and_detectron2_reads_the_same():
+    bounded, stock = EventStorage(), EventStorage()
+    bound_history(bounded)
+    for storage in (bounded, stock):
+        assert len(list(logged(3 * HISTORY, storage))) == 3 * HISTORY
+    for name, history in bounded.histories().items():
+        other = stock.history(name)
+        assert len(history.values()) == HISTORY and len(other.values()) == 3 * HISTORY
+        assert history.median(20) == other.median(20) and history.avg(20) == other.avg(20)
+        assert history.median(1000) == other.median(1000)  # the longest look back
+        assert history.global_avg() == other.global_avg()
+    assert bounded.latest_with_smoothing_hint() == stock.latest_with_smoothing_hint()
+
+
+def test_a_line_holds_the_means_of_its_steps_and_the_counts(tmp_path):
+    writer = BalanceWriter(str(tmp_path / "balance.json"))
+    storage = EventStorage()
+    bound_history(storage)
+    for step in logged(45, storage):
+        storage.put_scalar("balance/features/weight_task", step)
+        storage.put_scalar("balance/features/fallbacks_degenerate", step // 10)
+        if step % 2 == 0:
+            storage.put_scalar("balance/features/cosine_features", step)
+        if step in (19, 39):
+            writer.write()
+    with storage:
+        writer.write()
+        writer.write()  # nothing new: no line
+    writer.close()
+    lines = [json.loads(line) for line in (tmp_path / "balance.json").read_text().splitlines()]
+    names = ("iteration", "balance/features/weight_task", "balance/features/cosine_features")
+    assert [[line[n] for n in names] for line in lines] == [
+        [19, 9.5, 9],
+        [39, 29.5, 29],
+        [44, 42, 42],
+    ]
+    assert [line["balance/features/fallbacks_degenerate"] for line in lines] == [1, 3, 4]
+    assert all(len(line) == 4 for line in lines)  # losses are in metrics.json
+
+
+def test_no_balance_no_line(tmp_path):
+    writer = BalanceWriter(str(tmp_path / "balance.json"))
+    for _ in logged(3, EventStorage()):
+        writer.write()
+    writer.close()
+    assert (tmp_path / "balance.json").read_text() == ""
