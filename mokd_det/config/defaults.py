@@ -152,6 +152,9 @@ def add_mokd_config(cfg: CN) -> None:
     # d = min(EMA_DECAY, (1 + step) / (10 + step)). The mean is what is evaluated and saved as the
     # model. 0: off.
     cfg.SOLVER.EMA_DECAY = 0.0
+    # How many of the newest checkpoints of SOLVER.CHECKPOINT_PERIOD are kept; 0: all. With 2 or
+    # more a damaged one does not end the run. model_final.pth is kept besides.
+    cfg.SOLVER.KEEP_CHECKPOINTS = 0
     # Compute the inside of a ResNet's stages again in the backward pass instead of keeping it.
     cfg.MODEL.BACKBONE.CHECKPOINTING = False
     # A backend of torch.compile for the backbone, "inductor" being the usual one. "": off.

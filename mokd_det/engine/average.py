@@ -5,9 +5,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from .checkpoints import RunCheckpointer
+from .identity import RunIdentity
 
 
 class WeightAverage:
@@ -47,9 +49,9 @@ class WeightAverage:
         self._average.n_averaged.fill_(self.steps)
 
 
-class AverageCheckpointer(DetectionCheckpointer):
+class AverageCheckpointer(RunCheckpointer):
     """
-    Detectron2's checkpointer for a student with or without a running mean. With one, the mean is
+    The checkpointer for a student with or without a running mean. With one, the mean is
     the model, and whatever is loaded as the model is where the student starts, too (its own
     weights, if a checkpoint to resume from has them, follow).
     """
@@ -59,6 +61,7 @@ class AverageCheckpointer(DetectionCheckpointer):
         student: nn.Module,
         average: WeightAverage | None,
         save_dir: str,
+        run: RunIdentity,
         stock_module: Callable[[nn.Module], nn.Module] = lambda model: model,
         **others: Any,
     ):
@@ -68,11 +71,7 @@ class AverageCheckpointer(DetectionCheckpointer):
         if average is not None:
             model = stock_module(average.model)
             others["student"] = self.student
-        super().__init__(model, save_dir, **others)
-
-    def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
-        self._resumes = checkpointables is None
-        return super().load(path, checkpointables)
+        super().__init__(model, save_dir, run, **others)
 
     def _load_model(self, checkpoint):
         if self._resumes and self.average is None and "student" in checkpoint:

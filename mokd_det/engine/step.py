@@ -20,9 +20,8 @@ from ..data import ResumableLoader
 from ..modeling import module_numbers, shortened
 from .average import WeightAverage
 from .diagnostics import BalanceDiagnostics
+from .identity import NEW_RUN
 from .replay import Replay
-
-NEW_RUN = "Start a new run (another OUTPUT_DIR) with the checkpoint as MODEL.WEIGHTS."
 
 PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 

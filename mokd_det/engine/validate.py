@@ -17,6 +17,7 @@ from ..modeling import check_acceleration, check_balancing
 from ..objectives import OBJECTIVES
 from ..tasks import TASKS, Task, task_of
 from ..teachers import check_precision
+from .checkpoints import check_checkpoints
 from .optimizer import check_optimizer
 from .step import PRECISIONS
 
@@ -42,6 +43,7 @@ def validate(cfg: CfgNode) -> Task:
         _check_read(cfg, task)
     check_schedule(cfg)
     check_optimizer(cfg)
+    check_checkpoints(cfg)
     _check_step(cfg)
     check_acceleration(cfg)
     if cfg.MOKD.ENABLED:
