@@ -18,6 +18,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 from detectron2.utils.logger import setup_logger
 from torch import nn
+from torch.utils.data import DataLoader
 
 from ..data import ResumableLoader, build_train_mapper, check_datasets, check_teacher_classes
 from ..data import register_datasets, schedule_in_iterations, workers_that_outlive_signals
