@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import NoReturn
 
+import torch
+import torch.distributed as dist
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 
@@ -50,7 +52,10 @@ class StopOnSignal(HookBase):
 
     def after_step(self) -> None:
         if comm.get_world_size() > 1:
-            self._signal = max(comm.all_gather(self._signal))
+            # 0.2 ms for two processes of a machine; comm.all_gather takes several times as long.
+            found = torch.tensor(self._signal)
+            dist.all_reduce(found, dist.ReduceOp.MAX, group=comm._get_global_gloo_group())
+            self._signal = int(found)
         self._done = self.trainer.iter
         if self._signal:
             self._save()
