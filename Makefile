@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 UV := $(BIN)/uv
 UV_VERSION := 0.13.9
 
-.PHONY: help env demo demo-classification test test-all lint pins clean
+.PHONY: help env demo demo-classification test test-all test-reliability lint pins clean
 
 help:
 	@echo "make demo   from nothing to a distilled tree detector (20 to 50 minutes on 2 CPU cores)"
 	@echo "make demo-classification   the same for MNIST and a classifier, three seeds (5 to 15 minutes)"
 	@echo "make test   the tests to run before every commit (5 minutes on 2 cores)"
 	@echo "make test-all   the rest of the suite (25 minutes)"
+	@echo "make test-reliability   runs that are killed, stopped, damaged (30 minutes at most)"
 	@echo "make env    only the set-up, in $(VENV)"
 	@echo "make lint   ruff (rules and format) and mypy over the code"
 	@echo "make pins   resolve the newest versions into requirements.txt"
@@ -36,10 +37,13 @@ demo-classification: env
 
 # One thread each: several processes with several threads get in each other's way.
 test: env
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 -m "not slow and not reliability"
 
 test-all: env
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 -m "slow or bad_input"
+
+test-reliability: env
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m reliability tests/reliability
 
 lint: env
 	$(BIN)/ruff check .

@@ -56,7 +56,9 @@ from detectron2.utils.file_io import PathManager
 
 from mokd_det.config import load_config
 from mokd_det.data.paths import sha256_of
+from mokd_det.engine import find_checkpoint
 from mokd_det.evaluation import read_json_lines
+from mokd_det.files import check_whole
 
 ROOT = Path(__file__).resolve().parent.parent
 # What CUDA_VISIBLE_DEVICES calls the GPUs, each lent to one run at a time; filled by run().
@@ -66,10 +68,9 @@ POINTS = 24  # of a series of the balance that is kept
 BALANCE = ("cosine_", "dominance_", "weight_", "share_task")  # what balance.png draws
 
 
-def train(config, opts, output):
+def train(config, opts, output, *flags):
     """Run tools/train_net.py; return seconds. RuntimeError if it fails, with the end of its log."""
-    command = [sys.executable, "tools/train_net.py", "--config-file", config]
-    command += flags
+    command = [sys.executable, "tools/train_net.py", "--config-file", config, *flags]
     command += [str(opt) for opt in opts] + ["OUTPUT_DIR", str(output)]
     start = time.time()
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -86,12 +87,32 @@ def train(config, opts, output):
     return time.time() - start
 
 
+def flag_to_train(output):
+    """
+    Return the flag with which tools/train_net.py trains a teacher, "" if it is trained. A damaged
+    one is trained again, from its last whole checkpoint if there is one.
+    """
+    weights = output / "model_final.pth"
+    if not weights.is_file():
+        return "--resume"  # also where nothing is yet
+    try:
+        check_whole(str(weights))
+        return "" if (output / "results.json").is_file() else "--resume"
+    except ValueError as error:
+        print(f"{weights} is damaged: {error}. It is trained again.", file=sys.stderr, flush=True)
+    try:
+        find_checkpoint(str(output))
+        return "--resume"
+    except ValueError:
+        return "--overwrite"
+
+
 def train_teachers(study):
     """Train each teacher unless its weights are there already, and keep its results."""
     for config in study["teacher"]:
         output = ROOT / load_config(str(ROOT / config)).OUTPUT_DIR
-        if not (output / "model_final.pth").is_file():
-            seconds = train(config, [], output)
+        if flag := flag_to_train(output):
+            seconds = train(config, [], output, flag)
             print(f"teacher: {config} ({seconds:.0f} s)", flush=True)
         record = {"config": config}
         record["results"] = json.loads((output / "results.json").read_text())

@@ -8,8 +8,10 @@ Examples:
   python tools/train_net.py --config-file configs/Quick-Start/teacher.yaml
   python tools/train_net.py --config-file configs/Quick-Start/student_mokd.yaml
 
-  # go on where a run stopped
+  # go on where a run stopped (by SIGTERM, SIGUSR1 or Ctrl-C it is saved first: exit code 143, 138,
+  # 130); or start anew in its folder, without its checkpoints and logs
   python tools/train_net.py --config-file configs/Quick-Start/student_mokd.yaml --resume
+  python tools/train_net.py --config-file configs/Quick-Start/student_mokd.yaml --overwrite
 
   # evaluate (the student only; no teacher is needed)
   python tools/train_net.py --config-file configs/Quick-Start/student_mokd.yaml --eval-only \\
@@ -34,7 +36,6 @@ import argparse
 import json
 
 import mokd_det.compat  # noqa: F401  (first: patches Detectron2 where it needs it)
-import torch
 from detectron2.engine import default_argument_parser, default_setup
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
@@ -45,13 +46,17 @@ from mokd_det.engine import (
     DistillationTrainer,
     Trainer,
     build_trainer,
+    checkpoints_in,
+    claim_folder,
     errors_as_messages,
+    find_checkpoint,
     launch,
+    on_main_process,
+    output_errors,
     prepare_datasets,
     validate,
 )
 from mokd_det.evaluation import finite, format_comparison, format_zoo_row, write_results, zoo_row
-from mokd_det.modeling import SafeCheckpointer
 from mokd_det.tasks import task_of
 
 
@@ -72,8 +77,11 @@ def check_arguments(args, cfg):
             "TEST.AUG.ENABLED True is not supported: set it to False, or evaluate the exported "
             "checkpoint with Detectron2's own tools/train_net.py."
         )
+    if args.overwrite and (args.resume or args.eval_only):
+        other = "--resume" if args.resume else "--eval-only"
+        raise ValueError(f"--overwrite starts a new run: leave it out, or {other}.")
     weights = cfg.MODEL.WEIGHTS
-    goes_on = args.resume and SafeCheckpointer(torch.nn.Module(), cfg.OUTPUT_DIR).has_checkpoint()
+    goes_on = args.resume and checkpoints_in(cfg.OUTPUT_DIR)
     if not goes_on and weights and "://" not in weights and not PathManager.isfile(weights):
         raise FileNotFoundError(f"MODEL.WEIGHTS '{weights}' does not exist.")
 
@@ -90,6 +98,8 @@ def setup(args):
     prepare_datasets(cfg, task, is_training=not args.eval_only)
     check_device(cfg)
     cfg.freeze()
+    if not args.eval_only:
+        claim_folder(cfg, args.resume, args.overwrite)
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="mokd_det", abbrev_name="mokd")
     return cfg
@@ -105,10 +115,9 @@ def with_weights(cfg, weights):
 def evaluate(args, cfg):
     """Evaluate the plain model of ``cfg`` on DATASETS.TEST (with --resume: its last weights)."""
     task = task_of(cfg)
-    last = SafeCheckpointer(torch.nn.Module(), cfg.OUTPUT_DIR)
     with errors_as_messages(args.debug):
-        if args.resume and last.has_checkpoint():
-            cfg = with_weights(cfg, last.get_checkpoint_file())
+        if args.resume and (last := on_main_process(find_checkpoint, cfg.OUTPUT_DIR)):
+            cfg = with_weights(cfg, last)
         student = task.load_trained(cfg)
         if args.with_teacher:  # what may be wrong with it is found before the student is evaluated
             teacher_cfg = task.teacher_config(cfg)
@@ -153,11 +162,12 @@ def write_zoo_row(args, cfg, results):
 def main(args):
     with errors_as_messages(args.debug):
         cfg = setup(args)
-    results, cfg = evaluate(args, cfg) if args.eval_only else train(args, cfg)
-    if comm.is_main_process() and results:
-        print(f"Results: {write_results(results, cfg.OUTPUT_DIR)}")
-        if args.zoo_row:
-            write_zoo_row(args, cfg, results)
+    with output_errors(cfg.OUTPUT_DIR):
+        results, cfg = evaluate(args, cfg) if args.eval_only else train(args, cfg)
+        if comm.is_main_process() and results:
+            print(f"Results: {write_results(results, cfg.OUTPUT_DIR)}")
+            if args.zoo_row:
+                write_zoo_row(args, cfg, results)
     return results
 
 
@@ -167,6 +177,9 @@ def argument_parser():
     parser.add_argument("--with-teacher", action="store_true", help="evaluate the teacher as well")
     parser.add_argument("--zoo-row", action="store_true", help="print a row for a model zoo")
     parser.add_argument("--trust", action="store_true", help="run the code in config files")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="remove an earlier run in OUTPUT_DIR, start anew"
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 

@@ -158,6 +158,9 @@ def add_mokd_config(cfg: CN) -> None:
     # than so many in a row. Of float16, the loss scaling skips steps in any case.
     cfg.SOLVER.NON_FINITE_GRADIENTS = "raise"
     cfg.SOLVER.MAX_SKIPPED_STEPS = 10
+    # How many of the newest checkpoints of SOLVER.CHECKPOINT_PERIOD are kept; 0: all. With 2 or
+    # more a damaged one does not end the run. model_final.pth is kept besides.
+    cfg.SOLVER.KEEP_CHECKPOINTS = 0
     # Compute the inside of a ResNet's stages again in the backward pass instead of keeping it.
     cfg.MODEL.BACKBONE.CHECKPOINTING = False
     # A backend of torch.compile for the backbone, "inductor" being the usual one. "": off.

@@ -13,7 +13,10 @@ import dataclasses
 import functools
 import itertools
 import logging
+import os
 import random
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -53,6 +56,33 @@ def isolated_rng(seed: int | None = None) -> Iterator[None]:
         torch.set_rng_state(state[2])
         if cuda is not None:
             torch.cuda.set_rng_state_all(cuda)
+
+
+def workers_that_outlive_signals(
+    init: Callable[[int], None] | None = None,
+) -> Callable[[int], None]:
+    """
+    Return a DataLoader's ``worker_init_fn``. A terminal's Ctrl-C and a scheduler's SIGTERM reach
+    all processes, but the step that is to be finished needs its batch. ``init``: what to call, too.
+    """
+    return functools.partial(_init_worker, init)
+
+
+def _init_worker(init, worker):
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # macOS has not, and SIGTERM ends the workers there
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_obey_parent, daemon=True).start()
+    if init is not None:
+        init(worker)
+
+
+def _obey_parent():
+    """End this process on a SIGTERM of its parent's, which waits for it then; on no other's."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 class _SeededDataset(Dataset):
@@ -136,6 +166,7 @@ class ResumableLoader:
             pin_memory=self.pin_memory,
             # A data loader draws from torch's global generator when it starts, unless it has one.
             generator=torch.Generator(),
+            worker_init_fn=workers_that_outlive_signals(),
         )
 
     def state_dict(self) -> dict[str, Any]:

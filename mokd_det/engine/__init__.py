@@ -2,7 +2,9 @@
 """The custom training step, Detectron2's default trainer around it, checks, and launching."""
 
 from .. import compat  # first: patches Detectron2 where it needs it
-from .launch import errors_as_messages, launch
+from .checkpoints import checkpoints_in, find_checkpoint
+from .folder import claim_folder, output_errors, release_folder
+from .launch import errors_as_messages, launch, on_main_process
 from .step import BalancedTrainer
 from .trainer import DistillationTrainer, Trainer, build_trainer, prepare_datasets
 from .validate import validate

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ..modeling import SafeCheckpointer
+from .checkpoints import RunCheckpointer
+from .identity import RunIdentity
 
 
 class WeightAverage:
@@ -48,7 +49,7 @@ class WeightAverage:
         self._average.n_averaged.fill_(self.steps)
 
 
-class AverageCheckpointer(SafeCheckpointer):
+class AverageCheckpointer(RunCheckpointer):
     """
     The checkpointer for a student with or without a running mean. With one, the mean is
     the model, and whatever is loaded as the model is where the student starts, too (its own
@@ -60,6 +61,7 @@ class AverageCheckpointer(SafeCheckpointer):
         student: nn.Module,
         average: WeightAverage | None,
         save_dir: str,
+        run: RunIdentity,
         stock_module: Callable[[nn.Module], nn.Module] = lambda model: model,
         **others: Any,
     ):
@@ -69,11 +71,7 @@ class AverageCheckpointer(SafeCheckpointer):
         if average is not None:
             model = stock_module(average.model)
             others["student"] = self.student
-        super().__init__(model, save_dir, **others)
-
-    def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
-        self._resumes = checkpointables is None
-        return super().load(path, checkpointables)
+        super().__init__(model, save_dir, run, **others)
 
     def _load_model(self, checkpoint):
         if self._resumes and self.average is None and "student" in checkpoint:

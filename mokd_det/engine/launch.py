@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,8 @@ from detectron2.utils import comm
 
 from ..config import load_config
 from ..untrusted import printable
+
+T = TypeVar("T")
 
 
 @contextlib.contextmanager
@@ -67,3 +69,20 @@ def _create_local_process_group(local_ranks):
         group = dist.new_group(ranks)
         if dist.get_rank() in ranks:
             comm._LOCAL_PROCESS_GROUP = group
+
+
+def on_main_process(function: Callable[..., T], *args: Any) -> T:
+    """
+    Return ``function(*args)`` of the main process, to be called by all. A ValueError or
+    FileNotFoundError that it raises there is raised in all of them: none waits for the others.
+    """
+    result, error = None, None
+    if comm.is_main_process():
+        try:
+            result = function(*args)
+        except (ValueError, FileNotFoundError) as raised:
+            error = raised
+    result, error = comm.all_gather((result, error))[0]
+    if error is not None:
+        raise error
+    return result

@@ -21,9 +21,8 @@ from ..modeling import RestoredState, module_numbers, shortened, uncompiled_foca
 from .average import WeightAverage
 from .diagnostics import BalanceDiagnostics
 from .finite import REMEDY, SkippedSteps, describe, non_finite_gradients, origin_of
+from .identity import NEW_RUN
 from .replay import Replay
-
-NEW_RUN = "Start a new run (another OUTPUT_DIR) with the checkpoint as MODEL.WEIGHTS."
 
 PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 LEAST_SCALE = 2.0**-32  # of losses in float16; a scaler begins with 2**16

@@ -11,25 +11,31 @@ import torch
 import torch.distributed as dist
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_train_loader
-from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model
+from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model, hooks
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter, get_event_storage
 from detectron2.utils.logger import setup_logger
 from torch import nn
+from torch.utils.data import DataLoader
 
 from ..data import ResumableLoader, build_train_mapper, check_datasets, check_proposals
 from ..data import check_teacher_classes, register_datasets, schedule_in_iterations
+from ..data import workers_that_outlive_signals
 from ..evaluation import build_evaluator, check_evaluators
-from ..modeling import DistillationModel, SafeCheckpointer, SupervisedModel, accelerate_student
-from ..modeling import copy_weights, inheritable_names
+from ..modeling import DistillationModel, SupervisedModel, accelerate_student, copy_weights
+from ..modeling import inheritable_names
 from ..objectives import OBJECTIVES
 from ..tasks import Task, task_of
 from .average import AverageCheckpointer, WeightAverage
 from .finite import SkippedSteps, check_weights, describe, raise_before_steps
+from .checkpoints import PeriodicCheckpointer, RunCheckpointer
+from .folder import claim_folder, output_errors, release_folder
+from .identity import NEW_RUN, RunIdentity
 from .optimizer import build_optimizer
-from .step import NEW_RUN, BalancedTrainer
+from .step import BalancedTrainer
+from .stopping import StopOnSignal
 from .validate import needs_own_step, validate
 from .writers import BalanceWriter, bound_history
 
@@ -39,9 +45,12 @@ logger = logging.getLogger(__name__)
 class Trainer(DefaultTrainer):
     """
     Detectron2's default trainer with the evaluators of its ``tools/train_net.py``, and data sets,
-    optimizer and schedules in epochs from the config. Training itself is Detectron2's own, bit for
-    bit.
+    optimizer and schedules in epochs from the config, and runs that survive: checkpoints that are
+    whole, a stop on signals, one run at a time in a folder. Training itself is Detectron2's own,
+    bit for bit.
     """
+
+    checkpointer: Any
 
     def __init__(self, cfg: CfgNode):
         prepare_datasets(cfg, validate(cfg))
@@ -55,18 +64,13 @@ class Trainer(DefaultTrainer):
         losses = {n: x for n, (x, step) in latest if "loss" in n and step == self.iter}
         return describe(names, losses, self.iter)
 
-    def build_hooks(self) -> list[HookBase | None]:
-        # DefaultTrainer.__init__ has made Detectron2's, which the hooks are about to hold.
-        stock: Any = vars(self)["checkpointer"]
-        if not isinstance(stock, SafeCheckpointer):
-            self.checkpointer = SafeCheckpointer(
-                stock.model, stock.save_dir, **stock.checkpointables
-            )
-        return super().build_hooks()
-
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
-        return build_detection_train_loader(cfg, mapper=build_train_mapper(cfg))
+        loader = build_detection_train_loader(cfg, mapper=build_train_mapper(cfg))
+        inner = loader if isinstance(loader, DataLoader) else getattr(loader, "dataset", None)
+        if isinstance(inner, DataLoader):
+            inner.worker_init_fn = workers_that_outlive_signals(inner.worker_init_fn)
+        return loader
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[Any]:
@@ -79,6 +83,46 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         return build_evaluator(cfg, dataset_name)
+
+    def build_hooks(self) -> list[HookBase | None]:
+        """Detectron2's, with :class:`PeriodicCheckpointer` in place of its own."""
+        if not isinstance(self.checkpointer, RunCheckpointer):
+            # DefaultTrainer.__init__ makes it, and leaves no other way to exchange it.
+            self.checkpointer = RunCheckpointer(
+                self.model, self.cfg.OUTPUT_DIR, RunIdentity(self.cfg), trainer=weakref.proxy(self)
+            )
+        solver = self.cfg.SOLVER
+        self._stop = StopOnSignal()
+        own: list[HookBase] = [self._stop]
+        if comm.is_main_process():
+            keep = solver.KEEP_CHECKPOINTS
+            own.insert(0, PeriodicCheckpointer(self.checkpointer, solver.CHECKPOINT_PERIOD, keep))
+        found = [h for h in super().build_hooks() if not isinstance(h, hooks.PeriodicCheckpointer)]
+        # Before evaluation: what was trained is kept, and a stop does not wait for it.
+        first = next(i for i, h in enumerate(found) if isinstance(h, hooks.EvalHook))
+        return [*found[:first], *own, *found[first:]]
+
+    def train(self) -> Any:
+        """
+        As Detectron2's. ValueError: another process trains in OUTPUT_DIR, or it has checkpoints of
+        an earlier run and this one is new. SystemExit: it was stopped by a signal (128 + its
+        number), or OUTPUT_DIR cannot be written any more (a message).
+        """
+        claim_folder(self.cfg, resume=self.start_iter > 0)
+        try:
+            with self._stop.listening():
+                return super().train()
+        finally:
+            release_folder(self.cfg.OUTPUT_DIR)
+
+    # TrainerBase prints the traceback of every other error, also of a disk that is full.
+    def after_step(self) -> None:
+        with output_errors(self.cfg.OUTPUT_DIR):
+            super().after_step()
+
+    def after_train(self) -> None:
+        with output_errors(self.cfg.OUTPUT_DIR):
+            super().after_train()
 
     def check_evaluators(self, cfg: CfgNode) -> None:
         """Raise ValueError for a data set without an evaluator, before training, not after it."""
@@ -167,6 +211,7 @@ class DistillationTrainer(Trainer):
             model.student,
             self.average,
             cfg.OUTPUT_DIR,
+            RunIdentity(cfg),
             task.stock_module,
             trainer=weakref.proxy(self),
             objectives=model.objectives,

@@ -18,6 +18,7 @@ from ..objectives import OBJECTIVES
 from ..tasks import TASKS, Task, task_of
 from ..teachers import check_precision
 from .finite import ON_NON_FINITE
+from .checkpoints import check_checkpoints
 from .optimizer import check_optimizer
 from .step import PRECISIONS
 
@@ -43,6 +44,7 @@ def validate(cfg: CfgNode) -> Task:
         _check_read(cfg, task)
     check_schedule(cfg)
     check_optimizer(cfg)
+    check_checkpoints(cfg)
     _check_step(cfg)
     check_acceleration(cfg)
     if cfg.MOKD.ENABLED:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..untrusted import markdown_row
+from ..files import replace_file
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 CLASSIFICATION_METRICS = ("top1", "top5")
@@ -24,7 +25,8 @@ def write_results(results: Mapping[str, Any], output_dir: str) -> str:
     without a value (NaN, as AP of a size that does not occur) become null.
     """
     path = os.path.join(output_dir, "results.json")
-    Path(path).write_text(json.dumps(finite(results), indent=2))
+    text = json.dumps(finite(results), indent=2)
+    replace_file(path, lambda f: f.write(text.encode()))
     return path
 
 

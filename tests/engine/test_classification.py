@@ -91,7 +91,7 @@ def test_the_checkpoint_is_torchvisions_and_has_no_teacher(make_digits_cfg):
     cfg = make_digits_cfg(SMALL)
     train(cfg)
     checkpoint = torch.load(f"{cfg.OUTPUT_DIR}/model_final.pth", weights_only=True)
-    assert set(checkpoint) == {"model", "objectives", "trainer", "iteration"}
+    assert set(checkpoint) == {"model", "objectives", "trainer", "iteration", "run"}
     network = torchvision.models.shufflenet_v2_x0_5(num_classes=10)
     network.load_state_dict(checkpoint["model"], strict=True)
     batch = next(iter(build_test_loader(cfg, "tests_digits_val")))

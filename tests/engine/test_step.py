@@ -282,7 +282,7 @@ def test_average_is_what_is_evaluated_and_saved(make_cfg):
     checkpoint = torch.load(f"{cfg.OUTPUT_DIR}/model_final.pth", weights_only=True)
     assert_equal_states(checkpoint["model"], trainer.average.model.state_dict())
     assert_equal_states(checkpoint["student"], student.state_dict())
-    assert set(checkpoint) == {"model", "student", "objectives", "trainer", "iteration"}
+    assert set(checkpoint) == {"model", "student", "objectives", "trainer", "iteration", "run"}
 
     # Weights to start from reach both.
     opts = ["SOLVER.EMA_DECAY", 0.3, "MODEL.WEIGHTS", f"{cfg.OUTPUT_DIR}/model_final.pth"]

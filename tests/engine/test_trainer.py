@@ -194,7 +194,7 @@ def test_checkpoint_is_a_stock_student_without_a_teacher(make_cfg):
 
     # weights_only: numbers and tensors, nothing that runs code.
     checkpoint = torch.load(f"{cfg.OUTPUT_DIR}/model_final.pth", weights_only=True)
-    assert set(checkpoint) == {"model", "objectives", "trainer", "iteration"}
+    assert set(checkpoint) == {"model", "objectives", "trainer", "iteration", "run"}
     assert set(checkpoint["model"]) == set(
         Trainer.build_model(make_cfg("faster_rcnn")).state_dict()
     )

@@ -14,6 +14,7 @@ import run as tool
 import torch
 
 from mokd_det.config import load_config
+from mokd_det.files import save_checkpoint
 
 from ..conftest import ROOT
 
@@ -40,7 +41,7 @@ def study(tmp_path, monkeypatch):
     loaded = records.load_study(path)
     calls = []
 
-    def train(config, opts, output):
+    def train(config, opts, output, *flags):
         calls.append((config, list(opts), output.name))
         output.mkdir(parents=True, exist_ok=True)
         if "SEED" not in opts:
@@ -99,10 +100,10 @@ def test_a_run_that_fails_leaves_the_others_and_fails_the_study(study, capsys, m
     loaded, _ = study
     good = tool.train
 
-    def train(config, opts, output):
+    def train(config, opts, output, *flags):
         if opts and opts[-1] == 2:
             raise kind("no memory left")
-        return good(config, opts, output)
+        return good(config, opts, output, *flags)
 
     monkeypatch.setattr(tool, "train", train)
     with pytest.raises(SystemExit, match="3 runs failed"):
@@ -114,6 +115,34 @@ def test_a_run_that_fails_leaves_the_others_and_fails_the_study(study, capsys, m
     kept = {(run["method"], run["seed"]) for run in content["runs"]}
     assert kept == {(name, seed) for name in ("plain", "with teacher") for seed in (1, 3)}
     assert len(content["teachers"]) == 1
+
+
+def trained_at(folder, name, iteration):
+    state = {"model": {"w": torch.zeros(99)}, "trainer": {"iteration": iteration}}
+    save_checkpoint(state, str(folder / name))
+
+
+def cut(folder):
+    content = (folder / "model_final.pth").read_bytes()
+    (folder / "model_final.pth").write_bytes(content[:-1])
+
+
+@pytest.mark.parametrize(
+    "change, flag",
+    [
+        (lambda folder: None, ""),
+        (lambda folder: (folder / "results.json").unlink(), "--resume"),
+        (lambda folder: (folder / "model_final.pth").unlink(), "--resume"),
+        (lambda folder: (folder / "model_final.pth").write_bytes(b""), "--overwrite"),
+        (cut, "--overwrite"),
+        (lambda folder: (cut(folder), trained_at(folder, "model_0000002.pth", 2)), "--resume"),
+    ],
+)
+def test_only_a_teacher_that_is_whole_counts_as_trained(tmp_path, change, flag):
+    (tmp_path / "results.json").write_text("{}")
+    trained_at(tmp_path, "model_final.pth", 4)
+    change(tmp_path)
+    assert tool.flag_to_train(tmp_path) == flag
 
 
 def test_a_study_whose_teachers_weights_have_a_name(study):

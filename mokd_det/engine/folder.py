@@ -1,0 +1,133 @@
+# Copyright (c) The mokd_det authors.
+"""OUTPUT_DIR belongs to one run: one at a time, and a new one does not mix with an old one."""
+
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from detectron2.config import CfgNode
+
+from ..files import TEMPORARY
+from .checkpoints import LAST, checkpoints_in
+from .launch import on_main_process
+
+logger = logging.getLogger(__name__)
+
+LOCK = ".lock"
+# What a run appends to, or would leave behind if it stopped before it is written again.
+LOGS = ("metrics.json", "balance.json", "results.json", "events.out.tfevents.*")
+_locks: dict[str, IO[str]] = {}
+
+
+def claim_folder(cfg: CfgNode, resume: bool, overwrite: bool = False) -> None:
+    """
+    Make ``OUTPUT_DIR`` this run's own until its main process ends, or :func:`release_folder`. To be
+    called by all processes. ``overwrite`` removes checkpoints and logs of an earlier run.
+
+    ValueError: another process trains there, it has checkpoints of an earlier run (unless one of
+    the two flags is set), or it cannot be written.
+    """
+    on_main_process(_claim, cfg, resume, overwrite)
+
+
+def _claim(cfg: CfgNode, resume: bool, overwrite: bool) -> None:
+    folder = cfg.OUTPUT_DIR
+    try:
+        os.makedirs(folder, exist_ok=True)
+        _lock(folder)
+        for path in Path(folder).glob(f"*{TEMPORARY}"):
+            path.unlink()
+        names = checkpoints_in(folder)
+        if overwrite and not resume:
+            _remove(cfg, folder)
+        elif names and not resume:
+            raise ValueError(
+                f"OUTPUT_DIR '{folder}' has checkpoints of an earlier run ({', '.join(names[:3])}"
+                f"{', ...' if names[3:] else ''}): go on with it by --resume, choose another "
+                "OUTPUT_DIR, or remove them and start anew by --overwrite."
+            )
+    except OSError as error:
+        raise ValueError(
+            f"OUTPUT_DIR '{folder}' cannot be written ({error.strerror}): expected a folder of "
+            "this machine in which a run can keep its files."
+        ) from error
+
+
+def _lock(folder: str) -> None:
+    """
+    Lock the folder for this process; its end, whatever ends it, unlocks it. A lock of POSIX's kind:
+    workers of a loader, which may live on for seconds, do not inherit it.
+    """
+    path = os.path.realpath(os.path.join(folder, LOCK))
+    if path in _locks:
+        return
+    file = open(path, "a+")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            file.close()
+            logger.warning(
+                f"OUTPUT_DIR '{folder}' cannot be locked ({error.strerror}): see to it that no "
+                "second run uses it."
+            )
+            return
+        file.seek(0)
+        holder = file.read().strip() or "unknown"
+        file.close()
+        raise ValueError(
+            f"OUTPUT_DIR '{folder}' is in use by another run ({holder}): wait for its end, stop "
+            "it, or choose another OUTPUT_DIR."
+        ) from error
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    _locks[path] = file
+
+
+def release_folder(folder: str) -> None:
+    """Let other processes train in a folder; this one may claim it again."""
+    if file := _locks.pop(os.path.realpath(os.path.join(folder, LOCK)), None):
+        file.close()
+
+
+def _remove(cfg: CfgNode, folder: str) -> None:
+    old = [Path(folder, name) for name in checkpoints_in(folder)]
+    needed = {os.path.realpath(p) for p in (cfg.MODEL.WEIGHTS, cfg.MOKD.TEACHER.WEIGHTS) if p}
+    if used := [path for path in old if os.path.realpath(path) in needed]:
+        raise ValueError(
+            f"--overwrite would remove '{used[0]}', which the new run starts from or is taught by: "
+            "move it, or choose another OUTPUT_DIR."
+        )
+    if old:
+        logger.warning(f"Removing the earlier run in {folder}: {', '.join(p.name for p in old)}")
+    logs = [path for pattern in LOGS for path in Path(folder).glob(pattern)]
+    for path in [*old, *logs, Path(folder, LAST)]:
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def output_errors(folder: str) -> Iterator[None]:
+    """
+    Within it, an OSError because the folder is gone, full or cannot be written ends the program
+    with one sentence, exit code 1.
+    """
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
+        path = os.fsdecode(error.filename) if error.filename else folder
+        inside = os.path.abspath(path).startswith(os.path.abspath(folder) + os.sep)
+        if not full and not inside:
+            raise
+        raise SystemExit(
+            f"The run stopped since '{path}' could not be written "
+            f"({error.strerror}). Checkpoints from before are whole: mend that and go on with "
+            "--resume."
+        ) from error
