@@ -58,13 +58,13 @@ def load(path, device):
             f"{path} has no {METADATA_FILE} inside: expected a file of tools/export_model.py "
             "--format torchscript."
         )
-    check_metadata(metadata, path)
-    traced_on = metadata.get("traced_on")
+    traced_on = metadata.get("traced_on") if isinstance(metadata, dict) else None
     if traced_on and traced_on != torch.device(device).type:
         raise ValueError(
             f"{path} was traced on '{traced_on}' and cannot run on '{device}': give --device "
             f"{traced_on}, or export it on the other device, or with --method scripting."
         )
+    check_metadata(metadata, path)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*torch.jit.* is deprecated")
         # A trace has constants on the CPU, wherever its weights are: all stay where they were.
