@@ -9,14 +9,12 @@ OF_FILES = frozenset(
     ("save", "from_file", "read_file", "write_file", "write_png", "write_jpeg")
     + ("read_video_from_file", "probe_video_from_file")
 )
-LIBRARIES = frozenset(("aten", "detectron2", "prim", "quantized", "torchvision"))
 
 
 def check_torchscript(path: str, name: str) -> None:
     """
-    Raise ValueError if a TorchScript archive calls operators that read or write files, or those of
-    other libraries; or is no such archive. Nothing of it is run. ``name``: of the file, for
-    messages.
+    Raise ValueError if a TorchScript archive names operators that read or write files, or is no
+    such archive. Nothing of it is run. ``name``: of the file, for messages.
 
     It is a guard, no sandbox: SECURITY.md.
     """
@@ -26,11 +24,9 @@ def check_torchscript(path: str, name: str) -> None:
     except Exception as error:  # zipfile's own errors, and others of what it reads
         raise ValueError(f"{name} is no TorchScript file: {error}") from error
     for text in code:
-        words = re.findall(r"[A-Za-z_]\w*", text)
-        libraries = {after for word, after in zip(words, words[1:]) if word == "ops"}
-        if found := sorted((OF_FILES & set(words)) | (libraries - LIBRARIES)):
+        # Names of any kind: however it is written, none of these is left.
+        if found := sorted(OF_FILES & set(re.findall(r"[A-Za-z_]\w*", text))):
             raise ValueError(
-                f"{name} is a program that uses '{found[0]}', by which it may read or write files, "
-                "or which is of another library. If you trust it, add --trust (in Python: "
-                "mokd_det.config.trust_files())."
+                f"{name} is a program that uses '{found[0]}', by which it may read or write files. "
+                "If you trust it, add --trust (in Python: mokd_det.config.trust_files())."
             )

@@ -221,14 +221,23 @@ def test_torchscript_teachers_write_no_files(trusted, tmp_path, marker, refused)
 @pytest.mark.bad_input
 @pytest.mark.parametrize(
     "call",
-    ["torch.save(x, y)", "torch . save(x)", "ops.image.write_file(x)", "ops.other.anything(x)"]
-    + ["torch.from_file(x)", "ops . # a comment\n other.call(x)"],
+    ["torch.save(x, y)", "torch . save(x)", "ops.image.write_file(x)", "torch.from_file(x)"]
+    + ["ops.image. # a comment\n write_file(x)"],
 )
 def test_operators_of_files(call, tmp_path):
     with zipfile.ZipFile(tmp_path / "evil.ts", "w") as archive:
         archive.writestr("evil/code/__torch__.py", f"class A(Module):\n  def f(self):\n    {call}")
     with pytest.raises(ValueError, match="evil.ts is a program that uses"):
         check_torchscript(str(tmp_path / "evil.ts"), "evil.ts")
+
+
+def test_operators_of_detectors_are_fine(tmp_path):
+    class Suppress(torch.nn.Module):
+        def forward(self, boxes: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            return torchvision.ops.batched_nms(boxes, scores, scores.long(), 0.5)
+
+    torch.jit.script(Suppress()).save(str(tmp_path / "fine.ts"))
+    check_torchscript(str(tmp_path / "fine.ts"), "fine.ts")
 
 
 @pytest.mark.bad_input
