@@ -83,13 +83,17 @@ def command(runs, name, *flags, ranks=1):
 
 
 def stop(runs, name, send, ranks=1):
-    """Start a run, send it a signal during its steps; return (exit code, seconds it took)."""
+    """
+    Start a run, send it a signal during its steps; return (exit code, seconds until it was saved
+    and said so). On a busy machine Python's own end takes seconds more.
+    """
     process = command(runs, name, ranks=ranks)
-    wait_for(runs.folder / name / "log.txt", "Starting training")
     wait_for(runs.folder / name / "metrics.json", "iteration")
     start = time.monotonic()
     send(process.pid)
-    return process.wait(120), time.monotonic() - start
+    wait_for(runs.folder / name / "log.txt", "To go on: the same command with --resume")
+    seconds = time.monotonic() - start
+    return process.wait(120), seconds
 
 
 LONG = ["SOLVER.MAX_ITER", 60, "SOLVER.CHECKPOINT_PERIOD", 1000, "MODEL.CLASSIFIER.NAME"]
@@ -101,9 +105,9 @@ def test_ctrl_c_stops_within_five_seconds(tmp_path, digits_teacher_weights, coun
     runs = digits(tmp_path, digits_teacher_weights, [*LONG, "DATALOADER.NUM_WORKERS", workers])
     # As a terminal: to all processes of the group.
     code, seconds = stop(runs, "run", lambda pid: os.killpg(pid, signal.SIGINT))
-    said = "To go on: the same command with --resume" in runs.log("run")
-    held = code == 130 and said and seconds < 5
-    count("stop", held, f"{code}, {seconds:.1f} s: {runs.log('run')[-2000:]}")
+    count(
+        "stop", code == 130 and seconds < 5, f"{code}, {seconds:.1f} s: {runs.log('run')[-2000:]}"
+    )
     assert command(runs, "run", "--resume").wait(300) == 0, runs.log("run")[-2000:]
     assert command(runs, "whole").wait(300) == 0
     count("resume", same(runs.end("run"), runs.end("whole")))
@@ -122,8 +126,7 @@ def test_two_ranks(tmp_path, digits_teacher_weights, count, send):
     runs = digits(tmp_path, digits_teacher_weights, LONG)
     code, seconds = stop(runs, "run", send, ranks=2)
     log = runs.log("run")
-    held = code != 0 and log.count("which is saved. To go on") >= 1 and seconds < 20
-    count("stop", held, f"{code}, {seconds:.1f} s: {log[-3000:]}")
+    count("stop", code != 0 and seconds < 5, f"{code}, {seconds:.1f} s: {log[-3000:]}")
     assert command(runs, "run", "--resume", ranks=2).wait(300) == 0, runs.log("run")[-2000:]
     assert "Starting training from iteration 0" not in runs.log("run").split("To go on")[-1]
     assert command(runs, "whole", ranks=2).wait(300) == 0
