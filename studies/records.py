@@ -26,13 +26,14 @@ def load_study(path):
         dict: with all keys, ``name``, and ``records``, the path of its JSON file.
 
     Raises:
-        ValueError: no YAML, an unknown or missing key, two methods whose runs would share a folder,
-            or what would be an option of the command that a run is, or lead out of its folder.
+        ValueError: no YAML, an unknown or missing key, a wrong type, two methods whose runs would
+            share a folder, or what would be an option of the command that a run is, or lead out of
+            its folder.
     """
     path = Path(path)
     try:
         study = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no plain YAML: {printable(str(error))}") from error
     if not isinstance(study, dict):
         raise ValueError(f"{path} is no study: expected a mapping with {sorted(KEYS)}.")
@@ -44,6 +45,7 @@ def load_study(path):
     for key in ("teacher", "baseline"):
         if isinstance(study[key], str):
             study[key] = [study[key]]
+    _check_types(path, study)
     for key in ("baseline", "balance"):
         for name in set(study[key]) - set(study["methods"]):
             raise ValueError(f"{path}: {key} '{name}' is none of its methods.")
@@ -51,6 +53,26 @@ def load_study(path):
     _check_commands(path, study)
     check_file_name(path.stem, "the name of a study")
     return {**study, "name": path.stem, "records": path.with_suffix(".json")}
+
+
+TYPES = {"teacher": str, "baseline": str, "metrics": str, "balance": str, "seeds": int}
+
+
+def _check_types(path, study):
+    if not isinstance(study["methods"], dict) or not study["methods"]:
+        raise ValueError(
+            f"{path}: methods is {study['methods']!r}: expected NAME: {{config: ...}}."
+        )
+    lists = [(key, study[key], kind) for key, kind in TYPES.items()]
+    for name, method in study["methods"].items():
+        if not isinstance(method, dict):
+            raise ValueError(f"{path}: method '{name}' is {method!r}: expected {{config: ...}}.")
+        lists.append((f"seeds of method '{name}'", method.get("seeds", []), int))
+        lists.append((f"opts of method '{name}'", method.get("opts", []), object))
+    for key, value, kind in [*lists, ("opts", study["opts"], object)]:
+        if not isinstance(value, list) or not all(isinstance(x, kind) for x in value):
+            expected = {int: " of integers", str: " of strings"}.get(kind, " KEY, VALUE, ...")
+            raise ValueError(f"{path}: {key} is {value!r}: expected a list{expected}.")
 
 
 def _check_methods(path, study):
@@ -110,7 +132,12 @@ def runs_of(study, only=(), first=None):
 
 def read_file(path):
     """Return dict: ``teachers`` and ``runs``, lists of records; empty if there is no file yet."""
-    return json.loads(path.read_text()) if path.is_file() else {"teachers": [], "runs": []}
+    if not path.is_file():
+        return {"teachers": [], "runs": []}
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} holds no records of a study: {error}") from error
 
 
 def write_file(path, content):

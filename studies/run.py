@@ -54,6 +54,7 @@ import records
 import torch
 from detectron2.utils.file_io import PathManager
 
+from mokd_det.command_line import add_debug, errors_as_messages, positive
 from mokd_det.config import load_config
 from mokd_det.data.paths import sha256_of
 from mokd_det.engine import find_checkpoint
@@ -288,22 +289,28 @@ def main():
     parser.add_argument("study", help="a study file")
     parser.add_argument("--run", action="store_true", help="run what is missing")
     parser.add_argument("--summarize", action="store_true", help="only make table and pictures")
-    parser.add_argument("--jobs", type=int, default=1, help="runs side by side (%(default)s)")
+    parser.add_argument("--jobs", type=positive, default=1, help="runs side by side (%(default)s)")
     parser.add_argument("--output", help="folder of records and pictures (that of the study file)")
     parser.add_argument("--only", action="append", default=[], help="a method; may be repeated")
-    parser.add_argument("--first", type=int, help="only so many seeds of each method")
+    parser.add_argument("--first", type=positive, help="only so many seeds of each method")
     parser.add_argument("--trust", action="store_true", help="run the code in config files")
+    add_debug(parser)
     args = parser.parse_args()
     if args.run == args.summarize:
         parser.error("give one of --run and --summarize")
     flags.extend(["--trust"] if args.trust else [])
+    with errors_as_messages(args.debug):
+        run_study(args)
+
+
+def run_study(args):
     study = records.load_study(args.study)
     if args.output:
         study["records"] = Path(args.output) / study["records"].name
     if args.run:
         run(study, args.jobs, args.only, args.first)
     if not records.read_records(study):
-        parser.error(f"{study['records']} has no runs of {args.study}: make them with --run")
+        raise ValueError(f"{study['records']} has no runs of {args.study}: make them with --run.")
     print(records.format_table(study))
     for path in draw(study):
         print(path)

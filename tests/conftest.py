@@ -87,12 +87,16 @@ TREE_OPTS = [
     False,
     "MOKD.OBJECTIVES",  # tests of outputs ask for them
     ["features"],
+    "MOKD.TEACHER.PROPOSALS",  # the default: features read none
+    256,
 ]
 
 # For tests: overrides that choose objectives. An option that nobody reads is an error, so without
 # features theirs are as by default.
-OUTPUTS = ["MOKD.OBJECTIVES", ["features", "outputs"]]
+PROPOSALS = ["MOKD.TEACHER.PROPOSALS", 64]
+OUTPUTS = ["MOKD.OBJECTIVES", ["features", "outputs"], *PROPOSALS]
 OUTPUTS_ONLY = [
+    *PROPOSALS,
     *("MOKD.OBJECTIVES", ["outputs"]),
     *("MOKD.FEATURES.STUDENT", [], "MOKD.FEATURES.DIM", 0),
 ]

@@ -250,7 +250,7 @@ def test_mnist_and_fashion_mnist_are_prepared(tmp_path):
     with pytest.raises(ValueError, match="--subset is 9: expected 0"):
         tool.prepare(tmp_path, tmp_path / "out", subset=9)
     (tmp_path / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(b"something else"))
-    with pytest.raises(ValueError, match="is no file of unsigned bytes"):
+    with pytest.raises(ValueError, match="MNIST.s format: it does not hold unsigned bytes"):
         tool.prepare(tmp_path, tmp_path / "out")
 
     mnist = load_script("datasets/prepare_mnist.py")

@@ -81,12 +81,13 @@ def run_here(script, *args):
     return printed.getvalue()
 
 
-def refused(*args, tool="train_net"):
-    """The message of a tool for a command line that it refuses."""
-    with pytest.raises(SystemExit) as stopped:
-        run_here(f"tools/{tool}.py", *args)
-    assert isinstance(stopped.value.code, str)  # sys.exit prints it; the exit code is 1
-    return stopped.value.code
+def refused(*args, tool="train_net", script=None):
+    """The message of a tool, or another script, for a command line that it refuses."""
+    said = io.StringIO()
+    with pytest.raises(SystemExit) as stopped, contextlib.redirect_stderr(said):
+        run_here(script or f"tools/{tool}.py", *args)
+    assert stopped.value.code == 2
+    return said.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +170,7 @@ def test_an_error_is_an_exit_code_and_one_message():
     """Before data and weights are read: there are none."""
     args = ["--config-file", CONFIGS["mokd"], "MOKD.BALANCING.FAMO.LR", 1.0, "MODEL.DEVICE", "cpu"]
     done = run("tools/train_net.py", *args, check=False)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "Traceback" not in done.stderr
     assert (
         "train_net.py: MOKD.BALANCING.FAMO.LR is 1.0, but it is read by rule 'famo' only, and "
         "MOKD.BALANCING.RULE is 'loss_ratio': remove it, or choose that rule." in done.stderr
@@ -234,7 +235,7 @@ def test_what_is_missing_is_one_message_of_every_tool(monkeypatch, tool, args, m
     monkeypatch.chdir(ROOT)
     if tool in ("export_model", "benchmark", "visualize_predictions"):
         args = [*args, "MODEL.DEVICE", "cpu"]
-    assert refused(*args, tool=tool) == f"{tool}.py: {message}\n(--debug shows where)"
+    assert refused(*args, tool=tool) == f"{tool}.py: {message}\n(--debug shows where)\n"
     with pytest.raises((FileNotFoundError, ValueError), match=re.escape(message)):
         run_here(f"tools/{tool}.py", "--debug", *args)
 
@@ -280,7 +281,7 @@ def test_pictures(trained, tmp_path):
     assert (picture == tool.GROUND_TRUTH_COLOUR).all(axis=-1).sum() > 500
 
 
-def test_pictures_take_overrides_for_every_model(tmp_path, monkeypatch):
+def test_pictures_take_overrides_for_every_model(tmp_path, monkeypatch, capsys):
     tool = load_script("tools/visualize_predictions.py")
     register_datasets(load_config(CONFIGS["mokd"], TREE_OPTS))
     seen = []
@@ -300,8 +301,9 @@ def test_pictures_take_overrides_for_every_model(tmp_path, monkeypatch):
 
     monkeypatch.setattr(tool.torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", [*args, "MODEL.DEVICE", "cuda"])
-    with pytest.raises(SystemExit, match="torch sees no GPU. Add the override: MODEL.DEVICE cpu"):
+    with pytest.raises(SystemExit, match="2"):
         tool.main()
+    assert "torch sees no GPU. Add the override: MODEL.DEVICE cpu" in capsys.readouterr().err
     assert len(seen) == 2
 
 
@@ -395,7 +397,7 @@ def test_coco_that_is_not_there_is_explained(tmp_path):
         "tools/train_net.py", "--config-file", COCO_CONFIG, check=False,
         DETECTRON2_DATASETS=str(tmp_path),
     )  # fmt: skip
-    assert done.returncode == 1
+    assert done.returncode == 2
     error = done.stderr.splitlines()[-2]
     assert error.startswith("train_net.py: DATASETS.TRAIN: the annotations of 'coco_2017_train'")
     assert f"{tmp_path}/coco/annotations/instances_train2017.json" in error

@@ -57,8 +57,16 @@ from detectron2.utils.events import EventStorage, get_event_storage
 from torch import nn
 
 from mokd_det.balancing import Branch, build_balancer
+from mokd_det.command_line import positive
 from mokd_det.config import load_config, split_overrides, trust_files
-from mokd_det.engine import BalancedTrainer, DistillationTrainer, errors_as_messages, launch
+from mokd_det.engine import (
+    BalancedTrainer,
+    DistillationTrainer,
+    errors_as_messages,
+    launch,
+    validate,
+)
+from mokd_det.engine.launch import TIMEOUT
 from mokd_det.engine.optimizer import build_optimizer
 from mokd_det.engine.trainer import wrap_distributed
 from mokd_det.modeling.distillation import boundary_of
@@ -445,13 +453,6 @@ TEACHER_COLUMNS = {
 }
 
 
-def positive(text):
-    """The type of an argument that counts something."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return int(text)
-
-
 def argument_parser():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -472,6 +473,7 @@ def argument_parser():
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides KEY VALUE ...")
     # One process, unless torchrun has started several.
     parser.set_defaults(num_gpus=1, num_machines=1, machine_rank=0, dist_url=None)
+    parser.set_defaults(eval_only=True, timeout=TIMEOUT)
     return parser
 
 
@@ -490,6 +492,7 @@ def read_config(args):
         raise ValueError(
             f"--config-file '{args.config_file}' must be of a detector with MOKD.ENABLED True."
         )
+    validate(cfg, is_training=False)
     use_cpu_if_there_is_no_gpu(cfg)
     cfg.SOLVER.BASE_LR = 0.0
     return cfg

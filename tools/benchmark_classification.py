@@ -49,7 +49,7 @@ from detectron2.utils.events import EventStorage
 from mokd_det.config import load_config, trust_files
 from mokd_det.data import check_datasets, register_datasets
 from mokd_det.data.classification import Batch
-from mokd_det.engine import BalancedTrainer, errors_as_messages
+from mokd_det.engine import BalancedTrainer, errors_as_messages, validate
 from mokd_det.engine.optimizer import build_optimizer
 from mokd_det.modeling import SupervisedModel
 from mokd_det.tasks import task_of
@@ -243,6 +243,7 @@ def benchmark(args):
             f"--config-file '{args.config_file}' must be of a classifier with MOKD.ENABLED True "
             "(with --loader: of any classifier)."
         )
+    validate(cfg, is_training=False)
     use_cpu_if_there_is_no_gpu(cfg)
     seed_all_rng(0)
     result = {"machine": machine(torch.device(cfg.MODEL.DEVICE)), "config": args.config_file}

@@ -38,7 +38,7 @@ from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 
 from mokd_det.config import check_device, load_config, split_overrides, trust_files
-from mokd_det.engine import errors_as_messages
+from mokd_det.engine import errors_as_messages, validate
 from mokd_det.export import (
     DEFAULT_TOLERANCE,
     FORMATS,
@@ -51,7 +51,6 @@ from mokd_det.export import (
     export_model,
     format_benchmark,
 )
-from mokd_det.tasks import task_of
 
 
 def argument_parser():
@@ -125,15 +124,15 @@ def export(args):
     args.images, overrides = split_overrides(args.images)
     args.opts = overrides + args.opts
     check_options(args.format, args.method, args.half, args.freeze)
-    if args.tolerance <= 0:
-        raise ValueError(f"--tolerance is {args.tolerance}: expected a number > 0.")
+    if not 0 < args.tolerance < float("inf"):
+        raise ValueError(f"--tolerance is {args.tolerance}: expected a finite number > 0.")
     setup_logger(name="mokd_det", abbrev_name="mokd")
     cfg = load_config(args.config_file, args.opts)
     weights = cfg.MODEL.WEIGHTS
     if weights and "://" not in weights and not PathManager.isfile(weights):
         raise FileNotFoundError(f"MODEL.WEIGHTS '{weights}' does not exist.")
+    task = validate(cfg, is_training=False)
     check_device(cfg)
-    task = task_of(cfg)
     if args.benchmark:
         check_benchmark(task, cfg, args.format)
     options = ExportOptions(args.format, args.method, args.half, args.freeze, args.tolerance)

@@ -22,7 +22,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 import mokd_det.compat  # noqa: E402, F401  (first: patches Detectron2 where it needs it)
 import numpy as np  # noqa: E402
 
-from mokd_det.engine import errors_as_messages  # noqa: E402
+from mokd_det.command_line import errors_as_messages  # noqa: E402
 from mokd_det.evaluation import read_json_lines  # noqa: E402
 
 # Panel: label, scale of the axis, prefixes of the scalars, lines to compare with.

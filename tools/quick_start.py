@@ -25,6 +25,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from mokd_det.command_line import add_debug, errors_as_messages
+
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = "output/quick_start"
 CONFIGS = {
@@ -212,6 +214,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    add_debug(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides: KEY VALUE ...")
     args = parser.parse_args()
     for option in NOT_OVERRIDDEN:
@@ -219,17 +222,26 @@ def main():
             parser.error(
                 f"{option} cannot be an override: each run has its own, in {OUTPUT}. Leave it out."
             )
+    with errors_as_messages(args.debug):
+        quick_start(args.opts)
+
+
+def quick_start(opts):
+    """Do all, with overrides ``opts`` of every run."""
     import mokd_det.compat  # noqa: F401  (first: patches Detectron2 where it needs it)
 
+    from mokd_det.config import load_config
     from mokd_det.evaluation.results import set_aside
 
     os.chdir(ROOT)
+    for config in CONFIGS.values():  # a wrong override is found before anything is moved
+        load_config(config, opts)
     start = time.time()
     # Metrics are appended, so what an earlier start left would mix with this one's.
     if moved := set_aside(OUTPUT):
         print(f"[quick start] what was in {OUTPUT} is now in {moved}", flush=True)
-    run_phases(phases(args.opts))
-    results = collect(time.time() - start, args.opts)
+    run_phases(phases(opts))
+    results = collect(time.time() - start, opts)
     Path(OUTPUT, "results.json").write_text(json.dumps(results, indent=2))
     print(f"\n{table(results)}\n")
     print(f"In {OUTPUT}/: results.json, predictions.png, balance.png, student/ (the export)")

@@ -24,6 +24,8 @@ import sys
 import time
 from pathlib import Path
 
+from mokd_det.command_line import add_debug, errors_as_messages
+
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = Path("output/quick_start_classification")
 STUDY = "studies/mnist_demo.yaml"
@@ -126,7 +128,14 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.parse_args()
+    add_debug(parser)
+    args = parser.parse_args()
+    with errors_as_messages(args.debug):
+        quick_start()
+
+
+def quick_start():
+    """Do all."""
     import mokd_det.compat  # noqa: F401  (first: patches Detectron2 where it needs it)
 
     from mokd_det.evaluation.results import set_aside

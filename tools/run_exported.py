@@ -249,12 +249,16 @@ def main():
     args = parser.parse_args()
     for path in (args.model, *args.images):
         if not os.path.isfile(path):
-            sys.exit(f"run_exported.py: '{path}' does not exist.")
+            raise ValueError(f"'{path}' does not exist.")
     if args.picture and len(args.images) > 1:
-        sys.exit("run_exported.py: --picture is of one image: give one.")
+        raise ValueError("--picture is of one image: give one.")
+    if not 0 <= args.score <= 1:
+        raise ValueError(f"--score is {args.score}: expected a number in [0, 1].")
+    if args.top < 1:
+        raise ValueError(f"--top is {args.top}: expected 1 or more.")
     module, metadata = load(args.model, args.device)
     if args.picture and metadata["task"] != "detection":
-        sys.exit("run_exported.py: --picture shows boxes, which a classifier has not.")
+        raise ValueError("--picture shows boxes, which a classifier has not.")
     results = []
     for path in args.images:
         image = read(path)
@@ -284,4 +288,5 @@ if __name__ == "__main__":
     except (ValueError, OSError, RuntimeError, Image.DecompressionBombError) as error:
         if "--debug" in sys.argv:
             raise
-        sys.exit(f"run_exported.py: {error}\n(--debug shows where)")
+        print(f"run_exported.py: {error}\n(--debug shows where)", file=sys.stderr)
+        sys.exit(2)

@@ -28,6 +28,9 @@ Examples:
   # several processes: --num-gpus N, or torchrun (also on the CPU)
   torchrun --nproc-per-node 2 tools/train_net.py --config-file ...
 
+  # ... which start again, from the last checkpoint, when one of them dies
+  torchrun --nproc-per-node 2 --max-restarts 3 tools/train_net.py --resume --config-file ...
+
 Results are printed and written to OUTPUT_DIR/results.json; the teacher's to
 OUTPUT_DIR/teacher/results.json, the row to OUTPUT_DIR/zoo_row.json.
 """
@@ -45,6 +48,7 @@ from mokd_det.config import check_device, load_config, trust_files
 from mokd_det.engine import (
     DistillationTrainer,
     Trainer,
+    add_timeout,
     build_trainer,
     checkpoints_in,
     claim_folder,
@@ -91,10 +95,8 @@ def setup(args):
     trust_files(args.trust)
     cfg = load_config(args.config_file, args.opts)
     check_arguments(args, cfg)
-    if args.eval_only and not args.with_teacher:
-        task = task_of(cfg)  # neither the teacher nor the training's options matter
-    else:
-        task = validate(cfg)
+    # To evaluate the student, neither the teacher nor the training's options matter.
+    task = validate(cfg, is_training=args.with_teacher or not args.eval_only)
     prepare_datasets(cfg, task, is_training=not args.eval_only)
     check_device(cfg)
     cfg.freeze()
@@ -115,16 +117,15 @@ def with_weights(cfg, weights):
 def evaluate(args, cfg):
     """Evaluate the plain model of ``cfg`` on DATASETS.TEST (with --resume: its last weights)."""
     task = task_of(cfg)
-    with errors_as_messages(args.debug):
-        if args.resume and (last := on_main_process(find_checkpoint, cfg.OUTPUT_DIR)):
-            cfg = with_weights(cfg, last)
-        student = task.load_trained(cfg)
-        if args.with_teacher:  # what may be wrong with it is found before the student is evaluated
-            teacher_cfg = task.teacher_config(cfg)
-            teacher_cfg.DATASETS = cfg.DATASETS
-            teacher_cfg.OUTPUT_DIR = f"{cfg.OUTPUT_DIR}/teacher"
-            PathManager.mkdirs(teacher_cfg.OUTPUT_DIR)
-            teacher = task.load_trained(teacher_cfg, "MOKD.TEACHER.WEIGHTS")
+    if args.resume and (last := on_main_process(find_checkpoint, cfg.OUTPUT_DIR)):
+        cfg = with_weights(cfg, last)
+    student = task.load_trained(cfg)
+    if args.with_teacher:  # what may be wrong with it is found before the student is evaluated
+        teacher_cfg = task.teacher_config(cfg)
+        teacher_cfg.DATASETS = cfg.DATASETS
+        teacher_cfg.OUTPUT_DIR = f"{cfg.OUTPUT_DIR}/teacher"
+        PathManager.mkdirs(teacher_cfg.OUTPUT_DIR)
+        teacher = task.load_trained(teacher_cfg, "MOKD.TEACHER.WEIGHTS")
     results = Trainer.test(cfg, student)
     if args.with_teacher:
         teacher_results = Trainer.test(teacher_cfg, teacher)
@@ -136,13 +137,12 @@ def evaluate(args, cfg):
 
 def train(args, cfg):
     """Train, and evaluate as the config says."""
-    with errors_as_messages(args.debug):
-        trainer = build_trainer(cfg)
-        if comm.is_main_process() and isinstance(trainer, DistillationTrainer):
-            # What stock Detectron2 needs to use the student.
-            with PathManager.open(f"{cfg.OUTPUT_DIR}/student.yaml", "w") as f:
-                f.write(task_of(cfg).stock_config(trainer.cfg).dump())
-        trainer.resume_or_load(resume=args.resume)
+    trainer = build_trainer(cfg)
+    if comm.is_main_process() and isinstance(trainer, DistillationTrainer):
+        # What stock Detectron2 needs to use the student.
+        with PathManager.open(f"{cfg.OUTPUT_DIR}/student.yaml", "w") as f:
+            f.write(task_of(cfg).stock_config(trainer.cfg).dump())
+    trainer.resume_or_load(resume=args.resume)
     trainer.train()
     results = getattr(trainer, "_last_eval_results", {})
     return results, with_weights(cfg, f"{cfg.OUTPUT_DIR}/model_final.pth")
@@ -162,7 +162,7 @@ def write_zoo_row(args, cfg, results):
 def main(args):
     with errors_as_messages(args.debug):
         cfg = setup(args)
-    with output_errors(cfg.OUTPUT_DIR):
+    with errors_as_messages(args.debug), output_errors(cfg.OUTPUT_DIR):  # with the run's logs
         results, cfg = evaluate(args, cfg) if args.eval_only else train(args, cfg)
         if comm.is_main_process() and results:
             print(f"Results: {write_results(results, cfg.OUTPUT_DIR)}")
@@ -181,6 +181,7 @@ def argument_parser():
         "--overwrite", action="store_true", help="remove an earlier run in OUTPUT_DIR, start anew"
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_timeout(parser)
     return parser
 
 

@@ -26,7 +26,7 @@ from detectron2.utils.file_io import PathManager
 
 from mokd_det.config import check_device, load_config, trust_files
 from mokd_det.data import check_datasets, read_rgb, register_datasets
-from mokd_det.engine import errors_as_messages
+from mokd_det.engine import errors_as_messages, validate
 from mokd_det.tasks import task_of
 
 GROUND_TRUTH_COLOUR = (80, 220, 80)
@@ -114,6 +114,8 @@ def visualize(dataset, models, output, count=3, score=0.5, opts=()):
     """
     if count < 1:
         raise ValueError(f"--count is {count}: expected 1 or more.")
+    if not 0 <= score <= 1:
+        raise ValueError(f"--score is {score}: expected a number in [0, 1].")
     if not os.path.isdir(os.path.dirname(output) or "."):
         raise FileNotFoundError(f"--output '{output}': its folder does not exist.")
     if not cv2.haveImageWriter(output):
@@ -125,6 +127,7 @@ def visualize(dataset, models, output, count=3, score=0.5, opts=()):
             raise ValueError(f"--model {label}: '{file}' is not of a detector.")
         if "://" not in weights and not PathManager.isfile(weights):
             raise FileNotFoundError(f"--model {label}: weights '{weights}' do not exist.")
+        validate(cfg, is_training=False)
         check_device(cfg)
         cfgs.append(cfg)
     if dataset not in DatasetCatalog.list():

@@ -43,14 +43,17 @@ def get_cfg() -> CfgNode:
 
 
 def load_config(
-    config_file: str, opts: Sequence[Any] = (), option: str = "--config-file"
+    config_file: str,
+    opts: Sequence[Any] = (),
+    option: str = "--config-file",
+    overrides: str = "override",
 ) -> CfgNode:
     """
     Args:
         config_file: a YAML file, with any prefix that Detectron2 resolves, or the name of one that
             comes with mokd_det, "COCO-Detection/...". Empty: defaults.
         opts: overrides [KEY, VALUE, ...].
-        option: where the file name was given, for messages.
+        option, overrides: where the file name and ``opts`` were given, for messages.
 
     Returns:
         Not frozen.
@@ -65,29 +68,50 @@ def load_config(
             if shipped is None:
                 raise FileNotFoundError(f"{option} '{config_file}' does not exist.")
             config_file = shipped
-        try:
-            loaded = CfgNode.load_yaml_with_base(config_file, allow_unsafe=False)
-        except yaml.constructor.ConstructorError as error:
-            raise ValueError(
-                f"{option} '{config_file}' (or its _BASE_) holds YAML that runs Python code, "
-                f"which is never loaded: {error.problem}. Spell the values out; for Detectron2's "
-                "RetinaNet base that is MODEL.ANCHOR_GENERATOR.SIZES, as in "
-                "configs/Quick-Start/student_retinanet.yaml."
-            ) from error
-        except yaml.YAMLError as error:
-            raise ValueError(f"{option} '{config_file}' is not valid YAML: {error}") from error
-        except (TypeError, AssertionError, OSError) as error:
-            raise ValueError(
-                f"{option} '{config_file}' is empty, or its _BASE_ is missing or does not fit: "
-                f"{error}"
-            ) from error
-        if not isinstance(loaded, dict):
-            raise ValueError(f"{option} '{config_file}' holds no options.")
-        if loaded.get("VERSION", cfg.VERSION) == cfg.VERSION:  # Detectron2 upgrades older ones
-            _check_keys(loaded, cfg, f"{option} '{config_file}'")
-        cfg.merge_from_file(config_file, allow_unsafe=False)
-    merge_overrides(cfg, opts)
+        _merge_file(cfg, config_file, f"{option} '{config_file}'")
+    merge_overrides(cfg, opts, overrides)
     return cfg
+
+
+def _merge_file(cfg: CfgNode, config_file: str, source: str) -> None:
+    loaded = _read_yaml(config_file, source)
+    version = loaded.get("VERSION", cfg.VERSION)
+    if version == cfg.VERSION:
+        cfg.merge_from_other_cfg(CfgNode(_fitted(loaded, cfg, cfg, source)))
+        return
+    try:  # Detectron2 upgrades older ones
+        cfg.merge_from_file(config_file, allow_unsafe=False)
+    except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{source}: VERSION is {version!r}, and Detectron2 cannot read that as an older config "
+            f"of its own ({error}): expected {cfg.VERSION}."
+        ) from error
+
+
+def _read_yaml(config_file: str, source: str) -> dict[str, Any]:
+    """Return what a file and its bases hold."""
+    try:
+        loaded = CfgNode.load_yaml_with_base(config_file, allow_unsafe=False)
+    except yaml.constructor.ConstructorError as error:
+        raise ValueError(
+            f"{source} (or its _BASE_) holds YAML that runs Python code, which is never loaded: "
+            f"{error.problem}. Spell the values out; for Detectron2's RetinaNet base that is "
+            "MODEL.ANCHOR_GENERATOR.SIZES, as in configs/Quick-Start/student_retinanet.yaml."
+        ) from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"{source} (or its _BASE_) is not valid YAML: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{source} (or its _BASE_) is no text in UTF-8: {error}.") from error
+    except RecursionError as error:
+        raise ValueError(f"{source}: its _BASE_ leads back to itself.") from error
+    except (AssertionError, AttributeError, OSError, TypeError) as error:
+        raise ValueError(
+            f"{source} is empty or cannot be read, or its _BASE_ is missing or does not fit: "
+            f"{error}"
+        ) from error
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{source} holds no options.")
+    return loaded
 
 
 def merge_overrides(cfg: CfgNode, opts: Sequence[Any], source: str = "override") -> None:
@@ -99,7 +123,7 @@ def merge_overrides(cfg: CfgNode, opts: Sequence[Any], source: str = "override")
         source: where they were given, for messages.
 
     ValueError: a key that does not exist, or that of a group of options, overrides that are no
-    pairs, or no dict.
+    pairs, or a value of another type.
     """
     opts = list(opts)
     if len(opts) % 2:
@@ -108,28 +132,44 @@ def merge_overrides(cfg: CfgNode, opts: Sequence[Any], source: str = "override")
             f"{opts}."
         )
     for i in range(0, len(opts), 2):
-        node = _check_key(opts[i], cfg, source)
+        key, value = opts[i : i + 2]
+        if not isinstance(key, str):
+            raise ValueError(f"{source}: {key!r} is no option: expected KEY VALUE, from {opts}.")
+        node = _check_key(key, cfg, source)
         if isinstance(node, CfgNode) and node.is_new_allowed():
-            value = _parsed(opts[i + 1], f"{source}: {opts[i]}")
-            if not isinstance(value, dict):
-                raise ValueError(
-                    f"{source}: {opts[i]} is {opts[i + 1]!r}: expected a dict, such as "
-                    "'{name: value}'."
-                )
-            opts[i + 1] = CfgNode(value)
+            opts[i + 1] = CfgNode(_arguments(key, value, cfg, source))
         elif isinstance(node, CfgNode):  # it would be replaced, and its other options lost
             raise ValueError(
-                f"{source}: {opts[i]} holds several options ({', '.join(node)}): give each by "
-                f"itself, such as {opts[i]}.{next(iter(node))}."
+                f"{source}: {key} holds several options ({', '.join(node)}): give each by "
+                f"itself, such as {key}.{next(iter(node))}."
             )
+        else:
+            opts[i + 1] = _fitted(value, node, cfg, source, key)
     cfg.merge_from_list(opts)
 
 
-def _parsed(value, source):
+def _arguments(key: str, value: Any, cfg: CfgNode, source: str) -> dict[str, Any]:
+    """Return the dict of a node that takes any keys."""
+    expected = "expected a dict, such as '{name: value}'"
     try:
-        return yaml.safe_load(value) if isinstance(value, str) else value
+        value = yaml.safe_load(value) if isinstance(value, str) else value
     except yaml.YAMLError as error:
-        raise ValueError(f"{source} is {value!r}: not YAML, {printable(str(error))}") from error
+        raise ValueError(
+            f"{source}: {key} is {value!r}, which is not valid YAML: {expected} "
+            f"({printable(str(error))})."
+        ) from error
+    if isinstance(value, dict) and not all(isinstance(x, str) and x.isidentifier() for x in value):
+        raise ValueError(
+            f"{source}: {key} is {value}: expected names as keys. (In YAML lists are [1, 2]; there "
+            "are no tuples.)"
+        )
+    node: Any = cfg
+    for part in key.split("."):
+        node = node.get(part) if isinstance(node, CfgNode) else None
+    if not isinstance(value, dict) or node is None:
+        whole = key if node is not None else key.rsplit(".", 1)[0]
+        raise ValueError(f"{source}: {key} is {value!r}: {expected}, for {whole}.")
+    return _fitted(value, node, cfg, source, key)
 
 
 def check_device(cfg: CfgNode) -> None:
@@ -226,14 +266,57 @@ def _remove_added(node, ours, theirs, keep, prefix="") -> None:
             _remove_added(node[key], ours[key], theirs[key], keep, f"{prefix}{key}.")
 
 
-def _check_keys(loaded, cfg, source, prefix=""):
-    for key, value in loaded.items():
-        if key == "_BASE_":
-            continue
-        full = f"{prefix}{key}"
-        node = _check_key(full, cfg, source)
-        if isinstance(value, dict) and isinstance(node, CfgNode) and not node.is_new_allowed():
-            _check_keys(value, cfg, source, f"{full}.")
+# What a config can hold.
+PLAIN = (tuple, list, str, int, float, bool, type(None))
+IN_WORDS = {
+    bool: "True or False",
+    int: "an integer",
+    float: "a number",
+    str: "a string",
+    list: "a list, such as [1, 2] or ('name',)",
+}
+IN_WORDS[tuple] = IN_WORDS[list]
+
+
+def _fitted(value: Any, usual: Any, cfg: CfgNode, source: str, key: str = "") -> Any:
+    """
+    Return a value, or all of a node, in the type of its default: an integer becomes a float.
+    ValueError: a key that does not exist, or another type.
+    """
+    if isinstance(usual, CfgNode):
+        if not isinstance(value, dict):
+            several = f" ({', '.join(usual)})" if usual else ""
+            raise ValueError(f"{source}: {key} is {value!r}: expected its options{several}.")
+        return {
+            name: _fitted(x, *_place(name, usual, cfg, source, key)) for name, x in value.items()
+        }
+    decoded = _decoded(value)
+    if type(decoded) is int and isinstance(usual, float):
+        return float(decoded)
+    # Null is another matter: whether it may be one is not a question of type.
+    fits = decoded is None or type(decoded) is type(usual) or (usual is None)
+    if not fits and {type(decoded), type(usual)} != {list, tuple} or type(decoded) not in PLAIN:
+        expected = IN_WORDS.get(type(usual), "a plain value")
+        raise ValueError(f"{source}: {key} is {value!r}: expected {expected}.")
+    return value
+
+
+def _place(name: Any, usual: CfgNode, cfg: CfgNode, source: str, prefix: str) -> tuple:
+    """The other arguments of :func:`_fitted` for what is called ``name`` in a node."""
+    if not isinstance(name, str):
+        raise ValueError(f"{source}: there is no option {prefix}.{name}: its name is no string.")
+    key = f"{prefix}.{name}" if prefix else name
+    if usual.is_new_allowed():
+        return usual.get(name), cfg, source, key
+    return _check_key(key, cfg, source), cfg, source, key
+
+
+def _decoded(value: Any) -> Any:
+    """What Detectron2 makes of a value: strings may be Python literals."""
+    try:
+        return CfgNode._decode_cfg_value(value) if isinstance(value, str) else value
+    except (TypeError, MemoryError, RecursionError):  # of literals that cannot be
+        return value
 
 
 def _check_key(key, cfg, source):

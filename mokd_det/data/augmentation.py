@@ -24,23 +24,6 @@ class RandomChannelGain(T.Augmentation):
         return BlendTransform(src_image=0, src_weight=0, dst_weight=gain)
 
 
-def check_augmentation(cfg: CfgNode) -> None:
-    """Raise ValueError for options of ``INPUT`` out of their range, or that exclude each other."""
-    jitter, options = cfg.INPUT.COLOR_JITTER, cfg.INPUT.LSJ
-    if not 0 <= jitter < 1:
-        raise ValueError(f"INPUT.COLOR_JITTER is {jitter}: expected 0 (off) or more, below 1.")
-    if not options.ENABLED:
-        return
-    if options.SIZE < 1:
-        raise ValueError(f"INPUT.LSJ.SIZE is {options.SIZE}: expected a number of pixels > 0.")
-    if len(options.SCALE) != 2 or not 0 < options.SCALE[0] <= options.SCALE[1]:
-        raise ValueError(
-            f"INPUT.LSJ.SCALE is {list(options.SCALE)}: expected [low, high] with 0 < low <= high."
-        )
-    if cfg.INPUT.CROP.ENABLED:
-        raise ValueError("INPUT.LSJ.ENABLED and INPUT.CROP.ENABLED exclude each other.")
-
-
 class CheckedMapper(DatasetMapper):
     """
     Detectron2's mapper, bit for bit, whose errors name the image: one that cannot be read is an
@@ -97,10 +80,9 @@ def build_train_mapper(cfg: CfgNode) -> CheckedMapper:
     """
     Return Detectron2's own mapper. With ``INPUT.LSJ`` it resizes and crops accordingly; for a
     positive ``INPUT.COLOR_JITTER`` j the image's contrast and each channel's brightness are
-    multiplied by random factors in [1 - j, 1 + j] first. ValueError: :func:`check_augmentation`,
-    or another ``DATASETS.BROKEN_IMAGES``.
+    multiplied by random factors in [1 - j, 1 + j] first. ValueError:
+    another ``DATASETS.BROKEN_IMAGES``.
     """
-    check_augmentation(cfg)
     jitter = cfg.INPUT.COLOR_JITTER
     options = DatasetMapper.from_config(cfg, is_train=True)
     if cfg.INPUT.LSJ.ENABLED:

@@ -14,26 +14,11 @@ logger = logging.getLogger(__name__)
 UNITS = ("iteration", "epoch")
 
 
-def check_schedule(cfg: CfgNode) -> None:
-    """Raise ValueError for another ``SOLVER.UNIT``, or a warm-up that never ends."""
-    unit = cfg.SOLVER.UNIT
-    if unit not in UNITS:
-        raise ValueError(f"SOLVER.UNIT is '{unit}': expected one of {', '.join(map(repr, UNITS))}.")
-    if unit == "epoch" and cfg.SOLVER.WARMUP_ITERS >= cfg.SOLVER.MAX_ITER:
-        raise ValueError(
-            f"SOLVER.UNIT is 'epoch', so SOLVER.WARMUP_ITERS {cfg.SOLVER.WARMUP_ITERS} "
-            f"(Detectron2's default: 1000) of MAX_ITER {cfg.SOLVER.MAX_ITER} are epochs: set it to "
-            "fewer, or 0."
-        )
-
-
 def schedule_in_iterations(cfg: CfgNode) -> CfgNode:
     """
     Return a config, its data sets registered, as it is if ``SOLVER.UNIT`` is an iteration. Else a
     new one in iterations: of E epochs of N images in batches of B, ``ceil(E N / B)``.
-    ValueError: see :func:`check_schedule`.
     """
-    check_schedule(cfg)
     if cfg.SOLVER.UNIT == "iteration":
         return cfg
     images, batch = _training_images(cfg), cfg.SOLVER.IMS_PER_BATCH

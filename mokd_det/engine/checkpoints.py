@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from detectron2.config import CfgNode
 from detectron2.engine import hooks
 from detectron2.utils import comm
 
@@ -200,13 +199,3 @@ class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
             numbered = [n for n in checkpoints_in(folder) if re.fullmatch(r"model_\d+\.pth", n)]
             for name in numbered[: -self.keep]:
                 os.unlink(os.path.join(folder, name))
-
-
-def check_checkpoints(cfg: CfgNode) -> None:
-    """Raise ValueError for a ``SOLVER.KEEP_CHECKPOINTS`` out of range."""
-    keep = cfg.SOLVER.KEEP_CHECKPOINTS
-    if not isinstance(keep, int) or keep < 0:
-        raise ValueError(
-            f"SOLVER.KEEP_CHECKPOINTS is {keep!r}: expected how many of the newest checkpoints are "
-            "kept, or 0 for all."
-        )

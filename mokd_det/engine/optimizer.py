@@ -14,25 +14,12 @@ EMBEDDINGS = (
 )
 
 
-def check_optimizer(cfg: CfgNode) -> None:
-    """Raise ValueError for another ``SOLVER.OPTIMIZER``, or betas out of range."""
-    solver = cfg.SOLVER
-    if solver.OPTIMIZER not in OPTIMIZERS:
-        raise ValueError(
-            f"SOLVER.OPTIMIZER is '{solver.OPTIMIZER}': expected one of "
-            f"{', '.join(map(repr, OPTIMIZERS))}."
-        )
-    if len(solver.BETAS) != 2 or not all(0 <= beta < 1 for beta in solver.BETAS):
-        raise ValueError(f"SOLVER.BETAS is {list(solver.BETAS)}: expected two numbers in [0, 1).")
-
-
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     """
     Return the optimizer of ``cfg.SOLVER``; "SGD" is Detectron2's own. Weight decay of norms and
     biases can be their own (``WEIGHT_DECAY_NORM``, ``WEIGHT_DECAY_BIAS``), as Detectron2 has it;
     AdamW takes that of biases for transformers' tokens and positions as well.
     """
-    check_optimizer(cfg)
     solver = cfg.SOLVER
     if solver.OPTIMIZER == "SGD":
         return build_detectron2_optimizer(cfg, model)

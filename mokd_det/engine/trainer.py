@@ -29,8 +29,9 @@ from ..modeling import inheritable_names
 from ..objectives import OBJECTIVES
 from ..tasks import Task, task_of
 from .average import AverageCheckpointer, WeightAverage
-from .finite import SkippedSteps, check_weights, describe, raise_before_steps
 from .checkpoints import PeriodicCheckpointer, RunCheckpointer
+from .combinations import images_at_once
+from .finite import SkippedSteps, check_weights, describe, raise_before_steps
 from .folder import claim_folder, output_errors, release_folder
 from .identity import NEW_RUN, RunIdentity
 from .optimizer import build_optimizer
@@ -181,6 +182,7 @@ class DistillationTrainer(Trainer):
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
 
         model: Any = self.build_model(cfg)
+        task.check_batch(cfg, model.student, images_at_once(cfg))
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
         _check_loader(data_loader, type(self).__name__)

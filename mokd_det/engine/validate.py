@@ -7,20 +7,19 @@ check itself lives where its option is read; this is the one place that calls th
 from collections.abc import Iterable, Iterator
 
 from detectron2.config import CfgNode
-from detectron2.modeling import META_ARCH_REGISTRY
-from detectron2.utils import comm
 
 from ..balancing import RULES, TORCHJD_PREFIX
 from ..config import get_cfg
-from ..data import check_schedule
+from ..config.bounds import check_bounds
 from ..modeling import check_acceleration, check_balancing
 from ..objectives import OBJECTIVES
 from ..tasks import TASKS, Task, task_of
-from ..teachers import check_precision
-from .finite import ON_NON_FINITE
-from .checkpoints import check_checkpoints
-from .optimizer import check_optimizer
-from .step import PRECISIONS
+from .bounds import BOUNDS
+from .combinations import OF_DISTILLATION, OF_MODELS, OF_TRAINING, check_batch, check_combinations
+
+# Of a config what its model alone needs.
+SECTIONS = ("MODEL", "INPUT", "DATASETS", "DATALOADER", "TEST", "SEED", "OUTPUT_DIR", "VIS_PERIOD")
+OF_TEACHER = "MOKD.TEACHER.CONFIG_FILE, or OPTS: "
 
 # Rules of version 0.1, and what is nearest to them.
 GONE = {
@@ -30,43 +29,45 @@ GONE = {
 }
 
 
-def validate(cfg: CfgNode) -> Task:
+def validate(cfg: CfgNode, is_training: bool = True) -> Task:
     """
     Check a config before anything is read or built; return the task of its student. ValueError,
     FileNotFoundError, ImportError: an option that is out of its range, that nobody reads, or that
     does not go together with others; a file that does not exist.
+
+    Args:
+        is_training: False: the model alone is used, so only what is read then is checked.
     """
+    usual = get_cfg()
+    check_bounds(cfg, BOUNDS, usual, SECTIONS, "")
+    check_combinations(cfg, [OF_MODELS])
     task = task_of(cfg)
-    _check_given(cfg)
+    if not is_training:
+        return task
+    check_bounds(cfg, BOUNDS, usual, ["SOLVER"], "")
+    check_combinations(cfg, [OF_TRAINING])
+    check_batch(cfg)
     _check_kind(cfg, task)
-    if cfg.MOKD.ENABLED:
-        _check_objectives(cfg, task)
-        _check_read(cfg, task)
-    check_schedule(cfg)
-    check_optimizer(cfg)
-    check_checkpoints(cfg)
-    _check_step(cfg)
+    _check_precise_bn(cfg)
     check_acceleration(cfg)
     if cfg.MOKD.ENABLED:
-        check_balancing(cfg)
-        for name in cfg.MOKD.OBJECTIVES:
-            OBJECTIVES.get(name).check_config(cfg)
-        check_precision(cfg.MOKD.TEACHER.PRECISION)
+        _check_distillation(cfg, task)
     task.check_config(cfg)
+    if cfg.MOKD.ENABLED and not cfg.MOKD.TEACHER.TORCHSCRIPT.FILE:
+        teacher_cfg = task.teacher_config(cfg)
+        check_bounds(teacher_cfg, BOUNDS, usual, SECTIONS, OF_TEACHER)
+        check_combinations(teacher_cfg, [OF_MODELS], OF_TEACHER)
     return task
 
 
-def _check_given(cfg: CfgNode) -> None:
-    """Values that Detectron2's config lets through."""
-    for key, value in _changed("MOKD", cfg, get_cfg()):
-        if value is None:
-            raise ValueError(f"{key} is null: leave it out for its default.")
-    if cfg.MODEL.META_ARCHITECTURE not in META_ARCH_REGISTRY:
-        known = sorted(name for name, _ in META_ARCH_REGISTRY)
-        raise ValueError(
-            f"MODEL.META_ARCHITECTURE is '{cfg.MODEL.META_ARCHITECTURE}', which is not registered: "
-            f"expected one of {', '.join(known)}, or import the module that registers yours."
-        )
+def _check_distillation(cfg: CfgNode, task: Task) -> None:
+    check_bounds(cfg, BOUNDS, get_cfg(), ["MOKD"], "")
+    _check_objectives(cfg, task)
+    _check_read(cfg, task)
+    check_combinations(cfg, [OF_DISTILLATION])
+    check_balancing(cfg)
+    for name in cfg.MOKD.OBJECTIVES:
+        OBJECTIVES.get(name).check_config(cfg)
 
 
 def _check_kind(cfg: CfgNode, task: Task) -> None:
@@ -86,16 +87,9 @@ def _check_kind(cfg: CfgNode, task: Task) -> None:
 
 def _check_objectives(cfg: CfgNode, task: Task) -> None:
     names = list(cfg.MOKD.OBJECTIVES)
-    if not all(isinstance(name, str) for name in names):
-        raise ValueError(f"MOKD.OBJECTIVES is {names}: expected a list of names.")
     if len(set(names)) < len(names):
         raise ValueError(f"MOKD.OBJECTIVES is {names}: expected each name once.")
     for name in names:
-        if name not in OBJECTIVES:
-            raise ValueError(
-                f"MOKD.OBJECTIVES is {names}, but there is no objective '{name}': known are "
-                f"{', '.join(map(repr, OBJECTIVES))}."
-            )
         kinds = OBJECTIVES.get(name).tasks
         if not task.is_one_of(kinds):
             fitting = [n for n in OBJECTIVES if task.is_one_of(OBJECTIVES.get(n).tasks)]
@@ -144,40 +138,7 @@ def _instead(key: str, other: str, task: Task) -> str:
     return f"; for {task.name} there is {', '.join(same)}" if same else ""
 
 
-def _check_step(cfg: CfgNode) -> None:
-    """Options of the training step, out of range or not together."""
-    solver = cfg.SOLVER
-    if solver.AMP.PRECISION not in PRECISIONS:
-        raise ValueError(
-            f"SOLVER.AMP.PRECISION is '{solver.AMP.PRECISION}': expected one of "
-            f"{', '.join(map(repr, PRECISIONS))}."
-        )
-    if not 0 <= solver.EMA_DECAY < 1:
-        raise ValueError(
-            f"SOLVER.EMA_DECAY is {solver.EMA_DECAY}: expected 0 (off) or 0 < decay < 1."
-        )
-    if solver.NON_FINITE_GRADIENTS not in ON_NON_FINITE:
-        raise ValueError(
-            f"SOLVER.NON_FINITE_GRADIENTS is '{solver.NON_FINITE_GRADIENTS}': expected one of "
-            f"{', '.join(map(repr, ON_NON_FINITE))}."
-        )
-    if not isinstance(solver.MAX_SKIPPED_STEPS, int) or solver.MAX_SKIPPED_STEPS < 1:
-        raise ValueError(
-            f"SOLVER.MAX_SKIPPED_STEPS is {solver.MAX_SKIPPED_STEPS}: expected 1 or more steps."
-        )
-    if solver.NON_FINITE_GRADIENTS == "raise":
-        for key, value in _changed("SOLVER.MAX_SKIPPED_STEPS", cfg, get_cfg()):
-            raise ValueError(
-                f"{key} is {value!r}, but it is read with SOLVER.NON_FINITE_GRADIENTS 'skip' only: "
-                "set that, or remove it."
-            )
-    # With a reference, the batch and the number of processes will be scaled together.
-    size = solver.IMS_PER_BATCH // (solver.REFERENCE_WORLD_SIZE or comm.get_world_size())
-    if solver.MICRO_BATCHES < 1 or size % solver.MICRO_BATCHES:
-        raise ValueError(
-            f"SOLVER.MICRO_BATCHES is {solver.MICRO_BATCHES}: expected a divisor of the {size} "
-            f"images that each process gets (SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH})."
-        )
+def _check_precise_bn(cfg: CfgNode) -> None:
     if cfg.TEST.PRECISE_BN.ENABLED and needs_own_step(cfg):
         raise ValueError(
             "TEST.PRECISE_BN.ENABLED True is not supported by the distillation trainer: it would "

@@ -131,6 +131,35 @@ def find_taps(
     return {name: _shape_of(name, value, option) for name, value in found.items()}
 
 
+def check_batch_norm(classifier: Classifier, size: int, count: int) -> None:
+    """
+    Raise ValueError if a BatchNorm sees fewer than three values a channel in a training batch of
+    ``count`` images, ``size`` pixels wide: of one it has no statistics, of two only a sign.
+    """
+    positions: dict[str, int] = {}
+
+    def look(name: str) -> Callable:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            positions.setdefault(name, inputs[0][0, 0].numel())
+
+        return hook
+
+    with torch.no_grad(), eval_mode(classifier), contextlib.ExitStack() as stack:
+        for name, module in classifier.network.named_modules():
+            # SyncBatchNorm has the images of all processes.
+            if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+                stack.callback(module.register_forward_pre_hook(look(name)).remove)
+        classifier.network(torch.zeros(1, 3, size, size, device=classifier.device))
+    for name, number in positions.items():
+        if count * number < 3:
+            raise ValueError(
+                f"SOLVER.IMS_PER_BATCH is too small: a process trains on {count} images at once "
+                "(SOLVER.MICRO_BATCHES divides them, too), and at INPUT.CLASSIFICATION.SIZE_TRAIN "
+                f"{size} the BatchNorm '{name}' sees {count * number} value(s) a channel: expected "
+                "3 or more. Use more images at once, or larger ones."
+            )
+
+
 def _check_names(classifier: Classifier, names: Sequence[str], option: str) -> None:
     modules = dict(classifier.network.named_modules())
     for name in names:

@@ -4,8 +4,10 @@
 from .. import compat  # first: patches Detectron2 where it needs it
 from .base import OBJECTIVES, Objective, StudentOutputs
 from .feature_losses import FEATURE_LOSSES, align_resolution, onto_grid
-from .features import FeatureObjective, Level
+from .features import LEVEL_WEIGHTS, FeatureObjective, Level
+from .foreground import SOURCES, UNITS
 from .logits import LogitObjective
+from .output_losses import CLASS_LOSSES
 from .outputs import OutputObjective
 from .teacher_head import ClassifierHead, DetectorHeads, HeadReader, TeacherHeadObjective
-from .projector import PROJECTORS, SubspaceProjector, normalise_like, standardise
+from .projector import PROJECTORS, TEACHER_SIDES, SubspaceProjector, normalise_like, standardise

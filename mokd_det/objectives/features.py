@@ -15,9 +15,8 @@ from ..config import get_cfg
 from ..teachers import TeacherOutputs
 from .base import OBJECTIVES, Objective, StudentOutputs
 from .feature_losses import FEATURE_LOSSES
-from .foreground import SOURCES, UNITS, foreground_weights
-from .output_losses import check_temperature
-from .projector import PROJECTORS, check_projector, options_of
+from .foreground import foreground_weights
+from .projector import PROJECTORS, options_of
 
 if TYPE_CHECKING:
     from ..tasks import Task
@@ -77,24 +76,6 @@ class FeatureObjective(Objective):
     @classmethod
     def check_config(cls, cfg: CfgNode) -> None:
         options = cfg.MOKD.FEATURES
-        for option, known in (
-            ("FOREGROUND", SOURCES),
-            ("FOREGROUND_UNIT", UNITS),
-            ("LEVEL_WEIGHTS", LEVEL_WEIGHTS),
-        ):
-            if options[option] not in known:
-                raise ValueError(
-                    f"MOKD.FEATURES.{option} is '{options[option]}': expected one of {known}."
-                )
-        for option in ("FOREGROUND_SHARE", "FOREGROUND_SCORE"):
-            if not 0 <= options[option] <= 1:
-                raise ValueError(
-                    f"MOKD.FEATURES.{option} is {options[option]}: expected a number in [0, 1]."
-                )
-        if not 0 <= options.MASKED < 1:
-            raise ValueError(f"MOKD.FEATURES.MASKED is {options.MASKED}: expected 0 <= m < 1.")
-        check_temperature("MOKD.FEATURES.TEMPERATURE", options.TEMPERATURE)
-        check_projector(options.DIM, options.TEACHER_SIDE)
         _check_weights(options)
         _check_read(options)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..teachers import PRE_LOGITS
 from .base import OBJECTIVES, Objective, StudentOutputs
-from .output_losses import check_class_loss, correlation_loss, decoupled_kl, kl_divergence
+from .output_losses import check_beta, correlation_loss, decoupled_kl, kl_divergence
 
 if TYPE_CHECKING:
     from ..tasks import Task
@@ -43,7 +43,7 @@ class LogitObjective(Objective):
 
     @classmethod
     def check_config(cls, cfg: CfgNode) -> None:
-        check_class_loss("MOKD.LOGITS", cfg.MOKD.LOGITS)
+        check_beta("MOKD.LOGITS", cfg.MOKD.LOGITS)
 
     @classmethod
     def from_config(

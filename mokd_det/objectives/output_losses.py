@@ -15,25 +15,15 @@ from ..readers import AnchorOutputs, BoxOutputs
 RPN_BETA = 1 / 9
 
 
-def check_temperature(option: str, temperature: float) -> None:
-    """Raise ValueError unless an option's temperature is above zero and finite."""
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"{option} is {temperature}: expected > 0, and finite.")
-
-
 def check_weights(node: str, options: Any, needed: tuple[str, ...]) -> None:
     """
-    Raise ValueError unless CLASS_WEIGHT, BOX_WEIGHT and RPN_WEIGHT of the config's node are finite
-    numbers >= 0, and one of those that are needed above.
+    Raise ValueError unless one of those of CLASS_WEIGHT, BOX_WEIGHT and RPN_WEIGHT that are needed
+    is above zero in the config's node, and all is read that is set.
     """
     weights = {name: options[name] for name in ("CLASS_WEIGHT", "BOX_WEIGHT", "RPN_WEIGHT")}
-    in_range = all(0 <= weight < float("inf") for weight in weights.values())
-    if not in_range or not any(weights[name] for name in needed):
-        given = ", ".join(f"{name} {value}" for name, value in weights.items())
-        raise ValueError(
-            f"{node} has {given}: expected finite numbers >= 0, and one of {', '.join(needed)} "
-            "above."
-        )
+    if not any(weights[name] for name in needed):
+        given = ", ".join(f"{node}.{name} {value}" for name, value in weights.items())
+        raise ValueError(f"There are {given}: expected one of {', '.join(needed)} above 0.")
     for name, usual in (("TEMPERATURE", 1), ("LOSS", "kl"), ("DKD_BETA", 1)):
         if not weights["CLASS_WEIGHT"] and options.get(name, usual) != usual:
             raise ValueError(
@@ -116,16 +106,8 @@ def pearson(first: Tensor, second: Tensor, dim: int) -> Tensor:
 CLASS_LOSSES = ("kl", "dkd", "dist")
 
 
-def check_class_loss(node: str, options: Any) -> None:
-    """Raise ValueError for another LOSS of the config's node, or a DKD_BETA out of its range."""
-    check_temperature(f"{node}.TEMPERATURE", options.TEMPERATURE)
-    if options.LOSS not in CLASS_LOSSES:
-        raise ValueError(
-            f"{node}.LOSS is '{options.LOSS}': expected one of "
-            f"{', '.join(map(repr, CLASS_LOSSES))}."
-        )
-    if not 0 <= options.DKD_BETA < float("inf"):
-        raise ValueError(f"{node}.DKD_BETA is {options.DKD_BETA}: expected a finite number >= 0.")
+def check_beta(node: str, options: Any) -> None:
+    """Raise ValueError for a DKD_BETA of the config's node that its LOSS does not read."""
     if options.DKD_BETA != 1 and options.LOSS != "dkd":
         raise ValueError(
             f"{node}.DKD_BETA is {options.DKD_BETA}, but it is read with LOSS 'dkd' only, and LOSS "

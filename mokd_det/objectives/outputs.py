@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..readers import BoxReader, RPNReader, build_box_reader, build_rpn_readers
 from .base import OBJECTIVES, Objective, StudentOutputs
-from .output_losses import box_loss, check_class_loss, check_weights, class_loss, rpn_losses
+from .output_losses import box_loss, check_beta, check_weights, class_loss, rpn_losses
 
 if TYPE_CHECKING:
     from ..tasks import Task
@@ -49,7 +49,7 @@ class OutputObjective(Objective):
     @classmethod
     def check_config(cls, cfg: CfgNode) -> None:
         options = cfg.MOKD.OUTPUTS
-        check_class_loss("MOKD.OUTPUTS", options)
+        check_beta("MOKD.OUTPUTS", options)
         check_weights("MOKD.OUTPUTS", options, ("CLASS_WEIGHT", "BOX_WEIGHT"))
 
     @classmethod

@@ -13,7 +13,7 @@ from ..readers import BoxReader, RPNReader
 from ..teachers import TeacherOutputs
 from .base import OBJECTIVES, Objective, StudentOutputs
 from .features import Level, key_of
-from .output_losses import box_loss, check_temperature, check_weights, class_loss
+from .output_losses import box_loss, check_weights, class_loss
 from .output_losses import kl_divergence, rpn_losses
 from .projector import normalise_like
 
@@ -152,7 +152,6 @@ class TeacherHeadObjective(Objective):
     @classmethod
     def check_config(cls, cfg: CfgNode) -> None:
         options = cfg.MOKD.TEACHER_HEAD
-        check_temperature("MOKD.TEACHER_HEAD.TEMPERATURE", options.TEMPERATURE)
         if options.PROJECTOR not in PROJECTORS:
             raise ValueError(
                 f"MOKD.TEACHER_HEAD.PROJECTOR is '{options.PROJECTOR}': expected one of "

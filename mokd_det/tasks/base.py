@@ -160,6 +160,9 @@ class Task(abc.ABC):
     def check_student(self, cfg: CfgNode, student: nn.Module) -> None:
         """Raise ValueError if a student cannot be distilled."""
 
+    def check_batch(self, cfg: CfgNode, student: nn.Module, count: int) -> None:
+        """Raise ValueError if a process cannot train a student on ``count`` images at once."""
+
     def check_pair(
         self, cfg: CfgNode, student: nn.Module, teacher: Teacher, objectives: Sequence[Objective]
     ) -> None:

@@ -16,9 +16,10 @@ from torch.nn import Parameter
 from torch.utils.data import DataLoader
 
 from ..config import find_config, load_config, merge_overrides
-from ..data import ResumableLoader, check_broken_images, check_classes, classification
+from ..data import ResumableLoader, check_classes, classification
 from ..export import ClassifierExporter
-from ..modeling import Classifier, TapShape, as_map, common_grid, default_tap, find_taps
+from ..modeling import Classifier, TapShape, as_map, check_batch_norm, common_grid, default_tap
+from ..modeling import find_taps
 from ..modeling import implied_options, input_normalisation, load_trained_classifier, replace_taps
 from ..objectives import ClassifierHead, Level, Objective
 from ..teachers import PRE_LOGITS, ClassifierTeacher, speed_options
@@ -88,7 +89,9 @@ class ClassificationTask(Task):
         else:
             option = "MOKD.TEACHER.CONFIG_FILE"
             config_file, _ = find_config(options.CONFIG_FILE, option)
-            teacher_cfg = load_config(config_file, options.OPTS, option=option)
+            teacher_cfg = load_config(
+                config_file, options.OPTS, option, "MOKD.TEACHER.OPTS: override"
+            )
         if teacher_cfg.MODEL.META_ARCHITECTURE != cfg.MODEL.META_ARCHITECTURE:
             raise ValueError(
                 f"MOKD.TEACHER.CONFIG_FILE '{options.CONFIG_FILE}' has MODEL.META_ARCHITECTURE "
@@ -191,6 +194,9 @@ class ClassificationTask(Task):
         names = [*(name for name in names if name != PRE_LOGITS), *{PRE_LOGITS} & set(names)]
         return replace_taps(student, names, function)
 
+    def check_batch(self, cfg: CfgNode, student: Any, count: int) -> None:
+        check_batch_norm(student, cfg.INPUT.CLASSIFICATION.SIZE_TRAIN, count)
+
     def check_pair(
         self, cfg: CfgNode, student: Any, teacher: Any, objectives: Sequence[Objective]
     ) -> None:
@@ -234,13 +240,6 @@ class ClassificationTask(Task):
         return classification.build_test_loader(cfg, name)
 
     def check_config(self, cfg: CfgNode) -> None:
-        classification.check_transform(cfg)
-        check_broken_images(cfg.DATASETS.BROKEN_IMAGES)
-        if cfg.MOKD.TEACHER.IMAGE_SIZE < 0:
-            raise ValueError(
-                f"MOKD.TEACHER.IMAGE_SIZE is {cfg.MOKD.TEACHER.IMAGE_SIZE}: expected 0 (the "
-                "student's) or a number of pixels."
-            )
         if cfg.MOKD.ENABLED:
             self.teacher_config(cfg)
 

@@ -16,8 +16,7 @@ from torch import nn
 
 from ..config import find_config, get_cfg, load_config
 from ..data import ResumableLoader, build_resumable_train_loader, build_test_loader
-from ..data import build_train_mapper, check_augmentation, check_broken_images
-from ..data import check_detection_sets, known_class_names
+from ..data import build_train_mapper, check_detection_sets, known_class_names
 from ..export import DetectorExporter
 from ..modeling import StrictCheckpointer, load_lazy_config, replace_backbone_features
 from ..objectives import DetectorHeads, Level, Objective, align_resolution, onto_grid
@@ -26,6 +25,7 @@ from ..teachers import DetectorTeacher, ScriptedDetector, Teacher, speed_options
 from .base import TASKS, Features, Names, Task
 
 
+OF_TEACHER = "MOKD.TEACHER.OPTS: override"
 RECIPES_FOR = ("", "one-stage", "two-stage")
 # Where a meta-architecture has the number of its classes.
 NUM_CLASSES = {
@@ -244,16 +244,8 @@ class DetectionTask(Task):
         return build_test_loader(cfg, name)
 
     def check_config(self, cfg: CfgNode) -> None:
-        check_augmentation(cfg)
-        check_broken_images(cfg.DATASETS.BROKEN_IMAGES)
         if not cfg.MOKD.ENABLED:
             return
-        if cfg.MOKD.RECIPE_FOR not in RECIPES_FOR:
-            raise ValueError(
-                f"MOKD.RECIPE_FOR is '{cfg.MOKD.RECIPE_FOR}': expected one of {RECIPES_FOR}."
-            )
-        if (proposals := cfg.MOKD.TEACHER.PROPOSALS) < 1:
-            raise ValueError(f"MOKD.TEACHER.PROPOSALS is {proposals}: expected 1 or more.")
         options, usual = cfg.MOKD.TEACHER.TORCHSCRIPT, get_cfg().MOKD.TEACHER.TORCHSCRIPT
         if options.FILE:
             ScriptedDetector.check_config(cfg)
@@ -275,7 +267,7 @@ def _read_teacher_config(options: CfgNode) -> tuple[CfgNode, str]:
     option = "MOKD.TEACHER.CONFIG_FILE"
     config_file, zoo_weights = find_config(options.CONFIG_FILE, option)
     if not config_file.endswith(".py"):
-        return load_config(config_file, options.OPTS, option=option), zoo_weights
+        return load_config(config_file, options.OPTS, option, OF_TEACHER), zoo_weights
     teacher_cfg = load_config("", ["MODEL.META_ARCHITECTURE", "LazyConfigDetector"])
     teacher_cfg.MODEL.LAZY_CONFIG.FILE = config_file
     teacher_cfg.MODEL.LAZY_CONFIG.OVERRIDES = list(options.OPTS)

@@ -2,7 +2,7 @@
 """Frozen models: they are only ever run, and never part of what trains or is saved."""
 
 from .. import compat  # first: patches Detectron2 where it needs it
-from .base import Teacher, TeacherOutputs, check_precision, speed_options
+from .base import PRECISIONS, Teacher, TeacherOutputs, speed_options
 from .classifier import PRE_LOGITS, ClassifierTeacher, ClassifierTeacherOutputs
 from .detector import DetectorTeacher, DetectorTeacherOutputs
 from .scripted import ScriptedDetector

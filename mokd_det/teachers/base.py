@@ -23,15 +23,6 @@ PRECISIONS = {
 }
 
 
-def check_precision(precision: str) -> None:
-    """Raise ValueError for another ``MOKD.TEACHER.PRECISION``."""
-    if precision not in PRECISIONS:
-        raise ValueError(
-            f"MOKD.TEACHER.PRECISION is '{precision}': expected one of "
-            f"{', '.join(map(repr, PRECISIONS))}."
-        )
-
-
 @dataclasses.dataclass
 class TeacherOutputs:
     """
@@ -78,7 +69,11 @@ class Teacher:
         """
         # Any: what else it has is its task's to know, and Detectron2 has no types.
         self.model: Any = model.eval().requires_grad_(False)
-        check_precision(precision)
+        if precision not in PRECISIONS:
+            raise ValueError(
+                f"MOKD.TEACHER.PRECISION is '{precision}': expected one of "
+                f"{', '.join(map(repr, PRECISIONS))}."
+            )
         self.precision = PRECISIONS[precision]
         # A frozen TorchScript module has neither parameters nor buffers, but its detector has.
         device = next(itertools.chain(model.parameters(), model.buffers())).device

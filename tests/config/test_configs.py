@@ -280,20 +280,6 @@ def test_large_scale_jitter_makes_square_images(data_sets):
 
 
 @pytest.mark.parametrize(
-    "opts, message",
-    [
-        (["INPUT.LSJ.SIZE", 0], "INPUT.LSJ.SIZE is 0: expected a number of pixels > 0"),
-        (["INPUT.LSJ.SCALE", [2.0, 0.1]], r"INPUT.LSJ.SCALE is \[2.0, 0.1\]: expected \[low, high"),
-        (["INPUT.CROP.ENABLED", True], "INPUT.LSJ.ENABLED and INPUT.CROP.ENABLED exclude"),
-    ],
-)
-def test_bad_jitter_options(opts, message):
-    cfg = load_config("configs/Base-RCNN-FPN.yaml", ["INPUT.LSJ.ENABLED", True, *opts])
-    with pytest.raises(ValueError, match=message):
-        build_train_mapper(cfg)
-
-
-@pytest.mark.parametrize(
     "name",
     ["Quick-Start/student_scratch", "Quick-Start/student_mokd"]
     + ["Blood-Cells/student_retinanet", "Blood-Cells/mokd_faster_rcnn_to_retinanet"],

@@ -126,3 +126,51 @@ def test_a_classifiers_schedule_stays_in_its_unit():
 def test_options_of_the_version_before_say_what_became_of_them(key, message):
     with pytest.raises(ValueError, match=message):
         load_config("", [key, 1.0])
+
+
+BAD_FILES = {
+    "empty": "",
+    "a list": "- SOLVER\n",
+    "a number": "5\n",
+    "no YAML": "SOLVER: {MAX_ITER: 5\n",
+    "a tab": "SOLVER:\n\tMAX_ITER: 5\n",
+    "a cycle": "_BASE_: config.yaml\n",
+    "no base": "_BASE_: gone.yaml\n",
+    "a base that is a number": "_BASE_: 5\n",
+    "a group for a value": "SOLVER:\n  MAX_ITER: {A: 5}\n",
+    "a value for a group": "SOLVER: 5\n",
+    "null for a group": "SOLVER:\n",
+    "a list for a group": "MOKD: [1, 2]\n",
+    "a number as a key": "SOLVER: {5: 5}\n",
+    "a date": "OUTPUT_DIR: 2024-01-01\n",
+    "text for a number": "SOLVER:\n  BASE_LR: fast\n",
+    "text for a list": "DATASETS:\n  TRAIN: my_set\n",
+    "a date in a dict": "MODEL:\n  CLASSIFIER:\n    OPTIONS: {x: 2024-01-01}\n",
+    "another version": "VERSION: 3\n",
+    "a version that is none": "VERSION: two\n",
+    "two documents": "SEED: 1\n---\nSEED: 2\n",
+}
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_files_name_themselves(tmp_path, name):
+    path = write(tmp_path, BAD_FILES[name])
+    with pytest.raises(ValueError, match="--config-file '.*config.yaml'"):
+        load_config(path)
+
+
+@pytest.mark.bad_input
+def test_a_file_that_is_no_text(tmp_path):
+    (tmp_path / "config.yaml").write_bytes(b"\x80\x02}q\x00.")
+    with pytest.raises(ValueError, match="config.yaml.*(UTF-8|YAML)"):
+        load_config(str(tmp_path / "config.yaml"))
+
+
+def test_integers_are_numbers(tmp_path):
+    path = write(tmp_path, "SOLVER:\n  BASE_LR: 1\nMOKD:\n  FEATURES: {LOSS_WEIGHT: 10}\n")
+    cfg = load_config(path, ["SOLVER.GAMMA", "1", "SOLVER.WEIGHT_DECAY", 0])
+    found = cfg.SOLVER.BASE_LR, cfg.MOKD.FEATURES.LOSS_WEIGHT, cfg.SOLVER.GAMMA
+    assert found == (1.0, 10.0, 1.0) and all(isinstance(x, float) for x in found)
+    with pytest.raises(ValueError, match="override: SOLVER.MAX_ITER is '5.0': expected an integer"):
+        load_config("", ["SOLVER.MAX_ITER", "5.0"])

@@ -201,7 +201,7 @@ def test_packaged_files_are_fetched_once_and_checked(tmp_path, package):
 def test_wrong_checksum_or_member_leaves_nothing(tmp_path, package):
     with pytest.raises(ValueError, match="Checksum of p/data.txt in p==1.0: expected 00"):
         packages.fetch_from_package("p==1.0", {"p/data.txt": "00"}, tmp_path / "out")
-    with pytest.raises(RuntimeError, match="has no p/other.txt"):
+    with pytest.raises(ValueError, match="has no p/other.txt"):
         packages.fetch_from_package("p==1.0", {"p/other.txt": "00"}, tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -211,7 +211,7 @@ def test_failed_download_is_explained(tmp_path, monkeypatch):
         return packages.subprocess.CompletedProcess(command, 1, "", "no such package")
 
     monkeypatch.setattr(packages.subprocess, "run", fail)
-    with pytest.raises(RuntimeError, match="Could not download the package q==2(.|\n)*no such"):
+    with pytest.raises(ConnectionError, match="Could not download the package q==2(.|\n)*no such"):
         packages.fetch_from_package("q==2", {"q/x": "00"}, tmp_path)
 
 
@@ -413,8 +413,6 @@ def test_colour_jitter(make_cfg):
     np.random.seed(0)
     means = torch.stack([jittered(dict(element))["image"].float().mean((1, 2)) for _ in range(8)])
     assert (means.std(0) > 5).all() and (means.diff(dim=1).std(0) > 5).all()
-    with pytest.raises(ValueError, match="INPUT.COLOR_JITTER is 1.5"):
-        build_train_mapper(make_cfg("faster_rcnn", ["INPUT.COLOR_JITTER", 1.5]))
 
 
 def test_result_json_has_no_nan(tmp_path):

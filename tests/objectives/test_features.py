@@ -105,7 +105,7 @@ def test_pairs_of_other_widths_and_channel_orders(make_cfg, student_format, chan
     [
         ("LEVEL_WEIGHTS", "area", "LEVEL_WEIGHTS is 'area': expected one of"),
         ("FOREGROUND", "gt", "MOKD.FEATURES.FOREGROUND is 'gt': expected one of"),
-        ("FOREGROUND_SHARE", 1.5, r"FOREGROUND_SHARE is 1.5: expected a number in \[0, 1\]"),
+        ("FOREGROUND_SHARE", 1.5, r"FOREGROUND_SHARE is 1.5: expected a finite number in \[0, 1\]"),
         ("FOREGROUND_SCORE", -1.0, "FOREGROUND_SCORE is -1.0"),
         ("LOSS", "l7", "MOKD.FEATURES.LOSS is 'l7'"),
         ("PROJECTOR", "P", "MOKD.FEATURES.PROJECTOR is 'P'"),
@@ -123,9 +123,9 @@ def test_bad_options_are_explained(make_cfg, option, value, message):
     [
         (["LOSS", "fgd"], "LOSS is 'fgd', which weighs positions by boxes, and FOREGROUND is ''"),
         (["LOSS", "cwd", *OBJECTS], "'ground_truth', but LOSS 'cwd' does not weigh positions"),
-        (["MASKED", 1.0], "MOKD.FEATURES.MASKED is 1.0: expected 0 <= m < 1"),
-        (["MASKED", -0.1], "MOKD.FEATURES.MASKED is -0.1: expected 0 <= m < 1"),
-        (["TEMPERATURE", 0.0], "MOKD.FEATURES.TEMPERATURE is 0.0: expected > 0"),
+        (["MASKED", 1.0], r"MOKD.FEATURES.MASKED is 1.0: expected a finite number in \[0, 1\)"),
+        (["MASKED", -0.1], r"MOKD.FEATURES.MASKED is -0.1: expected a finite number in \[0"),
+        (["TEMPERATURE", 0.0], "MOKD.FEATURES.TEMPERATURE is 0.0: expected a finite number > 0"),
         (["FOREGROUND_UNIT", "cell", *OBJECTS], "FOREGROUND_UNIT is 'cell': expected one of"),
         (["MASKED", 0.5], "MASKED is 0.5, but it is read with PROJECTOR 'MaskedGenerator' only"),
         (["TEMPERATURE", 4.0], "TEMPERATURE is 4.0, but it is read with LOSS 'cwd' only"),

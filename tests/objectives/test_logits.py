@@ -75,7 +75,7 @@ def test_the_second_run_of_the_head_leaves_no_trace():
 
 
 def test_a_temperature_that_is_not_positive(make_digits_cfg):
-    with pytest.raises(ValueError, match="MOKD.LOGITS.TEMPERATURE is 0.0: expected > 0"):
+    with pytest.raises(ValueError, match="LOGITS.TEMPERATURE is 0.0: expected a finite number > 0"):
         validate(make_digits_cfg(["MOKD.LOGITS.TEMPERATURE", 0.0]))
 
 

@@ -170,13 +170,13 @@ def test_the_trained_batch_decides_the_distribution():
     "opts, message",
     [
         (["PROJECTOR", "linear"], "TEACHER_HEAD.PROJECTOR is 'linear': expected one of 'Linear'"),
-        (["TEMPERATURE", 0.0], "MOKD.TEACHER_HEAD.TEMPERATURE is 0.0: expected > 0"),
-        (["CLASS_WEIGHT", float("inf")], "CLASS_WEIGHT inf, .*: expected finite numbers >= 0"),
+        (["TEMPERATURE", 0.0], "TEACHER_HEAD.TEMPERATURE is 0.0: expected a finite number"),
+        (["CLASS_WEIGHT", float("inf")], "CLASS_WEIGHT is inf: expected a finite number >= 0"),
         (
             ["TEMPERATURE", 2.0, "MOKD.TEACHER_HEAD.CLASS_WEIGHT", 0.0],
             "TEMPERATURE is 2.0, but it is read for classes only",
         ),
-        (["RPN_WEIGHT", -1.0], "RPN_WEIGHT -1.0: expected finite numbers >= 0"),
+        (["RPN_WEIGHT", -1.0], "RPN_WEIGHT is -1.0: expected a finite number >= 0"),
     ],
 )
 def test_bad_options_are_explained(make_cfg, opts, message):

@@ -141,7 +141,7 @@ class TestMistakes:
             ),
             (["OPTS", ["INPUT.FORMAT", "L"]], ValueError, "INPUT.FORMAT is 'BGR'"),
             (["OPTS", ["MODEL.FPN.OUT", 3]], ValueError, "no option MODEL.FPN.OUT"),
-            (["PROPOSALS", 0], ValueError, "MOKD.TEACHER.PROPOSALS is 0: expected 1 or more"),
+            (["PROPOSALS", 0], ValueError, "MOKD.TEACHER.PROPOSALS is 0: expected an integer >= 1"),
         ],
     )
     def test_options(self, make_cfg, opts, error, message):

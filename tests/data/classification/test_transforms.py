@@ -85,37 +85,6 @@ def test_without_flips_and_padding_a_small_image_stays(photo):
     assert torch.equal(build_transform(cfg, is_train=True)(pil_to_tensor(small)), same)
 
 
-@pytest.mark.parametrize(
-    "opts, message",
-    [
-        (["CROP", "x"], "CROP is 'x': expected one of 'resized', 'padded'"),
-        (["RESIZE_TEST", 100], r"RESIZE_TEST is 100: expected SIZE_TEST \(224\) or more"),
-        (["SCALE", [0.5, 0.1]], "SCALE is"),
-        (["RATIO", [1.0]], "RATIO is"),
-        (["AUTO_AUGMENT", "rand"], "AUTO_AUGMENT is 'rand': expected one of '', 'autoaugment'"),
-        (["ERASING", 2.0], "ERASING is 2.0: expected a probability"),
-        (["INTERPOLATION", "x"], "INTERPOLATION is 'x'"),
-        (["MAGNITUDE", 99], "MAGNITUDE is 99"),
-        (["PADDING", -1], "PADDING is -1"),
-        (["SIZE_TRAIN", 0], "SIZE_TRAIN is 0"),
-    ],
-)
-def test_options_out_of_range_name_themselves(opts, message):
-    with pytest.raises(ValueError, match=f"INPUT.CLASSIFICATION.{message}"):
-        build_transform(cfg_with(*opts), is_train=True)
-
-
-def test_bgr_and_unknown_flips_are_refused():
-    cfg = cfg_with()
-    cfg.INPUT.FORMAT = "BGR"
-    with pytest.raises(ValueError, match="INPUT.FORMAT is 'BGR': expected 'RGB'"):
-        build_transform(cfg, is_train=False)
-    cfg = cfg_with()
-    cfg.INPUT.RANDOM_FLIP = "x"
-    with pytest.raises(ValueError, match="INPUT.RANDOM_FLIP is 'x'"):
-        build_transform(cfg, is_train=False)
-
-
 @pytest.mark.parametrize("mixup, cutmix", [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
 def test_mixed_labels_say_how_much_of_each_image_there_is(mixup, cutmix):
     """On images of one constant each, so that the share of an image can be read off its pixels."""
