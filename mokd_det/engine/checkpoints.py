@@ -14,6 +14,7 @@ from detectron2.utils import comm
 
 from ..files import check_seal, check_whole, replace_file, save_checkpoint
 from ..modeling import SafeCheckpointer
+from ..untrusted import read_torch
 from .identity import RunIdentity
 from .launch import on_main_process
 
@@ -83,13 +84,13 @@ def _read_last(folder: str) -> tuple[str, dict[str, str]]:
 def _iteration_of(path: str) -> int:
     """Of a checkpoint that a run can go on from, without reading its tensors; else ValueError."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint = read_torch(path, "it", mmap=True)
     except FileNotFoundError as error:
         raise ValueError("it does not exist") from error
     except Exception as error:  # damaged files fail in many ways
         with contextlib.suppress(OSError):
             check_whole(path)  # says it better
-        raise ValueError(f"it cannot be read ({error})".split("\n")[0]) from error
+        raise ValueError(f"it cannot be read ({str(error).rstrip('.')})") from error
     if "trainer" not in checkpoint:
         raise ValueError("it has weights only, not the state of a run")
     return int(checkpoint["trainer"]["iteration"])

@@ -3,6 +3,6 @@
 
 from .names import check_class_names, check_file_name, is_class_name, markdown_row
 from .names import printable
-from .pickles import read_pickle
+from .pickles import read_pickle, read_torch
 from .torchscript import check_torchscript
 from .weights import read_checkpoint

@@ -130,12 +130,17 @@ def read_pickle(file: IO[bytes], encoding: str = "latin1", name: str = "") -> An
         raise _refusal(name or f"'{getattr(file, 'name', 'The pickle')}'", error) from error
 
 
-def read_torch(path: str, name: str) -> Any:
-    """As :func:`read_pickle` of a file of ``torch.save``, with all tensors on the CPU."""
+def read_torch(path: str, name: str, mmap: bool = False) -> Any:
+    """
+    As :func:`read_pickle` of a file of ``torch.save``, with all tensors on the CPU; ``mmap``: they
+    are read when they are used.
+    """
     extra: list[Any] = [(value, full) for full, value in _COMMON.items()]
     try:
         with torch.serialization.safe_globals(extra):
-            return _plain(torch.load(path, map_location="cpu", weights_only=True))
+            return _plain(torch.load(path, map_location="cpu", weights_only=True, mmap=mmap))
+    except FileNotFoundError:
+        raise
     except Exception as error:
         raise _refusal(name, error) from error
 
