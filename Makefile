@@ -44,6 +44,7 @@ test-all: env
 
 test-reliability: env
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m reliability tests/reliability
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/untrusted  # hostile files that executed: 0 / N
 
 lint: env
 	$(BIN)/ruff check .
