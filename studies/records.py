@@ -98,10 +98,6 @@ def _check_commands(path, study):
     for text in (*configs, *keys):
         if str(text).startswith("--"):
             raise ValueError(f"{path}: '{text}' is an option of the command line: remove it.")
-    for seeds in (study["seeds"], *(method.get("seeds", []) for method in methods)):
-        for seed in seeds:
-            if type(seed) is not int:
-                raise ValueError(f"{path}: the seed {seed!r} is no whole number.")
 
 
 def folder_of(name, seed):

@@ -280,8 +280,8 @@ STUDY = {"seeds": [1], "baseline": "a", "metrics": ["m"], "methods": {"a": {"con
         ({"methods": {"a": {"config": "c.yaml", "opts": ["--trust"]}}}, "'--trust' is an option"),
         ({"methods": {"a": {"config": "--trust"}}}, "'--trust' is an option"),
         ({"teacher": ["--trust"]}, "'--trust' is an option"),
-        ({"seeds": ["1/../../../evil"]}, "is no whole number"),
-        ({"methods": {"a": {"config": "c", "seeds": ["/evil"]}}}, "is no whole number"),
+        ({"seeds": ["1/../../../evil"]}, "expected a list of integers"),
+        ({"methods": {"a": {"config": "c", "seeds": ["/evil"]}}}, "expected a list of integers"),
         ({"name": "x"}, "unknown"),
     ],
 )
