@@ -38,10 +38,11 @@ DETECTOR = {
     "R-CNN, float16, famo": ("mokd", [*FP16, RULE, "famo"]),
     "R-CNN, no teacher": ("mokd", ["MOKD.ENABLED", False, "DATALOADER.RESUMABLE", True]),
     "RetinaNet": ("retinanet", []),
+    "RetinaNet, EMA, outputs": (
+        "retinanet",
+        ["SOLVER.EMA_DECAY", 0.9, "MOKD.OBJECTIVES", ["features", "outputs"]],
+    ),
 }
-INEXACT = pytest.mark.xfail(
-    reason="RetinaNet's compiled focal loss rounds otherwise in its first calls", strict=False
-)
 
 
 def check(runs, count, number=signal.SIGTERM):
@@ -58,9 +59,7 @@ def test_classifiers(tmp_path, digits_teacher_weights, count, name):
     check(digits(tmp_path, digits_teacher_weights, [*OPTS, *CLASSIFIER[name]]), count)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=INEXACT) if n == "RetinaNet" else n for n in DETECTOR]
-)
+@pytest.mark.parametrize("name", DETECTOR)
 def test_detectors(tmp_path, teacher_weights, count, name):
     config, opts = DETECTOR[name]
     check(trees(tmp_path, teacher_weights, config, [*OPTS, *opts]), count, signal.SIGUSR1)
