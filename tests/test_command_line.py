@@ -118,7 +118,7 @@ WRONG = [
         "--count is 0",
     ),
     ("studies/run.py", ["no.yaml", "--run"], "no.yaml"),
-    ("studies/run.py", ["setup.cfg", "--run"], "setup.cfg is not valid YAML"),
+    ("studies/run.py", ["setup.cfg", "--run"], "setup.cfg is no plain YAML"),
     ("studies/run.py", ["studies/mnist.yaml", "--run", "--jobs", 0], "--jobs"),
     ("studies/run.py", ["studies/mnist.yaml", "--run", "--only", "x"], "--only"),
     ("datasets/prepare_voc.py", ["--root", "no", "--name", "x"], "no"),

@@ -311,7 +311,7 @@ def test_a_stock_run_has_whole_checkpoints_that_detectron2_resumes(make_cfg):
 
 @pytest.mark.parametrize("keep", [-1, 1.5])
 def test_checkpoints_to_keep_out_of_range(make_cfg, keep):
-    with pytest.raises(ValueError, match=f"SOLVER.KEEP_CHECKPOINTS is {keep}: expected how many"):
+    with pytest.raises(ValueError, match=f"SOLVER.KEEP_CHECKPOINTS is {keep}: expected an inte"):
         cfg = make_cfg("faster_rcnn")
         cfg.SOLVER.KEEP_CHECKPOINTS = keep
         validate(cfg)

@@ -311,7 +311,10 @@ def test_a_mask_of_infinity_is_no_error(make_cfg):
     "opts, message",
     [
         (["SOLVER.NON_FINITE_GRADIENTS", "ignore"], "NON_FINITE_GRADIENTS is 'ignore': expected"),
-        ([*SKIP, "SOLVER.MAX_SKIPPED_STEPS", 0], "MAX_SKIPPED_STEPS is 0: expected 1 or more"),
+        (
+            [*SKIP, "SOLVER.MAX_SKIPPED_STEPS", 0],
+            "MAX_SKIPPED_STEPS is 0: expected an integer >= 1",
+        ),
         (["SOLVER.MAX_SKIPPED_STEPS", 3], "MAX_SKIPPED_STEPS is 3, but it is read with"),
     ],
 )
