@@ -45,6 +45,7 @@ from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 
 from mokd_det.config import check_device, load_config, trust_files
+from mokd_det.data import check_teacher_classes
 from mokd_det.engine import (
     DistillationTrainer,
     Trainer,
@@ -122,6 +123,7 @@ def evaluate(args, cfg):
     student = task.load_trained(cfg)
     if args.with_teacher:  # what may be wrong with it is found before the student is evaluated
         teacher_cfg = task.teacher_config(cfg)
+        check_teacher_classes(cfg, teacher_cfg, "--with-teacher")
         teacher_cfg.DATASETS = cfg.DATASETS
         teacher_cfg.OUTPUT_DIR = f"{cfg.OUTPUT_DIR}/teacher"
         PathManager.mkdirs(teacher_cfg.OUTPUT_DIR)

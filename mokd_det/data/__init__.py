@@ -6,6 +6,7 @@ from .augmentation import RandomChannelGain, build_train_mapper
 from .catalog import check_datasets, register_datasets
 from .checks import check_detection_sets, write_json
 from .classes import check_classes, check_teacher_classes, known_class_names
+from .classes import trained_class_names
 from .coco import check_coco, read_coco
 from .images import BROKEN_IMAGES, ImageError, check_for_detector, check_images, read_rgb
 from .images import vanishes

@@ -2,25 +2,30 @@
 """Models, teachers and data sets have to number their classes alike: labels are only numbers."""
 
 import os
+import zipfile
 from collections.abc import Sequence
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
+from ..untrusted import check_class_names, read_torch
 from .classification.sources import class_names as names_of_folders
 from .coco import read_class_names
 from .paths import local_path
 from .report import listed
 
 
-def check_classes(cfg: CfgNode, options: Sequence[str] = ("TRAIN", "TEST")) -> None:
+def check_classes(
+    cfg: CfgNode, options: Sequence[str] = ("TRAIN", "TEST"), names: list[str] | None = None
+) -> None:
     """
-    Check the data sets of a classifier, in these keys of ``cfg.DATASETS``, against it. ValueError:
+    Check the data sets of a classifier, in these keys of ``cfg.DATASETS``, against it, and against
+    the names of its classes if they are known. ValueError:
     a set for detection, sets of different classes, or another number of classes than the
     classifier's. FileNotFoundError: a folder without class folders.
     """
-    first = None
+    first = names and ("MODEL.WEIGHTS", names)
     for option in options:
         for name in cfg.DATASETS[option]:
             if MetadataCatalog.get(name).get("evaluator_type") != "classification":
@@ -46,10 +51,13 @@ def check_classes(cfg: CfgNode, options: Sequence[str] = ("TRAIN", "TEST")) -> N
 def check_teacher_classes(cfg: CfgNode, teacher_cfg: CfgNode, reader: str) -> None:
     """
     Raise ValueError if student and teacher name their classes differently or in another order, as
-    far as the names are known: of the first training set of each config. ``reader``: what compares
-    them by number, for the message.
+    far as the names are known: of the first training set of each config, or of the run that the
+    teacher's weights are of. ``reader``: what compares them by number, for the message.
     """
-    names, teacher_names = known_class_names(cfg), known_class_names(teacher_cfg)
+    names = known_class_names(cfg)
+    teacher_names = known_class_names(teacher_cfg)
+    if teacher_cfg.DATASETS.TRAIN:
+        teacher_names = trained_class_names(teacher_cfg.MODEL.WEIGHTS) or teacher_names
     if not names or not teacher_names or names == teacher_names:
         return
     if len(names) != len(teacher_names):
@@ -65,12 +73,28 @@ def check_teacher_classes(cfg: CfgNode, teacher_cfg: CfgNode, reader: str) -> No
     )
 
 
+def trained_class_names(weights: str) -> list[str] | None:
+    """
+    Return the classes of the run that a file of weights is of, in the order of their numbers; None
+    if it does not say them. ValueError: a damaged file.
+    """
+    path = os.path.expanduser(weights)
+    if not path.endswith(".pth") or not os.path.isfile(path) or not zipfile.is_zipfile(path):
+        return None
+    checkpoint = read_torch(path, f"'{weights}'", mmap=True)
+    run = checkpoint.get("run") if isinstance(checkpoint, dict) else None
+    names = run.get("class_names") if isinstance(run, dict) else None
+    if names is not None:
+        check_class_names(names, f"'{weights}'")
+    return names
+
+
 def known_class_names(cfg: CfgNode) -> list[str] | None:
     """Return the classes of the first training set of a config; None if nothing says them."""
     for name in cfg.DATASETS.TRAIN[:1]:
         for known, json_file, _ in cfg.DATASETS.COCO:
             if known == name:
-                return _names_in(local_path(json_file))
+                return _names_of_set(name, local_path(json_file))
         for known, path in cfg.DATASETS.CLASSIFICATION:
             if known == name:
                 path = local_path(path)
@@ -79,6 +103,15 @@ def known_class_names(cfg: CfgNode) -> list[str] | None:
             metadata = MetadataCatalog.get(name)
             return metadata.get("thing_classes") or _names_in(metadata.get("json_file"))
     return None
+
+
+def _names_of_set(name, json_file):
+    if name in DatasetCatalog.list():
+        metadata = MetadataCatalog.get(name)
+        source = metadata.get("completed_from") or metadata.get("json_file")
+        if source == json_file and metadata.get("thing_classes"):
+            return list(metadata.thing_classes)  # it was read already
+    return _names_in(json_file)
 
 
 def _names_in(json_file):

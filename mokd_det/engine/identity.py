@@ -11,6 +11,7 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
+from ..data import known_class_names
 from ..data.paths import sha256_of
 from ..files import check_seal
 
@@ -38,17 +39,22 @@ FREE = (
 
 
 class RunIdentity:
-    """The config of a run, the content of its teacher's file and the number of processes."""
+    """
+    The config of a run, the content of its teacher's file, its classes in the order of their
+    numbers, and the number of processes.
+    """
 
     def __init__(self, cfg: CfgNode):
         self.config = cfg.dump()
         self.teacher = _teacher_of(cfg)
+        self.class_names = known_class_names(cfg)
         self.world_size = comm.get_world_size()
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "config": self.config,
             "teacher": self.teacher,
+            "class_names": self.class_names,
             "world_size": self.world_size,
         }
 
@@ -75,6 +81,9 @@ class RunIdentity:
                 f"the teacher's weights are others (SHA-256 {state['teacher'][:12]}... before, "
                 f"{self.teacher[:12]}... now)"
             )
+        names = state.get("class_names")
+        if names and self.class_names and names != self.class_names:
+            fixed.append(f"its classes were {names} and are {self.class_names} now")
         if fixed:
             raise ValueError(
                 f"The run in OUTPUT_DIR cannot go on: {'; '.join(fixed)}. Set it as it was. Or: "

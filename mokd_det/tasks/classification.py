@@ -16,7 +16,7 @@ from torch.nn import Parameter
 from torch.utils.data import DataLoader
 
 from ..config import find_config, load_config, merge_overrides
-from ..data import ResumableLoader, check_classes, classification
+from ..data import ResumableLoader, check_classes, classification, trained_class_names
 from ..export import ClassifierExporter
 from ..modeling import Classifier, TapShape, as_map, check_batch_norm, common_grid, default_tap
 from ..modeling import find_taps
@@ -244,7 +244,8 @@ class ClassificationTask(Task):
             self.teacher_config(cfg)
 
     def check_data(self, cfg: CfgNode, options: Sequence[str] = ("TRAIN", "TEST")) -> None:
-        check_classes(cfg, options)
+        is_training = "TRAIN" in options
+        check_classes(cfg, options, None if is_training else trained_class_names(cfg.MODEL.WEIGHTS))
         for option in options:
             for name in cfg.DATASETS[option]:
                 path = MetadataCatalog.get(name).image_path

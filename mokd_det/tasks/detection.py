@@ -17,6 +17,7 @@ from torch import nn
 from ..config import find_config, get_cfg, load_config
 from ..data import ResumableLoader, build_resumable_train_loader, build_test_loader
 from ..data import build_train_mapper, check_detection_sets, known_class_names
+from ..data import trained_class_names
 from ..export import DetectorExporter
 from ..modeling import StrictCheckpointer, load_lazy_config, replace_backbone_features
 from ..objectives import DetectorHeads, Level, Objective, align_resolution, onto_grid
@@ -137,11 +138,13 @@ class DetectionTask(Task):
         head = (
             None if option is None else (option, functools.reduce(getattr, option.split("."), cfg))
         )
-        names = None
-        if "TRAIN" not in options:  # the order is that of training
-            names = known_class_names(cfg)
-            if names is not None and head is not None and len(names) != head[1]:
-                names = None
+        names = trained_class_names(cfg.MODEL.WEIGHTS)
+        if "TRAIN" not in options:
+            names = names or known_class_names(cfg)
+            if head is not None and names is not None and len(names) != head[1]:
+                names = None  # of a set that is not this model's
+        elif names is not None and sorted(names) != sorted(known_class_names(cfg) or ()):
+            names = None  # weights to start from, for other classes
         check_detection_sets(cfg, options, head, names)
 
     def shared_part(self, student: nn.Module) -> nn.Module:

@@ -8,6 +8,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.evaluation import COCOEvaluator
@@ -17,7 +18,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from mokd_det.config import load_config
-from mokd_det.data import register_datasets
+from mokd_det.data import register_datasets, trained_class_names
 from mokd_det.engine import prepare_datasets
 from mokd_det.evaluation.fast_coco import fast_coco_eval
 from mokd_det.export.detector_exporter import _class_names as detector_classes
@@ -127,6 +128,44 @@ def test_evaluation_alone_keeps_the_order_of_training(sets):
     cfg = sets(renamed("pear", "apple"), GOOD)
     check(cfg, is_training=False)
     assert MetadataCatalog.get(cfg.DATASETS.TEST[0]).thing_classes == ["pear", "apple"]
+
+
+def weights_of(folder, *names):
+    path = folder / "model_final.pth"
+    torch.save({"model": {"a": torch.ones(1)}, "run": {"class_names": list(names)}}, path)
+    return str(path)
+
+
+@pytest.mark.bad_input
+def test_weights_say_the_order_of_their_classes(sets, tmp_path, caplog):
+    """A checkpoint that is evaluated or trained further keeps its classes' numbers."""
+    for is_training in (False, True):
+        cfg = sets()
+        cfg.MODEL.WEIGHTS = weights_of(tmp_path, "pear", "apple")
+        check(cfg, is_training)
+        assert MetadataCatalog.get(cfg.DATASETS.TEST[0]).thing_classes == ["pear", "apple"]
+    assert trained_class_names(cfg.MODEL.WEIGHTS) == ["pear", "apple"]
+    assert MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).thing_classes == ["pear", "apple"]
+
+
+@pytest.mark.bad_input
+def test_weights_of_other_classes(sets, tmp_path):
+    cfg = sets()
+    cfg.MODEL.WEIGHTS = weights_of(tmp_path, "cat", "dog")
+    check(cfg)  # to start from
+    with pytest.raises(ValueError, match="apple, pear, but the model has 2: cat, dog"):
+        check(cfg, is_training=False)
+    cfg.MODEL.WEIGHTS = weights_of(tmp_path, "cat\n", "dog")
+    with pytest.raises(ValueError, match="a class named 'cat"):
+        check(cfg)
+
+
+def test_weights_without_names(tmp_path):
+    (tmp_path / "a.pth").write_bytes(b"x")
+    torch.save([1], tmp_path / "b.pth")
+    torch.save({"model": {}, "run": 3}, tmp_path / "c.pth")
+    for name in ("", "a.pth", "b.pth", "c.pth", "none.pth", "detectron2://x.pkl"):
+        assert trained_class_names(str(tmp_path / name) if name else "") is None
 
 
 @pytest.mark.bad_input

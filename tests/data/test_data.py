@@ -334,6 +334,16 @@ def test_teacher_of_other_class_names_is_refused(tmp_path):
         check_teacher_classes(student, teacher, "outputs")
 
 
+def test_classes_that_the_teachers_weights_say(tmp_path):
+    student, teacher = with_classes(tmp_path, "a", "b"), with_classes(tmp_path, "a", "b")
+    teacher.MODEL.WEIGHTS = str(tmp_path / "teacher.pth")
+    torch.save({"model": {}, "run": {"class_names": ["b", "a"]}}, teacher.MODEL.WEIGHTS)
+    with pytest.raises(ValueError, match="--with-teacher compares .*'s 2: b, a .*another order"):
+        check_teacher_classes(student, teacher, "--with-teacher")
+    teacher.DATASETS.TRAIN = ()
+    check_teacher_classes(student, teacher, "--with-teacher")
+
+
 def test_classes_of_a_set_that_detectron2_knows(tmp_path):
     coco = load_config("", ["DATASETS.TRAIN", ("coco_2017_train",)])
     names = MetadataCatalog.get("coco_2017_train").thing_classes

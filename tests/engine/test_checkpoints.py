@@ -213,6 +213,14 @@ def test_another_teacher_cannot_be_resumed(make_digits_cfg, tmp_path):
         RunIdentity(cfg)
 
 
+def test_other_classes_cannot_be_resumed(make_digits_cfg):
+    before = RunIdentity(make_digits_cfg()).state_dict()
+    assert before["class_names"] == [str(digit) for digit in range(10)]
+    before["class_names"] = before["class_names"][::-1]
+    with pytest.raises(ValueError, match="cannot go on: its classes were .'9', '8'.*Start a new"):
+        RunIdentity(make_digits_cfg()).load_state_dict(before)
+
+
 def test_what_changes_in_a_resumed_run_is_said(make_digits_cfg, caplog):
     before = RunIdentity(make_digits_cfg()).state_dict()
     free = ["SEED", 1, "OUTPUT_DIR", "x", "DATALOADER.NUM_WORKERS", 2, "TEST.EVAL_PERIOD", 9]
