@@ -70,7 +70,10 @@ def _check_types(path, study):
         lists.append((f"seeds of method '{name}'", method.get("seeds", []), int))
         lists.append((f"opts of method '{name}'", method.get("opts", []), object))
     for key, value, kind in [*lists, ("opts", study["opts"], object)]:
-        if not isinstance(value, list) or not all(isinstance(x, kind) for x in value):
+        fits = isinstance(value, list) and all(
+            type(x) is int if kind is int else isinstance(x, kind) for x in value
+        )
+        if not fits:
             expected = {int: " of integers", str: " of strings"}.get(kind, " KEY, VALUE, ...")
             raise ValueError(f"{path}: {key} is {value!r}: expected a list{expected}.")
 

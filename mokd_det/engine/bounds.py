@@ -29,7 +29,7 @@ from torchvision.models import list_models
 from ..config.bounds import Bound, exactly, increasing, integer, interval, number, one_of, rows
 from ..data import BROKEN_IMAGES, UNITS, classification
 from ..modeling import CLASSIFIERS, TIMM_PREFIX
-from ..objectives import CLASS_LOSSES, LEVEL_WEIGHTS, OBJECTIVES, SOURCES, TEACHER_SIDES
+from ..objectives import CLASS_LOSSES, LEVEL_WEIGHTS, SOURCES, TEACHER_SIDES
 from ..objectives import UNITS as FOREGROUND_UNITS
 from ..tasks import RECIPES_FOR
 from ..teachers import PRECISIONS as TEACHER_PRECISIONS
@@ -286,7 +286,7 @@ BOUNDS: dict[str, Bound] = {
     "MODEL.RETINANET.BBOX_REG_WEIGHTS": BOX_WEIGHTS,
     "MODEL.RETINANET.SMOOTH_L1_LOSS_BETA": FACTOR,
     # ---- distillation ----
-    "MOKD.OBJECTIVES": rows(one_of(OBJECTIVES, "an objective"), least=1),
+    "MOKD.OBJECTIVES": NAMES,
     "MOKD.INHERIT": NAMES,
     "MOKD.RECIPE_FOR": one_of(RECIPES_FOR),
     "MOKD.META_ARCHITECTURE": _registered(META_ARCH_REGISTRY),

@@ -89,7 +89,18 @@ def _check_objectives(cfg: CfgNode, task: Task) -> None:
     names = list(cfg.MOKD.OBJECTIVES)
     if len(set(names)) < len(names):
         raise ValueError(f"MOKD.OBJECTIVES is {names}: expected each name once.")
+    known = ", ".join(map(repr, OBJECTIVES))
+    if not names:
+        raise ValueError(
+            "MOKD.ENABLED is True, but MOKD.OBJECTIVES is empty: name what is distilled, such as "
+            f"['features'] (known are {known}), or set MOKD.ENABLED False."
+        )
     for name in names:
+        if name not in OBJECTIVES:
+            raise ValueError(
+                f"MOKD.OBJECTIVES is {names}, but there is no objective '{name}': known are "
+                f"{known}."
+            )
         kinds = OBJECTIVES.get(name).tasks
         if not task.is_one_of(kinds):
             fitting = [n for n in OBJECTIVES if task.is_one_of(OBJECTIVES.get(n).tasks)]

@@ -401,4 +401,5 @@ def test_the_command_prints_one_message(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         prepare_voc.main()
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+    assert stop.value.code == 2 and error.startswith("prepare_voc.py: ")
+    assert error.count("\n") == 2 and "Traceback" not in error

@@ -303,7 +303,10 @@ def check(base, opts, kind="Quick-Start"):
 def test_wrong(base, option, value):
     with pytest.raises(ValueError, match=rf"(^|: |\b){re.escape(option)}\b") as refused:
         check(base, [option, value])
-    assert re.search("expected|there are|leave it out|exclude|set it|pairs", str(refused.value))
+    assert re.search(
+        "expected|there are|leave it out|exclude|set it|pairs|known are|name what",
+        str(refused.value),
+    )
 
 
 @pytest.mark.bad_input

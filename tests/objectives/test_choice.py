@@ -16,7 +16,7 @@ from ..modeling.families import FCOS, batch_of, saved_teacher, step
     "names, message",
     [
         (["features", "boxes"], "there is no objective 'boxes': known are 'features', 'logits'"),
-        ([["features"]], "MOKD.OBJECTIVES is .*: expected a list of names"),
+        ([["features"]], "MOKD.OBJECTIVES is .*: expected a list with each entry a str"),
         (["features", "features"], "expected each name once"),
         (["features", "logits"], "has 'logits', which is for classification, .* use one of 'feat"),
     ],
