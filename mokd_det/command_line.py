@@ -42,8 +42,7 @@ def errors_as_messages(debug: bool) -> Iterator[None]:
         except USER_ERRORS as error:
             if debug:
                 raise
-            with _quiet_consoles():  # those that have come meanwhile, too
-                logging.getLogger("mokd_det").debug("An error:", exc_info=True)
+            _log_traceback()
             from .untrusted import printable  # here, because it needs torch
 
             # Parts of it may come from a file: no control characters for the terminal.
@@ -63,6 +62,17 @@ def message_of(error: BaseException) -> str:
     start = rf"^(?:\w+\.)*{type(error).__name__}(?:: |$)"
     *_, last = re.finditer(start, text, re.MULTILINE)
     return text[last.end() :].strip() or type(error).__name__
+
+
+def _log_traceback() -> None:
+    """Write that of the error which is being handled to log.txt, if there is one."""
+    shows = logging.raiseExceptions
+    logging.raiseExceptions = False  # a log that cannot be written is not what is to be said
+    try:
+        with _quiet_consoles():  # those that have come meanwhile, too
+            logging.getLogger("mokd_det").debug("An error:", exc_info=True)
+    finally:
+        logging.raiseExceptions = shows
 
 
 def _is_first_to_say(text: str) -> bool:

@@ -86,6 +86,17 @@ def test_loggers_write_tracebacks_to_files_only(tmp_path, monkeypatch):
     assert not console.filters
 
 
+def test_a_log_that_cannot_be_written_is_not_what_is_said(monkeypatch, capsys):
+    logger = logging.getLogger("mokd_det")
+    (closed := io.StringIO()).close()
+    monkeypatch.setattr(logger, "handlers", [logging.StreamHandler(closed)])
+    monkeypatch.setattr(logger, "isEnabledFor", lambda level: True)
+    with pytest.raises(SystemExit), errors_as_messages(debug=False):
+        raise ValueError("x")
+    assert capsys.readouterr().err.endswith(": x\n(--debug shows where)\n")
+    assert logging.raiseExceptions
+
+
 def test_it_needs_nothing_but_python():
     code = "import sys, mokd_det.command_line; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
