@@ -8,8 +8,11 @@ import pytest
 import records
 import run
 
-from mokd_det.config import load_config
-from mokd_det.engine.validate import _check_kind, _check_objectives, _check_read
+from mokd_det.config import get_cfg, load_config
+from mokd_det.config.bounds import check_bounds
+from mokd_det.engine.bounds import BOUNDS
+from mokd_det.engine.combinations import OF_DISTILLATION, OF_MODELS, OF_TRAINING, check_combinations
+from mokd_det.engine.validate import SECTIONS, _check_kind, _check_objectives, _check_read
 from mokd_det.modeling import check_balancing
 from mokd_det.tasks import task_of
 
@@ -49,10 +52,13 @@ def test_studies_can_be_run_with_todays_options(path):
         opts = [str(opt) for opt in (*study["opts"], *method.get("opts", []))]
         cfg = load_config(str(ROOT / method["config"]), opts)
         task = task_of(cfg)
+        check_bounds(cfg, BOUNDS, get_cfg(), [*SECTIONS, "SOLVER"], "")
+        check_combinations(cfg, [OF_MODELS, OF_TRAINING])
         _check_kind(cfg, task)
         if cfg.MOKD.ENABLED:
             _check_objectives(cfg, task)
             _check_read(cfg, task)
+            check_combinations(cfg, [OF_DISTILLATION])
             check_balancing(cfg)
 
 
