@@ -7,6 +7,7 @@ registries by those, options of several by combinations.py.
 
 from typing import Any
 
+import detectron2.solver.build
 import torch
 import torchvision
 from detectron2.layers import get_norm
@@ -37,6 +38,10 @@ from .finite import ON_NON_FINITE
 from .optimizer import OPTIMIZERS
 from .step import PRECISIONS
 
+# Upstream's main has a third one.
+SCHEDULERS = ["WarmupMultiStepLR", "WarmupCosineLR"]
+if hasattr(detectron2.solver.build, "StepWithFixedGammaParamScheduler"):
+    SCHEDULERS.append("WarmupStepWithFixedGammaLR")
 TEXT = Bound(lambda value: isinstance(value, str), "a string")
 NAMES = rows(TEXT)
 SOME_NAMES = rows(TEXT, least=1)
@@ -106,7 +111,7 @@ BOUNDS: dict[str, Bound] = {
     "SOLVER.WEIGHT_DECAY": FACTOR,
     "SOLVER.WEIGHT_DECAY_NORM": FACTOR | NULL,
     "SOLVER.WEIGHT_DECAY_BIAS": FACTOR | NULL,
-    "SOLVER.LR_SCHEDULER_NAME": one_of(("WarmupMultiStepLR", "WarmupCosineLR")),
+    "SOLVER.LR_SCHEDULER_NAME": one_of(SCHEDULERS),
     "SOLVER.STEPS": increasing(COUNT),
     "SOLVER.GAMMA": POSITIVE,
     "SOLVER.WARMUP_ITERS": integer(0),
