@@ -60,7 +60,7 @@ def check_detection_sets(
 
 def _check_set(cfg: CfgNode, option: str, name: str, names: Sequence[str] | None) -> None:
     metadata = MetadataCatalog.get(name)
-    source, root = metadata.get("completed_from") or metadata.json_file, metadata.image_root
+    source, root = metadata.get("completed_from") or metadata.json_file, metadata.get("image_root")
     what = f"DATASETS.{option}: '{name}' ({source})"
     needs: dict[str, Any] = {
         "training": option == "TRAIN",

@@ -72,7 +72,7 @@ def _without_garbage_collection() -> Iterator[None]:
 
 def check_coco(
     data: dict[str, Any],
-    image_root: str,
+    image_root: str | None,
     *,
     training: bool = True,
     masks: str | None = None,
@@ -83,6 +83,7 @@ def check_coco(
     """
     Args:
         data: of :func:`read_coco`; it is not changed.
+        image_root: folder of the images. None, or an address: the files are not looked at.
         training: annotations are needed; else a set without any is for prediction only.
         masks: ``INPUT.MASK_FORMAT`` of a model that learns masks, "polygon" or "bitmask".
         keypoints: of a model that learns keypoints.
@@ -208,7 +209,7 @@ def _check_images(images, image_root, report, read_images, skips):
     if len(set(names)) < len(names):
         twice = [name for name, count in Counter(names).items() if count > 1]
         report.warn("files of several images", twice)
-    if "://" in image_root:
+    if image_root is None or "://" in image_root:
         return _check_sizes(images, None, report), ids
     if missing := _missing_files(names, image_root):
         report.error(f"image files that are not in {os.path.abspath(image_root)}", missing)

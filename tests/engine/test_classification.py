@@ -143,7 +143,7 @@ def test_a_resumed_epoch_goes_on_where_it_stopped(make_digits_cfg):
     "opts",
     [
         ["SOLVER.AMP.ENABLED", True, "SOLVER.AMP.PRECISION", "bfloat16"],
-        ["SOLVER.MICRO_BATCHES", 4],
+        ["SOLVER.MICRO_BATCHES", 2],
         ["SOLVER.EMA_DECAY", 0.99],
         ["MOKD.BALANCING.MEASURE_AT", "parameters"],
         ["MOKD.BALANCING.MEASURE_AT", "parameters", "MOKD.BALANCING.LAYERS", ["conv5"]],
