@@ -65,8 +65,12 @@ TABLES = (
         "loss ratio",
     ),
     (
-        "Features of detectors on BCCD",
-        (("R-CNN: ", "bccd_features_rcnn", None), ("RetinaNet: ", "bccd_features", None)),
+        "Features of detectors",
+        (
+            ("Trees, AP50: ", "neon_features", None),
+            ("BCCD, R-CNN: ", "bccd_features_rcnn", None),
+            ("BCCD, RetinaNet: ", "bccd_features", None),
+        ),
         "features and outputs",
     ),
     ("Fixed weights on MNIST", (("", "mnist", FIXED),), None),
