@@ -2,9 +2,11 @@
 """Checkpoints of a run: how they are written, verified and chosen."""
 
 import contextlib
+import functools
 import logging
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +134,16 @@ class RunCheckpointer(SafeCheckpointer):
         path = os.path.join(self.save_dir, LAST)
         replace_file(path, lambda f: f.write(last_filename_basename.encode()))
 
+    def finish(self) -> None:
+        """Make the checkpoint of the last step, which the run was resumed from, the final one."""
+        last, final = self.get_checkpoint_file(), os.path.join(self.save_dir, f"{FINAL}.pth")
+        if last == final:
+            return
+        with open(last, "rb") as source:
+            replace_file(final, functools.partial(shutil.copyfileobj, source))
+        self.tag_last_checkpoint(f"{FINAL}.pth")
+        self._newest, self.last_saved = final, FINAL
+
     def has_checkpoint(self) -> bool:
         return bool(self.get_checkpoint_file())
 
@@ -192,6 +204,12 @@ class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
         """``keep``: N; 0 keeps all. ``model_final.pth`` is always kept."""
         super().__init__(checkpointer, period)
         self.keep = keep
+
+    def before_train(self) -> None:
+        super().before_train()
+        # Killed between the checkpoint of the last step and its copy under the final name.
+        if self.trainer.start_iter == self.trainer.max_iter:
+            self.checkpointer.finish()
 
     def step(self, iteration: int, **kwargs: Any) -> None:
         super().step(iteration, **kwargs)

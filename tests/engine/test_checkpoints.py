@@ -248,6 +248,19 @@ def train(cfg, resume=False):
     return trainer
 
 
+def test_a_run_that_was_killed_before_its_end_had_its_name(make_digits_cfg):
+    cfg = make_digits_cfg(DIGITS)
+    train(cfg)
+    whole = final(cfg)
+    folder = Path(cfg.OUTPUT_DIR)
+    (folder / "model_final.pth").unlink()
+    (folder / "last_checkpoint").write_text("model_0000004.pth")
+    train(cfg, resume=True)
+    assert (folder / "last_checkpoint").read_text() == "model_final.pth"
+    assert all(torch.equal(v, final(cfg)["model"][k]) for k, v in whole["model"].items())
+    assert final(cfg)["iteration"] == final(cfg)["trainer"]["iteration"] == 4
+
+
 def final(cfg):
     return torch.load(f"{cfg.OUTPUT_DIR}/model_final.pth", weights_only=True)
 
