@@ -31,6 +31,15 @@ class Stopped(Exception):
     pass
 
 
+def train(cfg, resume=False):
+    """Train a run of ``cfg``, or go on with it, to its end; the trainer."""
+    seed_all_rng(cfg.SEED)
+    trainer = build_trainer(cfg)
+    trainer.resume_or_load(resume)
+    trainer.train()
+    return trainer
+
+
 def train_and_stop(cfg, iterations):
     """Train from the start and stop between two steps, as a machine that is switched off."""
     seed_all_rng(cfg.SEED)

@@ -16,7 +16,7 @@ from mokd_det.engine.folder import output_errors
 from mokd_det.engine.identity import RunIdentity
 from mokd_det.files import save_checkpoint
 
-from .helpers import train_and_stop
+from .helpers import train, train_and_stop
 
 
 def save(folder, name, iteration, **entries):
@@ -238,14 +238,6 @@ def test_what_changes_in_a_resumed_run_is_said(make_digits_cfg, caplog):
 
 DIGITS = ["SOLVER.MAX_ITER", 5, "DATASETS.TEST", (), "MOKD.FEATURES.DIM", 32]
 DIGITS += ["INPUT.CLASSIFICATION.SIZE_TRAIN", 32, "SOLVER.CHECKPOINT_PERIOD", 1]
-
-
-def train(cfg, resume=False):
-    seed_all_rng(cfg.SEED)
-    trainer = build_trainer(cfg)
-    trainer.resume_or_load(resume)
-    trainer.train()
-    return trainer
 
 
 def test_a_run_that_was_killed_before_its_end_had_its_name(make_digits_cfg):

@@ -22,7 +22,7 @@ from mokd_det.modeling import Classifier
 from mokd_det.tasks import task_of
 
 from ..conftest import DIGIT_OPTS, ROOT
-from .helpers import balanced_steps, on_two_ranks, train_and_stop
+from .helpers import balanced_steps, on_two_ranks, train, train_and_stop
 
 MIXED = ["INPUT.CLASSIFICATION.MIXUP", 0.8, "INPUT.CLASSIFICATION.CUTMIX", 1.0]
 SMALL = ["MOKD.FEATURES.DIM", 32, "INPUT.CLASSIFICATION.SIZE_TRAIN", 32]
@@ -31,14 +31,6 @@ OFF = ["MOKD.ENABLED", False]
 
 def slow(opts):
     return pytest.param(opts, marks=pytest.mark.slow)
-
-
-def train(cfg, resume=False):
-    seed_all_rng(cfg.SEED)
-    trainer = build_trainer(cfg)
-    trainer.resume_or_load(resume)
-    trainer.train()
-    return trainer
 
 
 def saved(cfg, entry="model"):

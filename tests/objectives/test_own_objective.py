@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 from torch import nn
 
@@ -17,7 +16,7 @@ from mokd_det.engine import build_trainer, validate
 from mokd_det.objectives import OBJECTIVES, Objective
 
 from ..conftest import CONFIGS, DIGIT_OPTS, ROOT, TREE_OPTS
-from ..engine.helpers import train_and_stop
+from ..engine.helpers import train, train_and_stop
 
 FILE = Path(__file__).parent / "own_objective.py"
 CONFIG = """
@@ -68,14 +67,6 @@ def registered():
         OBJECTIVES.remove(name)
 
 
-def trained(cfg, resume=False):
-    seed_all_rng(cfg.SEED)
-    trainer = build_trainer(cfg)
-    trainer.resume_or_load(resume)
-    trainer.train()
-    return trainer
-
-
 def test_it_is_one_small_file():
     assert len(FILE.read_text().splitlines()) <= 40
 
@@ -97,7 +88,7 @@ def test_it_is_chosen_measured_weighed_and_logged_by_name(tmp_path, teacher_weig
     opts = TREE_OPTS[:chosen] + TREE_OPTS[chosen + 2 :]
     opts += ["MOKD.TEACHER.WEIGHTS", teacher_weights, "SOLVER.MAX_ITER", 2, "DATASETS.TEST", ()]
     cfg = load_config(str(path), [*opts, "OUTPUT_DIR", str(tmp_path / "run")])
-    trainer = trained(cfg)
+    trainer = train(cfg)
     assert trainer.model.names == ["task", "features", "attention"]
     assert [x.student for x in trainer.model.objectives["attention"].levels] == ["p4"]
     assert_measured_weighed_and_logged(trainer, "attention", 0.5)
@@ -113,7 +104,7 @@ def test_it_serves_classifiers(tmp_path, digits_teacher_weights):
     opts = [*DIGIT_OPTS, "MOKD.TEACHER.WEIGHTS", digits_teacher_weights, "DATASETS.TEST", ()]
     opts += ["MOKD.FEATURES.STUDENT", ["stage3", "stage4"], "SOLVER.MAX_ITER", 2]
     opts += ["MOKD.FEATURES.TEACHER", ["layer3", "layer4"], "MOKD.LOGITS.TEMPERATURE", 1.0]
-    trainer = trained(load_config(str(path), [*opts, "OUTPUT_DIR", str(tmp_path / "run")]))
+    trainer = train(load_config(str(path), [*opts, "OUTPUT_DIR", str(tmp_path / "run")]))
     assert trainer.model.objectives["attention"].taps == ["stage3"]
     assert_measured_weighed_and_logged(trainer, "attention", 0.5)
 
@@ -150,10 +141,10 @@ def test_a_resumed_run_is_the_uninterrupted_one(make_cfg):
     """Attention without the features, and hints with parameters of their own."""
     opts = ["MOKD.OBJECTIVES", ["attention", "hint"], "MOKD.FEATURES.STUDENT", []]
     opts += ["MOKD.FEATURES.DIM", 0, "SOLVER.CHECKPOINT_PERIOD", 2, "DATASETS.TEST", ()]
-    whole = trained(make_cfg("mokd", [*opts, *FIXED], "whole"))
+    whole = train(make_cfg("mokd", [*opts, *FIXED], "whole"))
     cfg = make_cfg("mokd", [*opts, *FIXED], "stopped")
     train_and_stop(cfg, 2)
-    resumed = trained(cfg, resume=True)
+    resumed = train(cfg, resume=True)
     assert resumed.start_iter == 2
     state = resumed.model.state_dict()
     assert any(key.startswith("objectives.hint.") for key in state)
