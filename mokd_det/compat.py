@@ -170,25 +170,27 @@ def _patch_pkg_resources(root: Path) -> bool:
 
 
 def _patch_sampling(root: Path) -> bool:
-    """Python 3.11 samples no sets; ``MapDataset`` does, after a mapper has dropped an image."""
-    source = root / "data" / "common.py"
-    if sys.version_info < (3, 11) or not _mentions(source, "sample(self._fallback_candidates, "):
-        return False
+    """
+    Python 3.11 samples no sets; ``MapDataset`` of 0.6 does, after a mapper has dropped an image.
+    Every ``MapDataset`` fails without its reason once the mapper has dropped all of them.
+    """
     common: Any = importlib.import_module("detectron2.data.common")
     if common.MapDataset.__init__.__module__ == __name__:
         return False
 
-    class SamplingSets(random.Random):
+    class Sampling(random.Random):
         def sample(self, population, k, **kwargs):
             if not population:
                 raise RuntimeError("The mapper dropped every image: check the data set.")
-            return super().sample(sorted(population), k, **kwargs)
+            if isinstance(population, set) and sys.version_info >= (3, 11):
+                population = sorted(population)
+            return super().sample(population, k, **kwargs)
 
     init = common.MapDataset.__init__
 
     def patched(self: Any, dataset: Any, map_func: Callable) -> None:
         init(self, dataset, map_func)
-        self._rng = SamplingSets(42)
+        self._rng = Sampling(42)
 
     common.MapDataset.__init__ = patched
     return True
