@@ -127,7 +127,7 @@ def evaluate(args, cfg):
         teacher_cfg.DATASETS = cfg.DATASETS
         teacher_cfg.OUTPUT_DIR = f"{cfg.OUTPUT_DIR}/teacher"
         PathManager.mkdirs(teacher_cfg.OUTPUT_DIR)
-        teacher = task.load_trained(teacher_cfg, "MOKD.TEACHER.WEIGHTS")
+        teacher = task_of(teacher_cfg).load_trained(teacher_cfg, "MOKD.TEACHER.WEIGHTS")
     results = Trainer.test(cfg, student)
     if args.with_teacher:
         teacher_results = Trainer.test(teacher_cfg, teacher)

@@ -3,12 +3,15 @@
 
 import dataclasses
 from collections.abc import Collection, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.proposal_generator import RPN
 from torch import Tensor, nn
+
+from .torchvision import is_torchvision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +56,24 @@ class RPNReader(nn.Module):
         return AnchorOutputs(list(logits), [x.unflatten(1, (-1, 4)) for x in deltas])
 
 
+class TorchvisionRPN:
+    """torchvision's RPN, with the names that Detectron2's has."""
+
+    def __init__(self, detector: Any):
+        rpn, shapes = detector.network.rpn, detector.feature_shapes()
+        self.rpn_head, self.in_features = rpn.head, list(shapes)
+        self.box2box_transform = rpn.box_coder
+        self.anchor_generator = SimpleNamespace(
+            strides=[shape.stride for shape in shapes.values()],
+            cell_anchors=rpn.anchor_generator.cell_anchors,
+            offset=0.0,
+        )
+
+
 def stock_rpn(detector: nn.Module) -> Any:
     """Return a detector's RPN, or None if it has none or one that cannot be read."""
+    if is_torchvision(detector):
+        return TorchvisionRPN(detector) if hasattr(detector.network, "rpn") else None
     rpn: Any = getattr(detector, "proposal_generator", None)
     # Exactly these: a subclass may predict something else, as the one for rotated boxes does.
     if type(rpn) is RPN and type(rpn.anchor_generator) is DefaultAnchorGenerator:

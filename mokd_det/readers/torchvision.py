@@ -7,6 +7,7 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
+from detectron2.layers import ShapeSpec
 from detectron2.structures import ImageList
 from torch import Tensor, nn
 from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
@@ -191,9 +192,16 @@ READERS: dict[type[nn.Module], type[BoxReader]] = {
 }
 
 
-def is_torchvision(detector: nn.Module) -> bool:
+def is_torchvision(detector: Any) -> bool:
     """Whether it holds one of torchvision's detectors as ``network``."""
     return isinstance(getattr(detector, "network", None), tuple(READERS))
+
+
+def feature_shapes(detector: Any) -> dict[str, ShapeSpec]:
+    """Return channels and stride of the feature maps that a detector's heads may read."""
+    if is_torchvision(detector):
+        return detector.feature_shapes()
+    return detector.backbone.output_shape()
 
 
 def build_torchvision_reader(detector: Any, names: Collection[str] | None = None) -> BoxReader:

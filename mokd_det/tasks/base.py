@@ -157,6 +157,10 @@ class Task(abc.ABC):
             names: the features that objectives read, where the student has to be told.
         """
 
+    def prepare_batch(self, student: Any, batch: Any) -> Any:
+        """Return a batch as teacher and student are to see it, in the size that both run at."""
+        return batch
+
     def check_student(self, cfg: CfgNode, student: nn.Module) -> None:
         """Raise ValueError if a student cannot be distilled."""
 
