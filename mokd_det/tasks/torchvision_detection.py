@@ -12,6 +12,7 @@ from torch import nn
 
 from ..config import get_cfg
 from ..data import ResumableLoader, check_detection_sets
+from ..export import TorchvisionDetectorExporter
 from ..modeling import COCO_NAMES, StrictCheckpointer, replace_backbone_features
 from .base import TASKS, Features
 from .detection import DetectionTask, check_weights_exist
@@ -117,6 +118,9 @@ class TorchvisionDetectionTask(DetectionTask):
 
     def build_test_loader(self, cfg: CfgNode, name: str) -> Iterable[Any]:
         return super().build_test_loader(in_own_size(cfg), name)
+
+    def exporter(self, cfg: CfgNode) -> TorchvisionDetectorExporter:
+        return TorchvisionDetectorExporter(cfg)
 
 
 def in_own_size(cfg: CfgNode) -> CfgNode:
