@@ -50,7 +50,9 @@ class ClassifierExporter(Exporter):
             },
             "input": INPUT,
             "outputs": {"logits": "(N, C) float32; their softmax are probabilities"},
-            **common_metadata(self.cfg, *normalisation_of(model), stock_config(self.cfg, self.stock_options)),
+            **common_metadata(
+                self.cfg, *normalisation_of(model), stock_config(self.cfg, self.stock_options)
+            ),
         }
 
     def to_tensor(self, image: np.ndarray) -> Tensor:

@@ -1,5 +1,5 @@
 # Copyright (c) The mokd_det authors.
-"""torchvision's detectors as files: resizing and normalisation are inside, as torchvision has it."""
+"""torchvision's detectors as files, which resize and normalise images themselves."""
 
 import copy
 import math
@@ -35,7 +35,7 @@ class DeployedTransform(GeneralizedRCNNTransform):
 
     def __init__(self, stock: GeneralizedRCNNTransform):
         nn.Module.__init__(self)
-        vars(self).update({k: v for k, v in vars(stock).items() if not k.startswith("_")})
+        self.__dict__.update({k: v for k, v in vars(stock).items() if k[0] != "_"})
         self._skip_resize = False
 
     def resize(
@@ -62,7 +62,7 @@ class DeployedTransform(GeneralizedRCNNTransform):
         # As tensors: torch computes a number divided by a tensor as a product, which rounds.
         sides = torch.tensor([self.min_size[-1], self.max_size], dtype=torch.float64)
         scale = (sides / torch.stack([shape.min(), shape.max()])).min()
-        return (shape * scale).floor().to(torch.int64).unbind()
+        return (shape * scale).floor().to(torch.int64).unbind()  # type: ignore[return-value]
 
 
 class DeployedTorchvisionDetector(nn.Module):
@@ -72,6 +72,7 @@ class DeployedTorchvisionDetector(nn.Module):
     """
 
     is_bgr: torch.jit.Final[bool]
+    classes: Tensor
 
     def __init__(self, model: Any):
         super().__init__()
@@ -163,6 +164,7 @@ class TorchvisionDetectorExporter(DetectorExporter):
         inputs = [sized(p, scale).to(model.device) for p in pictures for scale in SCALES]
         inputs.append(torch.full_like(inputs[0], 114))  # one colour
         expected = [self._detect(model, image) for image in inputs]
+        run: Any
         if options.format == "torchscript":
             exported = script_network(deployed)
             run = save_and_load(exported, path, metadata, False, model.device)

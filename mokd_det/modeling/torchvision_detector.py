@@ -30,6 +30,8 @@ class TorchvisionDetector(PlainState):
         labels: of each class the label that torchvision gives it; the background has 0.
     """
 
+    classes: Tensor
+
     @configurable
     def __init__(self, *, network: nn.Module, labels: list[int], input_format: str = "RGB"):
         """``input_format``: of the images given, "RGB" or "BGR"; torchvision takes RGB."""

@@ -50,7 +50,7 @@ def detector_names() -> list[str]:
 def check_detector_name(name: str, option: str) -> None:
     """Raise ValueError, with the nearest names, unless torchvision has this detector."""
     if name not in (known := detector_names()):
-        close = difflib.get_close_matches(name, known, n=3)
+        close = [n for n in known if name and name in n] or difflib.get_close_matches(name, known)
         meant = f"Did you mean {' or '.join(close)}? " if close else ""
         raise ValueError(
             f"{option} is '{name}': expected a detector of torchvision. {meant}"
@@ -138,13 +138,24 @@ class _Builder:
         given = {} if number is None else {"num_classes": number}
         try:
             with _states(state):
-                return get_model(
+                network = get_model(
                     self.name, weights=member, weights_backbone=backbone, **given, **options
                 )
+            self._check_options(network)
         except (TypeError, ValueError) as error:
             raise ValueError(
                 f"{NODE}.OPTIONS {self.options} do not suit '{self.name}': {error}"
             ) from error
+        return network
+
+    def _check_options(self, network):
+        """Some constructors take any name, and leave it unread."""
+        kinds: list[Any] = list(type(network).__mro__)
+        functions = [get_model_builder(self.name), *(kind.__init__ for kind in kinds)]
+        known = {p.name for f in functions for p in inspect.signature(f).parameters.values()}
+        if unknown := sorted(self.options.keys() - known):
+            few = ", ".join(sorted(known - {"self", "args", "kwargs"} - NOT_OPTIONS.keys()))
+            raise ValueError(f"it has no {', '.join(unknown)}; it has {few}")
 
     def _with_heads(self, network, number, why):
         """Exchange what is built for a number of classes; the rest of those parts is kept."""

@@ -109,7 +109,10 @@ class DenseReader(BoxReader):
         parts, start = [], 0
         for grid in grids:
             cells = (centres / centres.new_tensor(grid.stride) - grid.offset).round().long()
-            column, row = cells[:, 0].clamp(0, grid.width - 1), cells[:, 1].clamp(0, grid.height - 1)
+            column, row = (
+                cells[:, 0].clamp(0, grid.width - 1),
+                cells[:, 1].clamp(0, grid.height - 1),
+            )
             first = start + (row * grid.width + column) * grid.count
             parts.append(first[:, None] + torch.arange(grid.count, device=boxes.device))
             start += grid.height * grid.width * grid.count

@@ -100,6 +100,20 @@ class Task(abc.ABC):
             teacher_cfg.INPUT[key] = cfg.INPUT[key]
         return teacher_cfg
 
+    def of_teacher(self, teacher_cfg: CfgNode) -> "Task":
+        """Return the task of a teacher's own config."""
+        return task_of(teacher_cfg)
+
+    def with_teacher_weights(self, teacher_cfg: CfgNode, options: CfgNode) -> CfgNode:
+        """
+        Return the config of a teacher of this kind, with the weights that ``options``
+        (``MOKD.TEACHER``) name. ValueError, FileNotFoundError: there are none.
+        """
+        raise ValueError(
+            f"MOKD.TEACHER.CONFIG_FILE '{options.CONFIG_FILE}' is of a model for {self.name}, "
+            "which cannot teach this student: name the config of a detector."
+        )
+
     @abc.abstractmethod
     def build_teacher(self, cfg: CfgNode) -> Teacher:
         """

@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, ClassVar
 
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
@@ -47,7 +47,7 @@ class DetectionTask(Task):
     backbone and ``preprocess_image(batched_inputs)``, which returns an ImageList.
     """
 
-    options = (
+    options: ClassVar[tuple[str, ...]] = (
         "INPUT.COLOR_JITTER",
         "INPUT.LSJ",
         "MODEL.BACKBONE.CHECKPOINTING",
@@ -97,10 +97,6 @@ class DetectionTask(Task):
         return task_of(teacher_cfg).with_teacher_weights(teacher_cfg, options)
 
     def with_teacher_weights(self, teacher_cfg: CfgNode, options: CfgNode) -> CfgNode:
-        """
-        Return the config of a teacher of this kind, with the weights that ``options``
-        (``MOKD.TEACHER``) name. ValueError, FileNotFoundError: there are none.
-        """
         # All weights come from the file below, so none are downloaded for the backbone alone.
         teacher_cfg.MODEL.TORCHVISION.WEIGHTS = ""
         teacher_cfg.MODEL.WEIGHTS = options.WEIGHTS or teacher_cfg.MODEL.WEIGHTS
@@ -115,7 +111,7 @@ class DetectionTask(Task):
     def build_teacher(self, cfg: CfgNode) -> DetectorTeacher:
         options = cfg.MOKD.TEACHER
         if options.TORCHSCRIPT.FILE:
-            model = ScriptedDetector.from_config(cfg)
+            model: nn.Module = ScriptedDetector.from_config(cfg)
             input_format = options.TORCHSCRIPT.INPUT_FORMAT
         else:
             teacher_cfg = self.teacher_config(cfg)

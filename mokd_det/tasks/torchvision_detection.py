@@ -19,8 +19,10 @@ from .detection import DetectionTask, check_weights_exist
 
 NODE = "MODEL.TORCHVISION_DETECTOR"
 # Detectron2's loader does this for its own detectors; torchvision's do it themselves.
-OF_LOADER = ("MIN_SIZE_TRAIN", "MIN_SIZE_TRAIN_SAMPLING", "MAX_SIZE_TRAIN", "MIN_SIZE_TEST")
-OF_LOADER += ("MAX_SIZE_TEST",)
+OF_LOADER = (
+    *("MIN_SIZE_TRAIN", "MIN_SIZE_TRAIN_SAMPLING", "MAX_SIZE_TRAIN"),
+    *("MIN_SIZE_TEST", "MAX_SIZE_TEST"),
+)
 
 
 @TASKS.register("torchvision_detection")
@@ -86,7 +88,9 @@ class TorchvisionDetectionTask(DetectionTask):
         return replace_backbone_features(student.backbone, function)
 
     def check_student(self, cfg: CfgNode, student: nn.Module) -> None:
-        self.check_recipe(cfg, "two-stage" if hasattr(student.network, "roi_heads") else "one-stage")
+        self.check_recipe(
+            cfg, "two-stage" if hasattr(student.network, "roi_heads") else "one-stage"
+        )
 
     def check_config(self, cfg: CfgNode) -> None:
         usual = get_cfg()
