@@ -87,8 +87,6 @@ TREE_OPTS = [
     False,
     "MOKD.OBJECTIVES",  # tests of outputs ask for them
     ["features"],
-    "MOKD.TEACHER.PROPOSALS",  # the default: features read none
-    256,
 ]
 
 # For tests: overrides that choose objectives. An option that nobody reads is an error, so without

@@ -173,7 +173,8 @@ def test_an_error_is_an_exit_code_and_one_message():
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert (
         "train_net.py: MOKD.BALANCING.FAMO.LR is 1.0, but it is read by rule 'famo' only, and "
-        "MOKD.BALANCING.RULE is 'loss_ratio': remove it, or choose that rule." in done.stderr
+        "MOKD.BALANCING.RULE is 'loss_ratio': remove it, or set it to 0.025 (the default); or "
+        "choose that rule." in done.stderr
     )
     with pytest.raises(ValueError, match="FAMO.LR is 1.0"):
         run_here("tools/train_net.py", "--debug", *args)

@@ -176,7 +176,7 @@ class DetectionTask(Task):
         if rpn is None and options.RPN_WEIGHT not in (0, 1):
             raise ValueError(
                 f"MOKD.TEACHER_HEAD.RPN_WEIGHT is {options.RPN_WEIGHT}, but the teacher, a "
-                f"{type(teacher.model).__name__}, has no RPN that can be read: remove it."
+                f"{type(teacher.model).__name__}, has no RPN that can be read: set it to 1."
             )
         shapes, teacher_shapes = student.backbone.output_shape(), teacher.feature_shapes()
         of_heads = {name: teacher_shapes[name] for name in read}
