@@ -27,6 +27,7 @@ from mokd_det.evaluation.results import set_aside
 
 from .conftest import CONFIGS, ROOT, TREE_OPTS, TREES
 from .data.annotated import coco_layout
+from .modeling.families import FCOS
 
 
 def load_script(path):
@@ -164,6 +165,18 @@ def test_resume_continues(trained, tmp_path):
 )
 def test_bad_command_lines_fail_with_a_reason(tmp_path, args, message):
     assert message in refused(*args, "MODEL.DEVICE", "cpu", "OUTPUT_DIR", tmp_path)
+
+
+def test_the_classes_of_a_python_config_are_compared_in_evaluation(tmp_path):
+    (tmp_path / "lazy.py").write_text(FCOS)
+    opts = ["MODEL.META_ARCHITECTURE", "LazyConfigDetector", "MODEL.DEVICE", "cpu", *TREE_OPTS]
+    opts += ["MODEL.LAZY_CONFIG.FILE", str(tmp_path / "lazy.py")]
+    opts += ["MODEL.LAZY_CONFIG.OVERRIDES", ["model.num_classes=2"], "OUTPUT_DIR", str(tmp_path)]
+    opts += ["MODEL.WEIGHTS", str(tmp_path / "model.pth")]
+    cfg = load_config(CONFIGS["faster_rcnn"], opts)
+    torch.save({"model": build_model(cfg).state_dict()}, cfg.MODEL.WEIGHTS)
+    args = ["--trust", "--eval-only", "--config-file", CONFIGS["faster_rcnn"]]
+    assert "is 2, but 'tests_trees_val' (DATASETS.TEST)" in refused(*args, *opts)
 
 
 def test_an_error_is_an_exit_code_and_one_message():

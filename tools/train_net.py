@@ -121,6 +121,7 @@ def evaluate(args, cfg):
     if args.resume and (last := on_main_process(find_checkpoint, cfg.OUTPUT_DIR)):
         cfg = with_weights(cfg, last)
     student = task.load_trained(cfg)
+    task.check_model(cfg, student, ["TEST"])
     if args.with_teacher:  # what may be wrong with it is found before the student is evaluated
         teacher_cfg = task.teacher_config(cfg)
         check_teacher_classes(cfg, teacher_cfg, "--with-teacher")
@@ -128,6 +129,7 @@ def evaluate(args, cfg):
         teacher_cfg.OUTPUT_DIR = f"{cfg.OUTPUT_DIR}/teacher"
         PathManager.mkdirs(teacher_cfg.OUTPUT_DIR)
         teacher = task.load_trained(teacher_cfg, "MOKD.TEACHER.WEIGHTS")
+        task.check_model(teacher_cfg, teacher, ["TEST"])
     results = Trainer.test(cfg, student)
     if args.with_teacher:
         teacher_results = Trainer.test(teacher_cfg, teacher)

@@ -4,7 +4,7 @@
 from .. import compat  # first: patches Detectron2 where it needs it
 from .augmentation import RandomChannelGain, build_train_mapper
 from .catalog import check_datasets, register_datasets
-from .checks import check_detection_sets, write_json
+from .checks import check_detection_sets, check_head, write_json
 from .classes import check_classes, check_teacher_classes, known_class_names
 from .classes import trained_class_names
 from .coco import check_coco, read_coco
