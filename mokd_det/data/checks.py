@@ -127,7 +127,7 @@ def _check_shapes(cfg, option, images, report):
 def _register_completed(cfg, name, data, source, root):
     path = os.path.join(cfg.OUTPUT_DIR, "datasets", f"{name}.json")
     write_json(data, path)
-    logger.warning(f"'{name}' is read from {path}, where this is mended.")
+    logger.info(f"'{name}' is read from {path}, where this is mended.")
     kept = {
         key: value
         for key, value in MetadataCatalog.get(name).as_dict().items()
