@@ -33,8 +33,10 @@ def pytest_terminal_summary(terminalreporter):
     names = {report.nodeid for report in tried}
     right = names - {report.nodeid for report in tried if not report.passed}
     if names:
-        end = ", none with a traceback" if right == names else ""
-        line = f"bad inputs, tried / right outcome: {len(names)} / {len(right)}{end}"
+        # What tests and the scripts that they call print; a library's error is one of USER_ERRORS.
+        traced = {r.nodeid for r in tried if "Traceback (most re" in r.capstdout + r.capstderr}
+        line = f"bad inputs, tried / right outcome: {len(names)} / {len(right)}, "
+        line += f"{len(traced) or 'none'} with a traceback"
         terminalreporter.write_sep("=", line)
 
     executed = [dict(r.user_properties)["executed"] for r in _reports(terminalreporter)]

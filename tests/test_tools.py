@@ -47,6 +47,7 @@ def run(script, *args, check=True, **variables):
         capture_output=True,
         text=True,
     )
+    print(done.stdout, done.stderr, file=sys.stderr)  # for pytest_terminal_summary
     if check:
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done
@@ -87,7 +88,8 @@ def refused(*args, tool="train_net", script=None):
     said = io.StringIO()
     with pytest.raises(SystemExit) as stopped, contextlib.redirect_stderr(said):
         run_here(script or f"tools/{tool}.py", *args)
-    assert stopped.value.code == 2
+    print(said.getvalue(), file=sys.stderr)  # for pytest_terminal_summary
+    assert stopped.value.code == 2 and "Traceback" not in said.getvalue()
     return said.getvalue()
 
 
