@@ -36,10 +36,11 @@ from typing import Any
 import mokd_det.compat  # noqa: F401  (first: patches Detectron2 where it needs it)
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from mokd_det.command_line import add_debug, errors_as_messages
 from mokd_det.config import load_config
 from mokd_det.data import Report, check_coco, check_images, read_coco, read_rgb, write_json
 from mokd_det.data.classification import check_source
-from mokd_det.engine import errors_as_messages, prepare_datasets
+from mokd_det.engine import prepare_datasets
 from mokd_det.tasks import task_of
 
 
@@ -140,7 +141,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--keypoints", action="store_true", help="keypoints are needed")
     parser.add_argument("--write", default="", help="JSON file to write, with all completed")
     parser.add_argument("--report", default="", help="JSON file to write the findings to")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_debug(parser)
     parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE ...")
     return parser
 

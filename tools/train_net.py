@@ -44,6 +44,7 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 
+from mokd_det.command_line import add_debug, errors_as_messages
 from mokd_det.config import check_device, load_config, trust_files
 from mokd_det.data import check_teacher_classes
 from mokd_det.engine import (
@@ -53,7 +54,6 @@ from mokd_det.engine import (
     build_trainer,
     checkpoints_in,
     claim_folder,
-    errors_as_messages,
     find_checkpoint,
     launch,
     on_main_process,
@@ -184,7 +184,7 @@ def argument_parser():
     parser.add_argument(
         "--overwrite", action="store_true", help="remove an earlier run in OUTPUT_DIR, start anew"
     )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_debug(parser)
     add_timeout(parser)
     return parser
 
