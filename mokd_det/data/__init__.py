@@ -10,8 +10,8 @@ from .classes import trained_class_names
 from .coco import check_coco, read_coco
 from .images import BROKEN_IMAGES, ImageError, check_for_detector, check_images, read_rgb
 from .images import vanishes
-from .loader import ResumableLoader, build_resumable_train_loader, build_test_loader, isolated_rng
-from .loader import workers_that_outlive_signals
+from .loader import SAMPLERS, ResumableLoader, build_resumable_train_loader, build_test_loader
+from .loader import isolated_rng, workers_that_outlive_signals
 from .paths import datasets_root, local_path
 from .proposals import check_proposals
 from .report import Report
