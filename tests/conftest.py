@@ -54,6 +54,7 @@ def _reports(terminalreporter):
 @pytest.fixture(autouse=True)
 def at_root_with_a_seed(monkeypatch):
     """Paths in configs count from the checkout; random numbers are the same in every run."""
+    trust_files()  # any tool that runs in this process without --trust takes it back, too
     monkeypatch.chdir(ROOT)
     seed_all_rng(0)
 

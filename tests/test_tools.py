@@ -21,7 +21,7 @@ from detectron2.config import get_cfg as get_detectron2_cfg
 from detectron2.modeling import build_model
 from PIL import Image
 
-from mokd_det.config import load_config, trust_files
+from mokd_det.config import load_config
 from mokd_det.data import register_datasets
 from mokd_det.evaluation.results import set_aside
 
@@ -175,7 +175,6 @@ def test_the_classes_of_a_python_config_are_compared_in_evaluation(tmp_path):
     opts += ["MODEL.LAZY_CONFIG.FILE", str(tmp_path / "lazy.py")]
     opts += ["MODEL.LAZY_CONFIG.OVERRIDES", ["model.num_classes=2"], "OUTPUT_DIR", str(tmp_path)]
     opts += ["MODEL.WEIGHTS", str(tmp_path / "model.pth")]
-    trust_files()  # a tool that ran before without --trust took it back
     cfg = load_config(CONFIGS["faster_rcnn"], opts)
     torch.save({"model": build_model(cfg).state_dict()}, cfg.MODEL.WEIGHTS)
     args = ["--trust", "--eval-only", "--config-file", CONFIGS["faster_rcnn"]]
