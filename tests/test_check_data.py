@@ -5,6 +5,7 @@ import json
 import sys
 
 import pytest
+from PIL import Image
 
 from .conftest import ROOT
 from .data.test_coco import GOOD, changed, photos  # noqa: F401  (a fixture)
@@ -61,17 +62,33 @@ def test_class_folders_and_packed_files(capsys, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "args", [[], ["a.json", "--config-file", "b.yaml"], ["setup.cfg", "--write", "x"]]
+    ("args", "message"),
+    [
+        ([], "Give either a path or"),
+        (["a.json", "--config-file", "b.yaml"], "Give either a path or"),
+        (["setup.cfg", "--write", "x"], "--write is not read for what is no .json"),
+        (["tests", "--masks", "polygon"], "--masks is not read for what is no .json"),
+        (["tests", "--keypoints"], "--keypoints is not read for what is no .json"),
+        (["tests", "images"], "The folder of images is not read for what is no .json"),
+        (["{voc}", "--images"], "--images is not read for a Pascal VOC folder"),
+        (["{voc}", "--opts", "SEED", "1"], "--opts is not read for a path"),
+        (["--config-file", "b.yaml", "--masks", "polygon"], "--masks is not read for a config"),
+        (["--config-file", "b.yaml", "--keypoints"], "--keypoints is not read for a config"),
+        (["--config-file", "b.yaml", "--write", "x"], "--write is not read for a config"),
+    ],
 )
-def test_wrong_arguments(args):
-    with pytest.raises(ValueError, match="Give either a path|--write is for"):
+def test_options_that_nobody_reads(args, message, tmp_path):
+    (tmp_path / "a.xml").touch()
+    args = [arg.format(voc=tmp_path) for arg in args]
+    with pytest.raises(ValueError, match=message):
         check_data.check(check_data.argument_parser().parse_args(args))
 
 
 def test_sets_of_a_config(check, photos, tmp_path, capsys):  # noqa: F811
     (tmp_path / "a.json").write_text(json.dumps(NO_AREA))
     config = tmp_path / "config.yaml"
-    sets = f"[['checked_by_the_tool', '{tmp_path}/a.json', '{photos}']]"
+    names = "checked_by_the_tool", "checked_again"  # one process checks a set once
+    sets = [[name, f"{tmp_path}/a.json", photos] for name in names]
     config.write_text(
         f"MODEL: {{META_ARCHITECTURE: RetinaNet, RETINANET: {{NUM_CLASSES: 2}}}}\n"
         f"DATASETS: {{COCO: {sets}, TRAIN: ['checked_by_the_tool'], TEST: []}}\n"
@@ -84,6 +101,36 @@ def test_sets_of_a_config(check, photos, tmp_path, capsys):  # noqa: F811
         return code, capsys.readouterr().out
 
     code, output = check_config()
+    assert not (tmp_path / "out").exists() and "where this is mended" not in output
     assert code == 0 and "warning: DATASETS.TRAIN: 'checked_by_the_tool'" in output
-    code, output = check_config("--opts", "MODEL.RETINANET.NUM_CLASSES", "80")
+    other = ["MODEL.RETINANET.NUM_CLASSES", "80", "DATASETS.TRAIN", "('checked_again',)"]
+    code, output = check_config("--opts", *other)
     assert code == 1 and "error: MODEL.RETINANET.NUM_CLASSES is 80" in output
+
+
+def test_images_of_a_config_are_decoded(tmp_path, capsys):
+    """The size of this one is in its header, and its pixels are cut off."""
+    for name in ("a", "b"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        Image.new("RGB", (64, 64)).save(tmp_path / "photos" / name / "1.png")
+    whole = (tmp_path / "photos" / "a" / "1.png").read_bytes()
+    boxes = [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 1, 9, 9], "iscrowd": 0}]
+    images = [{"id": 1, "file_name": "1.png", "width": 64, "height": 64}]
+    data = {"images": images, "annotations": boxes, "categories": [{"id": 1, "name": "a"}]}
+    (tmp_path / "a.json").write_text(json.dumps(data))
+    detector = [
+        *("--config-file", "configs/Quick-Start/student_scratch.yaml", "--opts"),
+        *("DATASETS.COCO", f"[['decoded', '{tmp_path}/a.json', '{tmp_path}/photos/a']]"),
+        *("DATASETS.TRAIN", "('decoded',)", "DATASETS.TEST", "()"),
+    ]
+    classifier = [
+        *("--config-file", "configs/Digits/student_scratch.yaml", "--opts"),
+        *("DATASETS.CLASSIFICATION", f"[['decoded too', '{tmp_path}/photos']]"),
+        *("DATASETS.TRAIN", "('decoded too',)", "DATASETS.TEST", "()"),
+        *("MODEL.CLASSIFIER.NUM_CLASSES", "2"),
+    ]
+    for pixels, expected in ((whole, 0), (whole[:-40], 1)):
+        (tmp_path / "photos" / "a" / "1.png").write_bytes(pixels)
+        for args in (detector, classifier):
+            args = check_data.argument_parser().parse_args(["--images", *args])
+            assert check_data.check(args) == expected, capsys.readouterr().out

@@ -27,6 +27,7 @@ from mokd_det.evaluation.results import set_aside
 
 from .conftest import CONFIGS, ROOT, TREE_OPTS, TREES
 from .data.annotated import coco_layout
+from .modeling.families import FCOS
 
 
 def load_script(path):
@@ -46,6 +47,7 @@ def run(script, *args, check=True, **variables):
         capture_output=True,
         text=True,
     )
+    print(done.stdout, done.stderr, file=sys.stderr)  # for pytest_terminal_summary
     if check:
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done
@@ -86,7 +88,8 @@ def refused(*args, tool="train_net", script=None):
     said = io.StringIO()
     with pytest.raises(SystemExit) as stopped, contextlib.redirect_stderr(said):
         run_here(script or f"tools/{tool}.py", *args)
-    assert stopped.value.code == 2
+    print(said.getvalue(), file=sys.stderr)  # for pytest_terminal_summary
+    assert stopped.value.code == 2 and "Traceback" not in said.getvalue()
     return said.getvalue()
 
 
@@ -166,6 +169,18 @@ def test_bad_command_lines_fail_with_a_reason(tmp_path, args, message):
     assert message in refused(*args, "MODEL.DEVICE", "cpu", "OUTPUT_DIR", tmp_path)
 
 
+def test_the_classes_of_a_python_config_are_compared_in_evaluation(tmp_path):
+    (tmp_path / "lazy.py").write_text(FCOS)
+    opts = ["MODEL.META_ARCHITECTURE", "LazyConfigDetector", "MODEL.DEVICE", "cpu", *TREE_OPTS]
+    opts += ["MODEL.LAZY_CONFIG.FILE", str(tmp_path / "lazy.py")]
+    opts += ["MODEL.LAZY_CONFIG.OVERRIDES", ["model.num_classes=2"], "OUTPUT_DIR", str(tmp_path)]
+    opts += ["MODEL.WEIGHTS", str(tmp_path / "model.pth")]
+    cfg = load_config(CONFIGS["faster_rcnn"], opts)
+    torch.save({"model": build_model(cfg).state_dict()}, cfg.MODEL.WEIGHTS)
+    args = ["--trust", "--eval-only", "--config-file", CONFIGS["faster_rcnn"]]
+    assert "is 2, but 'tests_trees_val' (DATASETS.TEST)" in refused(*args, *opts)
+
+
 def test_an_error_is_an_exit_code_and_one_message():
     """Before data and weights are read: there are none."""
     args = ["--config-file", CONFIGS["mokd"], "MOKD.BALANCING.FAMO.LR", 1.0, "MODEL.DEVICE", "cpu"]
@@ -173,7 +188,8 @@ def test_an_error_is_an_exit_code_and_one_message():
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert (
         "train_net.py: MOKD.BALANCING.FAMO.LR is 1.0, but it is read by rule 'famo' only, and "
-        "MOKD.BALANCING.RULE is 'loss_ratio': remove it, or choose that rule." in done.stderr
+        "MOKD.BALANCING.RULE is 'loss_ratio': remove it, or set it to 0.025 (the default); or "
+        "choose that rule." in done.stderr
     )
     with pytest.raises(ValueError, match="FAMO.LR is 1.0"):
         run_here("tools/train_net.py", "--debug", *args)

@@ -57,12 +57,11 @@ from detectron2.utils.events import EventStorage, get_event_storage
 from torch import nn
 
 from mokd_det.balancing import Branch, build_balancer
-from mokd_det.command_line import positive
+from mokd_det.command_line import add_debug, errors_as_messages, positive
 from mokd_det.config import load_config, split_overrides, trust_files
 from mokd_det.engine import (
     BalancedTrainer,
     DistillationTrainer,
-    errors_as_messages,
     launch,
     validate,
 )
@@ -469,7 +468,7 @@ def argument_parser():
     )
     parser.add_argument("--output", default="", help="JSON file to write")
     parser.add_argument("--trust", action="store_true", help="run the code in config files")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_debug(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides KEY VALUE ...")
     # One process, unless torchrun has started several.
     parser.set_defaults(num_gpus=1, num_machines=1, machine_rank=0, dist_url=None)

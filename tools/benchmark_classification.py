@@ -46,10 +46,11 @@ from benchmark import (
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 
+from mokd_det.command_line import add_debug, errors_as_messages
 from mokd_det.config import load_config, trust_files
 from mokd_det.data import check_datasets, register_datasets
 from mokd_det.data.classification import Batch
-from mokd_det.engine import BalancedTrainer, errors_as_messages, validate
+from mokd_det.engine import BalancedTrainer, validate
 from mokd_det.engine.optimizer import build_optimizer
 from mokd_det.modeling import SupervisedModel
 from mokd_det.tasks import task_of
@@ -231,7 +232,7 @@ def argument_parser():
     parser.add_argument("--rounds", type=positive, default=20, help="or batches (%(default)s)")
     parser.add_argument("--output", default="", help="JSON file to write")
     parser.add_argument("--trust", action="store_true", help="run the code in config files")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_debug(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides KEY VALUE ...")
     return parser
 

@@ -27,30 +27,56 @@ import json
 import logging
 import os
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import mokd_det.compat  # noqa: F401  (first: patches Detectron2 where it needs it)
+from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from mokd_det.command_line import add_debug, errors_as_messages
 from mokd_det.config import load_config
 from mokd_det.data import Report, check_coco, check_images, read_coco, read_rgb, write_json
 from mokd_det.data.classification import check_source
-from mokd_det.engine import errors_as_messages, prepare_datasets
+from mokd_det.engine import prepare_datasets
 from mokd_det.tasks import task_of
 
 
-def check_config(config_file: str, opts: list[str]) -> tuple[Report, dict[str, Any]]:
+def check_config(args: argparse.Namespace) -> tuple[Report, dict[str, Any]]:
     """Return the report on the sets of a config, as training checks them, and their names."""
-    cfg = load_config(config_file, opts)
+    _refuse(args, ["masks", "keypoints"], "a config, whose model says what is needed")
+    _refuse(args, ["write"], "a config: give a .json file")
+    cfg = load_config(args.config_file, args.opts)
     report = Report()
-    with _logged_warnings(report):
+    # What is completed is written for the loaders; a check leaves nothing.
+    with tempfile.TemporaryDirectory() as cfg.OUTPUT_DIR, _logged_warnings(report):
         try:
             prepare_datasets(cfg, task_of(cfg))
+            for name in {*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST} if args.images else ():
+                _decode_images(name, report, cfg.DATASETS.BROKEN_IMAGES)
         except (ValueError, FileNotFoundError) as error:
             report.error(str(error))
     return report, {key: list(cfg.DATASETS[key]) for key in ("TRAIN", "TEST")}
+
+
+def _decode_images(name: str, report: Report, broken: str) -> None:
+    if folder := MetadataCatalog.get(name).get("image_path"):
+        found = check_source(folder, True, broken)
+        report.errors += found.errors
+        report.warnings += found.warnings
+    else:
+        files = [image["file_name"] for image in DatasetCatalog.get(name)]
+        check_images(files, report, read_rgb, broken)
+
+
+def _refuse(args: argparse.Namespace, options: Iterable[str], what: str) -> None:
+    """Raise ValueError for options that are given and that nobody reads for ``what``."""
+    for option in options:
+        if getattr(args, option):
+            name = "The folder of images" if option == "image_root" else f"--{option}"
+            raise ValueError(f"{name} is not read for {what}: leave it out.")
 
 
 @contextlib.contextmanager
@@ -70,11 +96,13 @@ def check_path(args: argparse.Namespace) -> tuple[Report, dict[str, Any]]:
     path = Path(args.path)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist.")
+    _refuse(args, ["opts"], "a path: they are for --config-file")
     if path.suffix == ".json":
         return _check_coco(args)
-    if args.write:
-        raise ValueError("--write is for annotations in COCO's format: a .json file.")
+    others = ["image_root", "masks", "keypoints", "write"]
+    _refuse(args, others, "what is no .json file with annotations in COCO's format")
     if path.is_dir() and any(path.rglob("*.xml")):
+        _refuse(args, ["images"], "a Pascal VOC folder")
         sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "datasets"))
         import prepare_voc
 
@@ -113,7 +141,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--keypoints", action="store_true", help="keypoints are needed")
     parser.add_argument("--write", default="", help="JSON file to write, with all completed")
     parser.add_argument("--report", default="", help="JSON file to write the findings to")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_debug(parser)
     parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE ...")
     return parser
 
@@ -123,7 +151,7 @@ def check(args: argparse.Namespace) -> int:
         raise ValueError("Give either a path or --config-file.")
     start = time.perf_counter()
     if args.config_file:
-        report, counts = check_config(args.config_file, args.opts)
+        report, counts = check_config(args)
     else:
         report, counts = check_path(args)
     for kind, messages in (("error", report.errors), ("warning", report.warnings)):

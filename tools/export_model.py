@@ -37,8 +37,9 @@ import mokd_det.compat  # noqa: F401  (first: patches Detectron2 where it needs 
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 
+from mokd_det.command_line import add_debug, errors_as_messages
 from mokd_det.config import check_device, load_config, split_overrides, trust_files
-from mokd_det.engine import errors_as_messages, validate
+from mokd_det.engine import validate
 from mokd_det.export import (
     DEFAULT_TOLERANCE,
     FORMATS,
@@ -83,7 +84,7 @@ def argument_parser():
         "--benchmark", action="store_true", help="latency and size beside the teacher's"
     )
     parser.add_argument("--trust", action="store_true", help="run the code in config files")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_debug(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides: KEY VALUE ...")
     return parser
 

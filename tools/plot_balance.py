@@ -22,7 +22,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 import mokd_det.compat  # noqa: E402, F401  (first: patches Detectron2 where it needs it)
 import numpy as np  # noqa: E402
 
-from mokd_det.command_line import errors_as_messages  # noqa: E402
+from mokd_det.command_line import add_debug, errors_as_messages  # noqa: E402
 from mokd_det.evaluation import read_json_lines  # noqa: E402
 
 # Panel: label, scale of the axis, prefixes of the scalars, lines to compare with.
@@ -135,7 +135,7 @@ def main():
     )
     parser.add_argument("run_dirs", nargs="+", metavar="RUN_DIR")
     parser.add_argument("--output", default="balance.png", help="PNG to write (%(default)s)")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_debug(parser)
     args = parser.parse_args()
     with errors_as_messages(args.debug):
         plot_balance(args.run_dirs, args.output)

@@ -44,6 +44,7 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 
+from mokd_det.command_line import add_debug, errors_as_messages
 from mokd_det.config import check_device, load_config, trust_files
 from mokd_det.data import check_teacher_classes
 from mokd_det.engine import (
@@ -53,7 +54,6 @@ from mokd_det.engine import (
     build_trainer,
     checkpoints_in,
     claim_folder,
-    errors_as_messages,
     find_checkpoint,
     launch,
     on_main_process,
@@ -121,13 +121,16 @@ def evaluate(args, cfg):
     if args.resume and (last := on_main_process(find_checkpoint, cfg.OUTPUT_DIR)):
         cfg = with_weights(cfg, last)
     student = task.load_trained(cfg)
+    task.check_model(cfg, student, ["TEST"])
     if args.with_teacher:  # what may be wrong with it is found before the student is evaluated
         teacher_cfg = task.teacher_config(cfg)
         check_teacher_classes(cfg, teacher_cfg, "--with-teacher")
         teacher_cfg.DATASETS = cfg.DATASETS
         teacher_cfg.OUTPUT_DIR = f"{cfg.OUTPUT_DIR}/teacher"
         PathManager.mkdirs(teacher_cfg.OUTPUT_DIR)
-        teacher = task_of(teacher_cfg).load_trained(teacher_cfg, "MOKD.TEACHER.WEIGHTS")
+        teacher_task = task_of(teacher_cfg)
+        teacher = teacher_task.load_trained(teacher_cfg, "MOKD.TEACHER.WEIGHTS")
+        teacher_task.check_model(teacher_cfg, teacher, ["TEST"])
     results = Trainer.test(cfg, student)
     if args.with_teacher:
         teacher_results = Trainer.test(teacher_cfg, teacher)
@@ -182,7 +185,7 @@ def argument_parser():
     parser.add_argument(
         "--overwrite", action="store_true", help="remove an earlier run in OUTPUT_DIR, start anew"
     )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_debug(parser)
     add_timeout(parser)
     return parser
 

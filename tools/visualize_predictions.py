@@ -24,9 +24,10 @@ from detectron2.data import DatasetCatalog, DatasetMapper
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
+from mokd_det.command_line import add_debug, errors_as_messages
 from mokd_det.config import check_device, load_config, trust_files
 from mokd_det.data import check_datasets, read_rgb, register_datasets
-from mokd_det.engine import errors_as_messages, validate
+from mokd_det.engine import validate
 from mokd_det.tasks import task_of
 
 GROUND_TRUTH_COLOUR = (80, 220, 80)
@@ -159,7 +160,7 @@ def main():
     parser.add_argument("--count", type=int, default=3, help="number of images (%(default)s)")
     parser.add_argument("--score", type=float, default=0.5, help="smallest score (%(default)s)")
     parser.add_argument("--trust", action="store_true", help="run the code in config files")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_debug(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides: KEY VALUE ...")
     args = parser.parse_args()
     trust_files(args.trust)

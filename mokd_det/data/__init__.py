@@ -4,14 +4,14 @@
 from .. import compat  # first: patches Detectron2 where it needs it
 from .augmentation import RandomChannelGain, build_train_mapper
 from .catalog import check_datasets, register_datasets
-from .checks import check_detection_sets, write_json
+from .checks import check_detection_sets, check_head, write_json
 from .classes import check_classes, check_teacher_classes, known_class_names
 from .classes import trained_class_names
 from .coco import check_coco, read_coco
 from .images import BROKEN_IMAGES, ImageError, check_for_detector, check_images, read_rgb
 from .images import vanishes
-from .loader import ResumableLoader, build_resumable_train_loader, build_test_loader, isolated_rng
-from .loader import workers_that_outlive_signals
+from .loader import SAMPLERS, ResumableLoader, build_resumable_train_loader, build_test_loader
+from .loader import isolated_rng, workers_that_outlive_signals
 from .paths import datasets_root, local_path
 from .proposals import check_proposals
 from .report import Report

@@ -14,6 +14,7 @@ from detectron2.utils.file_io import PathManager
 from ..untrusted import check_file_name
 from .classification.sources import open_source
 from .coco import read_coco
+from .coco_annotations import are_names
 from .paths import datasets_root, local_path
 
 logger = logging.getLogger(__name__)
@@ -81,6 +82,11 @@ def _set_keypoint_metadata(name, json_file):
         return  # a missing file is :func:`check_datasets`' to explain
     categories = read_coco(json_file)["categories"]
     names = [category["keypoints"] for category in categories if category.get("keypoints")]
+    if odd := [value for value in names if not are_names(value)]:
+        raise ValueError(
+            f"DATASETS.COCO: '{name}' ({json_file}) has categories whose keypoints are no list of "
+            f"names: {odd[0]!r}."
+        )
     if not names or any(other != names[0] for other in names):
         raise ValueError(
             f"DATASETS.COCO: MODEL.KEYPOINT_ON is True, but '{name}' ({json_file}) has "

@@ -51,11 +51,19 @@ def check_detection_sets(
                 continue
             _check_names(option, name, found, names)
             names = names or found
-            if head is not None and len(found) != head[1]:
-                raise ValueError(
-                    f"{head[0]} is {head[1]}, but '{name}' (DATASETS.{option}) has "
-                    f"{listed_names(found)}: set it to {len(found)}."
-                )
+            if head is not None:
+                _check_count(option, name, found, *head)
+
+
+def check_head(cfg: CfgNode, options: Sequence[str], what: str, count: int) -> None:
+    """
+    Raise ValueError for a checked set in these keys of ``cfg.DATASETS`` that has not ``count``
+    classes. ``what`` has that number in the model, for the message.
+    """
+    for option in options:
+        for name in cfg.DATASETS[option]:
+            if (found := MetadataCatalog.get(name).get("thing_classes")) is not None:
+                _check_count(option, name, found, what, count)
 
 
 def _check_set(cfg: CfgNode, option: str, name: str, names: Sequence[str] | None) -> None:
@@ -119,7 +127,7 @@ def _check_shapes(cfg, option, images, report):
 def _register_completed(cfg, name, data, source, root):
     path = os.path.join(cfg.OUTPUT_DIR, "datasets", f"{name}.json")
     write_json(data, path)
-    logger.warning(f"'{name}' is read from {path}, where this is mended.")
+    logger.info(f"'{name}' is read from {path}, where this is mended.")
     kept = {
         key: value
         for key, value in MetadataCatalog.get(name).as_dict().items()
@@ -136,6 +144,14 @@ def write_json(data: dict[str, Any], path: str) -> None:
     with tempfile.NamedTemporaryFile("w", dir=os.path.dirname(path), delete=False) as file:
         json.dump(data, file)
     os.replace(file.name, path)
+
+
+def _check_count(option, name, found, what, count):
+    if len(found) != count:
+        raise ValueError(
+            f"{what} is {count}, but '{name}' (DATASETS.{option}) has {listed_names(found)}: set "
+            f"it to {len(found)}."
+        )
 
 
 def _check_names(option, name, found, names):

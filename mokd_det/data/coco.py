@@ -39,7 +39,7 @@ def read_coco(json_file: str) -> dict[str, Any]:
                 f"{json_file} is not UTF-8 (byte {error.start}: {content[error.start]:#x}): save "
                 "it as UTF-8, e.g. iconv -f latin1 -t utf-8."
             ) from error
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # also a number of 5,000 digits
             raise ValueError(f"{json_file} is no JSON: {error}.") from error
     if not isinstance(data, dict):
         raise ValueError(

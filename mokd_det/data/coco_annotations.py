@@ -7,9 +7,9 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import numpy as np
-from pycocotools import mask as coco_mask
 
 from .coco_ids import LARGEST, canonical, column
+from .coco_segmentations import area_of, is_number, kind_of
 from .report import Report
 
 Row = dict[str, Any]
@@ -151,11 +151,7 @@ def _check_boxes(rows, where, report):
 
 
 def _is_box(box: Any) -> bool:
-    return isinstance(box, list) and len(box) == 4 and all(map(_is_number, box))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(box, list) and len(box) == 4 and all(map(is_number, box))
 
 
 def _check_every_class_occurs(before, rows, categories, training, report):
@@ -195,7 +191,7 @@ def _crowd(value: Any) -> int | None:
 
 def _check_segmentations(rows, masks, where, report):
     """Without ``masks`` what cannot be read is removed: Detectron2 would drop its box."""
-    kinds = [_kind_of(row.get("segmentation"), masks is not None) for row in rows]
+    kinds = [kind_of(row.get("segmentation"), masks is not None) for row in rows]
     size = {id: [image["height"], image["width"]] for id, image in where.images.items()}
 
     def named(which: Callable[[str, Row], bool]) -> list[str]:
@@ -211,7 +207,7 @@ def _check_segmentations(rows, masks, where, report):
     if odd := named(lambda kind, row: kind in ("none", "odd")):
         report.error(
             "annotations without a segmentation that can be read, which MODEL.MASK_ON True needs: "
-            "polygons [[x1, y1, x2, y2, x3, y3, ...], ...] or a run-length code",
+            "polygons [[x1, y1, x2, y2, x3, y3, ...], ...] or a run-length code with a pixel",
             odd,
         )
     other = named(
@@ -233,37 +229,6 @@ def _check_segmentations(rows, masks, where, report):
     return rows
 
 
-def _kind_of(segmentation: Any, look_at_numbers: bool) -> str:
-    """Of "none", "polygons", "flat", "rle", "odd"."""
-    if segmentation is None or segmentation == []:
-        return "none"
-    if isinstance(segmentation, dict):
-        return "rle" if _is_run_length_code(segmentation) else "odd"
-    if not isinstance(segmentation, list):
-        return "odd"
-    flat = all(map(_is_number, segmentation))
-    for polygon in [segmentation] if flat else segmentation:
-        if type(polygon) is not list or len(polygon) < 6 or len(polygon) % 2:
-            return "odd"
-        if look_at_numbers:
-            try:
-                if not math.isfinite(sum(polygon)):
-                    return "odd"
-            except TypeError:
-                return "odd"
-    return "flat" if flat else "polygons"
-
-
-def _is_run_length_code(code: Row) -> bool:
-    size, counts = code.get("size"), code.get("counts")
-    if not (isinstance(size, list) and len(size) == 2 and all(type(s) is int for s in size)):
-        return False
-    if isinstance(counts, list):
-        whole = all(type(count) is int and count >= 0 for count in counts)
-        return whole and sum(counts) == size[0] * size[1]
-    return isinstance(counts, str)
-
-
 def _check_keypoints(rows, categories, wanted, where, report):
     if not wanted:
         odd = [not _are_keypoints(row.get("keypoints"), None) for row in rows]
@@ -273,7 +238,11 @@ def _check_keypoints(rows, categories, wanted, where, report):
             {k: v for k, v in row.items() if k != "keypoints"} if is_odd else row
             for row, is_odd in zip(rows, odd)
         ]
-    length = 3 * len(categories[0].get("keypoints") or ())
+    names = categories[0].get("keypoints") or []
+    if not are_names(names):
+        report.error(f"categories whose keypoints are no list of names: {names!r}")
+        return rows
+    length = 3 * len(names)
     if odd := [where(row) for row in rows if not _are_keypoints(row.get("keypoints"), length)]:
         report.error(
             f"annotations whose keypoints are not {length} numbers, (x, y, visibility) for each of "
@@ -297,6 +266,11 @@ def _check_keypoints(rows, categories, wanted, where, report):
     return completed if none or other else rows
 
 
+def are_names(keypoints: Any) -> bool:
+    """Whether this is what a category may have as ``keypoints``."""
+    return isinstance(keypoints, list) and all(isinstance(name, str) for name in keypoints)
+
+
 def _are_keypoints(keypoints: Any, length: int | None) -> bool:
     """Absent ones are none that is visible."""
     if not keypoints:
@@ -304,7 +278,7 @@ def _are_keypoints(keypoints: Any, length: int | None) -> bool:
     return (
         isinstance(keypoints, list)
         and len(keypoints) == (len(keypoints) // 3 * 3 if length is None else length)
-        and all(_is_number(value) and math.isfinite(value) for value in keypoints)
+        and all(is_number(value) and math.isfinite(value) for value in keypoints)
     )
 
 
@@ -312,23 +286,13 @@ def _check_areas(rows, where, report):
     values = column(rows, "area", "iuf")
     if values is not None and np.isfinite(values).all() and (values > 0).all():
         return rows
-    odd = [not (_is_number(a := row.get("area")) and 0 < a < math.inf) for row in rows]
+    odd = [not (is_number(a := row.get("area")) and 0 < a < math.inf) for row in rows]
     cases = [where(row) for row, is_odd in zip(rows, odd) if is_odd]
     report.warn("annotations without an area, which is computed of mask or box", cases)
     return [
-        {**row, "area": _area(row, where.images[row["image_id"]])} if is_odd else row
+        {**row, "area": area_of(row, where.images[row["image_id"]])} if is_odd else row
         for row, is_odd in zip(rows, odd)
     ]
-
-
-def _area(row: Row, image: Row) -> float:
-    segmentation, area = row.get("segmentation"), 0.0
-    if segmentation:
-        code = segmentation
-        if isinstance(code, list) or isinstance(code["counts"], list):
-            code = coco_mask.frPyObjects(code, image["height"], image["width"])
-        area = float(coco_mask.area(coco_mask.merge(code) if isinstance(code, list) else code))
-    return area or float(row["bbox"][2] * row["bbox"][3])
 
 
 def _check_numbers(rows, where, report):

@@ -57,8 +57,7 @@ class BrokenImages:
     """What happens with images that cannot be read: ``DATASETS.BROKEN_IMAGES``."""
 
     def __init__(self, action: str):
-        """``action`` is "error" or "skip"; ValueError: another."""
-        check_broken_images(action)
+        """``action`` is "error" or "skip"."""
         self.skips = action == "skip"
         # Of all worker processes together.
         self._skipped = torch.zeros(1, dtype=torch.int64).share_memory_()
@@ -75,15 +74,6 @@ class BrokenImages:
         self._skipped += 1
         if (count := self.skipped).bit_count() == 1:
             logger.warning(f"Skipped {count} unreadable images so far, the last: {error}")
-
-
-def check_broken_images(action: str) -> None:
-    """Raise ValueError for another value of ``DATASETS.BROKEN_IMAGES`` than it may have."""
-    if action not in BROKEN_IMAGES:
-        raise ValueError(
-            f"DATASETS.BROKEN_IMAGES is {action!r}: expected one of "
-            f"{', '.join(map(repr, BROKEN_IMAGES))}."
-        )
 
 
 @contextlib.contextmanager

@@ -182,8 +182,8 @@ def build_resumable_train_loader(
 ) -> ResumableLoader:
     """
     Build the training loader of a Detectron2 config, with its samplers, filters, mapper (by
-    default ``DatasetMapper(cfg, is_train=True)``) and aspect-ratio grouping. ValueError: a sampler
-    that Detectron2 does not have, or a batch that the ranks cannot share equally.
+    default ``DatasetMapper(cfg, is_train=True)``) and aspect-ratio grouping. ValueError: a batch
+    that the ranks cannot share equally.
     """
     batch_size = images_per_process(cfg)
     elements = training_elements(cfg)
@@ -193,7 +193,7 @@ def build_resumable_train_loader(
     return ResumableLoader(
         DatasetFromList(elements, copy=False),
         mapper or DatasetMapper(cfg, is_train=True),
-        functools.partial(_make_sampler, cfg, elements),
+        functools.partial(SAMPLERS[cfg.DATALOADER.SAMPLER_TRAIN], cfg, elements),
         comm.shared_random_seed(),
         batch_size,
         groups,
@@ -223,22 +223,28 @@ def training_elements(cfg: CfgNode) -> list[dict[str, Any]]:
     )
 
 
-def _make_sampler(cfg, elements, seed):
-    name, size = cfg.DATALOADER.SAMPLER_TRAIN, len(elements)
-    if name == "TrainingSampler":
-        return TrainingSampler(size, seed=seed)
-    if name == "RepeatFactorTrainingSampler":
-        factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
-            elements, cfg.DATALOADER.REPEAT_THRESHOLD
-        )
-        return RepeatFactorTrainingSampler(factors, seed=seed)
-    if name == "RandomSubsetTrainingSampler":
-        ratio = cfg.DATALOADER.RANDOM_SUBSET_RATIO
-        return RandomSubsetTrainingSampler(size, ratio, seed_shuffle=seed, seed_subset=seed)
-    raise ValueError(
-        f"DATALOADER.SAMPLER_TRAIN is '{name}': expected TrainingSampler, "
-        "RepeatFactorTrainingSampler or RandomSubsetTrainingSampler."
+def _every_image(cfg, elements, seed):
+    return TrainingSampler(len(elements), seed=seed)
+
+
+def _by_repeat_factor(cfg, elements, seed):
+    factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
+        elements, cfg.DATALOADER.REPEAT_THRESHOLD
     )
+    return RepeatFactorTrainingSampler(factors, seed=seed)
+
+
+def _random_subset(cfg, elements, seed):
+    ratio = cfg.DATALOADER.RANDOM_SUBSET_RATIO
+    return RandomSubsetTrainingSampler(len(elements), ratio, seed_shuffle=seed, seed_subset=seed)
+
+
+# By DATALOADER.SAMPLER_TRAIN: from the config, the images' dicts and a seed.
+SAMPLERS = {
+    "TrainingSampler": _every_image,
+    "RepeatFactorTrainingSampler": _by_repeat_factor,
+    "RandomSubsetTrainingSampler": _random_subset,
+}
 
 
 class _WithoutSkipped:

@@ -28,7 +28,7 @@ from PIL import Image
 from torchvision.models import list_models
 
 from ..config.bounds import Bound, exactly, increasing, integer, interval, number, one_of, rows
-from ..data import BROKEN_IMAGES, UNITS, classification
+from ..data import BROKEN_IMAGES, SAMPLERS, UNITS, classification
 from ..modeling import CLASSIFIERS, TIMM_PREFIX
 from ..objectives import CLASS_LOSSES, LEVEL_WEIGHTS, SOURCES, TEACHER_SIDES
 from ..objectives import UNITS as FOREGROUND_UNITS
@@ -88,7 +88,6 @@ def _is_classifier(name: Any) -> bool:
 NORM = Bound(_has_norm, "'' or a norm of Detectron2, such as 'BN', 'SyncBN', 'FrozenBN' or 'GN'")
 # Pillow converts to any mode of its own.
 FORMATS = ("RGB", "BGR", "YUV-BT.601", *Image.MODES)
-SAMPLERS = ("TrainingSampler", "RepeatFactorTrainingSampler", "RandomSubsetTrainingSampler")
 SIZES = rows(POSITIVE | rows(POSITIVE, least=1), least=1)
 
 BOUNDS: dict[str, Bound] = {

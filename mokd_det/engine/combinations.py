@@ -37,19 +37,6 @@ def _fits(labels: Sequence[int], thresholds: Sequence[float]) -> bool:
     return len(labels) == len(thresholds) + 1
 
 
-def _reads_proposals(cfg: CfgNode) -> bool:
-    options = cfg.MOKD
-    if not {"features", "outputs", "teacher_head"} >= set(options.OBJECTIVES):
-        return True  # an objective of one's own may
-    head = options.TEACHER_HEAD.CLASS_WEIGHT or options.TEACHER_HEAD.BOX_WEIGHT
-    foreground = options.FEATURES.FOREGROUND == "teacher"
-    return (
-        "outputs" in options.OBJECTIVES
-        or ("teacher_head" in options.OBJECTIVES and bool(head))
-        or ("features" in options.OBJECTIVES and foreground)
-    )
-
-
 # (whether it is wrong, the message, in which c is the config).
 OF_MODELS: Rows = (
     (
@@ -131,7 +118,8 @@ OF_TRAINING: Rows = (
             and c.SOLVER.MAX_SKIPPED_STEPS != USUAL.SOLVER.MAX_SKIPPED_STEPS
         ),
         "SOLVER.MAX_SKIPPED_STEPS is {c.SOLVER.MAX_SKIPPED_STEPS}, but it is read with "
-        "SOLVER.NON_FINITE_GRADIENTS 'skip' only: set that, or remove it.",
+        "SOLVER.NON_FINITE_GRADIENTS 'skip' only: set that, or set it to "
+        f"{USUAL.SOLVER.MAX_SKIPPED_STEPS} (the default).",
     ),
     (
         lambda c: c.SOLVER.NESTEROV and not c.SOLVER.MOMENTUM,
@@ -181,7 +169,7 @@ OF_DISTILLATION: Rows = (
     (
         lambda c: c.MOKD.BALANCING.RULE == "fixed" and c.MOKD.BALANCING.INTERVAL != 1,
         "MOKD.BALANCING.INTERVAL is {c.MOKD.BALANCING.INTERVAL}, but MOKD.BALANCING.RULE 'fixed' "
-        "has the same weights at every step: remove it.",
+        "has the same weights at every step: set it to 1.",
     ),
     (
         lambda c: (
@@ -190,14 +178,7 @@ OF_DISTILLATION: Rows = (
             and c.MOKD.OUTPUTS.RPN_WEIGHT not in (0, 1)
         ),
         "MOKD.OUTPUTS.RPN_WEIGHT is {c.MOKD.OUTPUTS.RPN_WEIGHT}, but MODEL.META_ARCHITECTURE "
-        "'{c.MODEL.META_ARCHITECTURE}' has no RPN: remove it.",
-    ),
-    (
-        lambda c: (
-            c.MOKD.TEACHER.PROPOSALS != USUAL.MOKD.TEACHER.PROPOSALS and not _reads_proposals(c)
-        ),
-        "MOKD.TEACHER.PROPOSALS is {c.MOKD.TEACHER.PROPOSALS}, but none of MOKD.OBJECTIVES "
-        "{c.MOKD.OBJECTIVES} reads proposals: remove it.",
+        "'{c.MODEL.META_ARCHITECTURE}' has no RPN: set it to 1.",
     ),
 )
 

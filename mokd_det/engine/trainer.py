@@ -54,9 +54,11 @@ class Trainer(DefaultTrainer):
     checkpointer: Any
 
     def __init__(self, cfg: CfgNode):
-        prepare_datasets(cfg, validate(cfg))
+        task = validate(cfg)
+        prepare_datasets(cfg, task)
         self.check_evaluators(cfg)
         super().__init__(schedule_in_iterations(cfg))
+        task.check_model(cfg, self.checkpointer.model)
         raise_before_steps(self._trainer.optimizer, self._trainer.model, self._describe)
 
     def _describe(self, names: list[str]) -> str:
@@ -182,6 +184,7 @@ class DistillationTrainer(Trainer):
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
 
         model: Any = self.build_model(cfg)
+        task.check_model(cfg, model.student)
         task.check_batch(cfg, model.student, images_at_once(cfg))
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)

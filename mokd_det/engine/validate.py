@@ -77,11 +77,11 @@ def _check_kind(cfg: CfgNode, task: Task) -> None:
         for option in sorted(other.all_options() - task.all_options()):
             if not cfg.MOKD.ENABLED and option.startswith("MOKD."):
                 continue
-            for key, value in _changed(option, cfg, default):
+            for key, value, usual in _changed(option, cfg, default):
                 raise ValueError(
                     f"{key} is {value!r}, but it is read for {other.name} only, and "
                     f"MODEL.META_ARCHITECTURE '{cfg.MODEL.META_ARCHITECTURE}' is a model for "
-                    f"{task.name}: remove it."
+                    f"{task.name}: {_undo(usual)}."
                 )
 
 
@@ -124,20 +124,25 @@ def _check_read(cfg: CfgNode, task: Task) -> None:
     if not rule.startswith(TORCHJD_PREFIX):
         nodes["MOKD.BALANCING.TORCHJD"] = "torchjd.X"
     for node, other in nodes.items():
-        for key, value in _changed(node, cfg, default):
+        for key, value, usual in _changed(node, cfg, default):
             raise ValueError(
                 f"{key} is {value!r}, but it is read by rule '{other}' only, and "
-                f"MOKD.BALANCING.RULE is '{rule}': remove it, or choose that rule."
+                f"MOKD.BALANCING.RULE is '{rule}': {_undo(usual)}; or choose that rule."
             )
     names = list(cfg.MOKD.OBJECTIVES)
     for other in [n for n in OBJECTIVES if n not in names]:
         fits = task.is_one_of(OBJECTIVES.get(other).tasks)
-        for key, value in _changed(f"MOKD.{other.upper()}", cfg, default):
-            remedy = f", or add '{other}' there" if fits else _instead(key, other, task)
+        for key, value, usual in _changed(f"MOKD.{other.upper()}", cfg, default):
+            remedy = f"; or add '{other}' there" if fits else _instead(key, other, task)
             raise ValueError(
                 f"{key} is {value!r}, but it is read by the objective '{other}' only, and "
-                f"MOKD.OBJECTIVES is {names}: remove it{remedy}."
+                f"MOKD.OBJECTIVES is {names}: {_undo(usual)}{remedy}."
             )
+
+
+def _undo(usual: object) -> str:
+    """A command line cannot remove what its config file has."""
+    return "remove it" if usual is None else f"remove it, or set it to {usual!r} (the default)"
 
 
 def _instead(key: str, other: str, task: Task) -> str:
@@ -174,8 +179,8 @@ def needs_own_step(cfg: CfgNode) -> bool:
     )
 
 
-def _changed(option: str, cfg: CfgNode, default: CfgNode) -> Iterator[tuple[str, object]]:
-    """Yield what is at or below an option and not as by default: (full key, value)."""
+def _changed(option: str, cfg: CfgNode, default: CfgNode) -> Iterator[tuple[str, object, object]]:
+    """Yield what is at or below an option and not as by default: (full key, value, default)."""
     value, usual = cfg, default
     for part in option.split("."):
         value, usual = value[part], usual.get(part)
@@ -183,7 +188,7 @@ def _changed(option: str, cfg: CfgNode, default: CfgNode) -> Iterator[tuple[str,
         for key in value:
             yield from _changed(f"{option}.{key}", cfg, default)
     elif not _equal(value, usual):
-        yield option, value
+        yield option, value, usual
 
 
 def _equal(value, default) -> bool:

@@ -181,7 +181,7 @@ def _check_read(options: CfgNode) -> None:
         if not is_read and options[option] != usual[option]:
             raise ValueError(
                 f"MOKD.FEATURES.{option} is {options[option]!r}, but it is read with {reader} "
-                "only: remove it."
+                f"only: remove it, or set it to {usual[option]!r} (the default)."
             )
 
 

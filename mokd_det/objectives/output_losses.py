@@ -28,7 +28,7 @@ def check_weights(node: str, options: Any, needed: tuple[str, ...]) -> None:
         if not weights["CLASS_WEIGHT"] and options.get(name, usual) != usual:
             raise ValueError(
                 f"{node}.{name} is {options[name]!r}, but it is read for classes only, and "
-                f"{node}.CLASS_WEIGHT is 0: remove it."
+                f"{node}.CLASS_WEIGHT is 0: set it to {usual!r} (the default)."
             )
 
 
@@ -111,7 +111,7 @@ def check_beta(node: str, options: Any) -> None:
     if options.DKD_BETA != 1 and options.LOSS != "dkd":
         raise ValueError(
             f"{node}.DKD_BETA is {options.DKD_BETA}, but it is read with LOSS 'dkd' only, and LOSS "
-            f"is '{options.LOSS}': remove it."
+            f"is '{options.LOSS}': set it to 1."
         )
 
 

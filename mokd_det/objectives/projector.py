@@ -172,9 +172,11 @@ class MaskedGenerator(nn.Module):
     def _kept(self, student: Tensor) -> Tensor:
         """(N, 1, H, W), which positions are kept."""
         # Numbers of its own: the student's (which proposals are sampled) stay those from scratch.
-        # A pass without gradients is a second one on the same batch.
+        # Torch's seed is one of each run, rank and step. Calls tell micro-batches apart; a pass
+        # without gradients is a second one on the same batch. Maps of levels differ in size.
         self.calls += torch.is_grad_enabled()
-        generator = torch.Generator().manual_seed(self.calls)
+        seed = hash((torch.initial_seed(), self.calls, *student.shape[1:])) % 2**63
+        generator = torch.Generator().manual_seed(seed)
         shape = (len(student), 1, *student.shape[2:])
         return (torch.rand(shape, generator=generator) >= self.masked).to(student.device)
 

@@ -204,6 +204,11 @@ class Task(abc.ABC):
     def check_data(self, cfg: CfgNode, options: Sequence[str] = ("TRAIN", "TEST")) -> None:
         """Raise ValueError if data sets, which exist, do not suit the model."""
 
+    def check_model(
+        self, cfg: CfgNode, model: nn.Module, options: Sequence[str] = ("TRAIN", "TEST")
+    ) -> None:
+        """As :meth:`check_data`, for what only the model (the student) itself says."""
+
     # ---- export --------------------------------------------------------------------------------
 
     @abc.abstractmethod

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..config import find_config, get_cfg, load_config, merge_overrides
 from ..data import ResumableLoader, build_resumable_train_loader, build_test_loader
-from ..data import build_train_mapper, check_detection_sets, known_class_names
+from ..data import build_train_mapper, check_detection_sets, check_head, known_class_names
 from ..data import trained_class_names
 from ..export import DetectorExporter
 from ..modeling import COCO_NAMES, StrictCheckpointer, check_detector_name, load_lazy_config
@@ -149,6 +149,20 @@ class DetectionTask(Task):
             names = None  # weights to start from, for other classes
         check_detection_sets(cfg, options, head, names)
 
+    def check_model(
+        self, cfg: CfgNode, model: nn.Module, options: Sequence[str] = ("TRAIN", "TEST")
+    ) -> None:
+        """The number of classes, wherever Detectron2's models have it: without a background."""
+        model = self.stock_module(model)
+        place = f"of the model, a {type(model).__name__},"
+        if cfg.MODEL.META_ARCHITECTURE == "LazyConfigDetector":
+            place += " (MODEL.LAZY_CONFIG.OVERRIDES)"
+        for part in ("", "head", "roi_heads"):
+            count = getattr(getattr(model, part, None) if part else model, "num_classes", None)
+            if isinstance(count, int):
+                key = ".".join(filter(None, (part, "num_classes")))
+                check_head(cfg, options, f"'{key}' {place}", count)
+
     def shared_part(self, student: nn.Module) -> nn.Module:
         return student.get_submodule("backbone")
 
@@ -178,7 +192,7 @@ class DetectionTask(Task):
         if rpn is None and options.RPN_WEIGHT not in (0, 1):
             raise ValueError(
                 f"MOKD.TEACHER_HEAD.RPN_WEIGHT is {options.RPN_WEIGHT}, but the teacher, a "
-                f"{type(teacher.model).__name__}, has no RPN that can be read: remove it."
+                f"{type(teacher.model).__name__}, has no RPN that can be read: set it to 1."
             )
         shapes, teacher_shapes = feature_shapes(student), teacher.feature_shapes()
         of_heads = {name: teacher_shapes[name] for name in read}

@@ -8,9 +8,14 @@ import re
 
 import numpy as np
 import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
+from pycocotools import mask as coco_mask
 
+from mokd_det.config import get_cfg
+from mokd_det.data import register_datasets
 from mokd_det.data.coco import check_coco, class_names, read_class_names, read_coco, with_classes
+from mokd_det.data.coco_segmentations import _decoded
 
 # Two photos of 40 x 30 pixels with an apple and a pear each.
 GOOD = {
@@ -81,6 +86,7 @@ ERRORS = {
     "box of a null": (changed(BOX, [4, None, 8, 6]), "not four numbers.*id 1"),
     "box of three": (changed(BOX, [4, 5, 8]), "not four numbers.*id 1"),
     "box of five": (changed(BOX, [4, 5, 8, 6, 0]), "not four numbers.*id 1"),
+    "box too large for a float": (changed(BOX, [4, 5, 10**400, 6]), "not four numbers.*id 1"),
     "box of no number": (changed(BOX, []), "not four numbers.*id 1"),
     "box of dicts": (changed(BOX, {"x": 1}), "not four numbers.*id 1"),
     "no box": (changed(BOX, DROP), "not four numbers.*id 1"),
@@ -160,6 +166,7 @@ COMPLETED = {
     "area 0": (changed((*A0, "area"), 0), "without an area.*id 1", (0, "area", 48)),
     "area negative": (changed((*A0, "area"), -1), "without an area.*id 1", (0, "area", 48)),
     "area of text": (changed((*A0, "area"), "48"), "without an area.*id 1", (0, "area", 48)),
+    "area too large": (changed((*A0, "area"), 10**400), "without an area.*id 1", (0, "area", 48)),
     "area null": (changed((*A0, "area"), None), "without an area.*id 1", (0, "area", 48)),
     "area of NaN": (changed((*A0, "area"), math.nan), "without an area.*id 1", (0, "area", 48)),
     "no crowd": (changed((*A0, "iscrowd"), DROP), "without iscrowd.*id 1", (0, "iscrowd", 0)),
@@ -245,6 +252,7 @@ def test_a_good_file_is_returned_itself(photos):
         (b"", "no JSON"),
         (b'{"images": [', "no JSON"),
         (b"[" * 100000, "no JSON"),
+        (b'{"images": [' + b"7" * 5000 + b"]}", "no JSON"),
         (b"<html></html>", "no JSON"),
         (b"version https://git-lfs.github.com/spec/v1\n", "no JSON"),
         (json.dumps(GOOD).replace("apple", "Äpfel").encode("latin1"), "is not UTF-8 .*iconv"),
@@ -296,6 +304,7 @@ def test_files_that_are_no_images(tmp_path):
 
 
 RLE = {"size": [30, 40], "counts": [100, 50, 1050]}
+CODE = coco_mask.frPyObjects(RLE, 30, 40)["counts"].decode()
 MASKS = {
     "none": (DROP, "without a segmentation .*id 1", None),
     "null": (None, "without a segmentation .*id 1", None),
@@ -307,8 +316,16 @@ MASKS = {
     "NaN": ([[4, 5, math.nan, 5, 12, 11]], "without a segmentation .*id 1", None),
     "flat": ([4, 5, 12, 5, 12, 11], None, [[4, 5, 12, 5, 12, 11]]),
     "code": (RLE, "set it to 'bitmask'", None),
-    "code of another size": ({"size": [40, 30], "counts": [1200]}, "another size", None),
+    "code of another size": ({**RLE, "size": [40, 30]}, "another size", None),
     "code that is too short": ({**RLE, "counts": [100]}, "without a segmentation", None),
+    "code of no pixel": ({**RLE, "counts": [1200]}, "without a segmentation", None),
+    "code of negative sizes": ({"size": [-30, -40], "counts": [100, 1100]}, "without a seg", None),
+    "code of garbage": ({**RLE, "counts": "abc"}, "without a segmentation .*id 1", None),
+    "code of nothing": ({**RLE, "counts": ""}, "without a segmentation .*id 1", None),
+    "code that is cut": ({**RLE, "counts": CODE[:-1]}, "without a segmentation .*id 1", None),
+    "code of a line end": ({**RLE, "counts": CODE + "\n"}, "without a segmentation .*id 1", None),
+    "compressed code": ({**RLE, "counts": CODE}, "set it to 'bitmask'", None),
+    "numbers too large": ([[4, 5, 10**400, 5, 12, 11]], "without a segmentation .*id 1", None),
     "code without size": ({"counts": [1200]}, "without a segmentation", None),
 }
 
@@ -329,6 +346,9 @@ def test_masks(name, photos):
     completed, report = check_coco(data, photos)
     assert report.errors == []
     assert len(completed["annotations"]) == 4
+    # ... also without an area, which is that of the mask, or else of the box.
+    del data["annotations"][0]["area"]
+    assert check_coco(data, photos)[0]["annotations"][0]["area"] > 0
 
 
 def test_codes_are_masks_too(photos):
@@ -336,6 +356,18 @@ def test_codes_are_masks_too(photos):
     assert check_coco(data, photos, masks="bitmask")[1].errors == []
     del data["annotations"][0]["area"]
     assert check_coco(data, photos, masks="bitmask")[0]["annotations"][0]["area"] == 50
+
+
+def test_compressed_codes_are_read_as_pycocotools_does():
+    random = np.random.default_rng(0)
+    for _ in range(50):
+        h, w = random.integers(1, 60, 2)
+        mask = random.random((h, w)) < random.random()
+        mask[random.integers(h) :] = random.random() < 0.5
+        code = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
+        counts = _decoded(code["counts"].decode())
+        assert sum(counts) == h * w and sum(counts[1::2]) == mask.sum()
+        assert np.array_equal(np.repeat(np.arange(len(counts)) % 2, counts), mask.T.ravel())
 
 
 def with_keypoints(first, count=2):
@@ -350,7 +382,7 @@ def with_keypoints(first, count=2):
 
 @pytest.mark.bad_input
 @pytest.mark.parametrize(
-    "keypoints", [[1, 2], "x", [5, 6, 2, 7, 8, None], [5, 6, 2, 7, math.nan, 1]]
+    "keypoints", [[1, 2], "x", [5, 6, 2, 7, 8, None], [5, 6, 2, 7, math.nan, 1], [10**400] * 6]
 )
 def test_wrong_keypoints(keypoints, photos):
     (error,) = check_coco(with_keypoints(keypoints), photos, keypoints=True)[1].errors
@@ -358,6 +390,26 @@ def test_wrong_keypoints(keypoints, photos):
     completed, report = check_coco(with_keypoints(keypoints), photos)  # of a detector of boxes
     assert report.errors == []
     assert "keypoints" not in completed["annotations"][0]
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("names", [3, "left", [1, 2], {"left": 1}])
+def test_wrong_names_of_keypoints(names, photos, tmp_path):
+    data = with_keypoints([5, 6, 2, 7, 8, 1])
+    for category in data["categories"]:
+        category["keypoints"] = names
+    message = "keypoints are no list of names: " + re.escape(repr(names))
+    with pytest.raises(ValueError, match=message):
+        check_coco(data, photos, keypoints=True)[1].raise_for_errors("set")
+    assert check_coco(data, photos)[1].errors == []
+    (tmp_path / "set.json").write_text(json.dumps(data))
+    cfg = get_cfg()
+    cfg.DATASETS.COCO = [["tests_odd_keypoints", str(tmp_path / "set.json"), photos]]
+    cfg.MODEL.KEYPOINT_ON = True
+    with pytest.raises(ValueError, match=message):
+        register_datasets(cfg)
+    DatasetCatalog.remove("tests_odd_keypoints")
+    MetadataCatalog.remove("tests_odd_keypoints")
 
 
 @pytest.mark.bad_input

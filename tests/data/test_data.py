@@ -386,10 +386,7 @@ def test_loader_sees_the_images_of_detectron2s_loader_in_the_same_order(make_cfg
         assert len({x["width"] > x["height"] for x in batch}) == 1
 
 
-def test_unknown_sampler_and_unequal_shares(make_cfg, monkeypatch):
-    loader = loader_of(make_cfg, opts=["DATALOADER.SAMPLER_TRAIN", "Best"])
-    with pytest.raises(ValueError, match="DATALOADER.SAMPLER_TRAIN is 'Best'"):
-        next(iter(loader))
+def test_unequal_shares(make_cfg, monkeypatch):
     monkeypatch.setattr("mokd_det.data.loader.comm.get_world_size", lambda: 3)
     with pytest.raises(ValueError, match="SOLVER.IMS_PER_BATCH is 2, which 3 processes"):
         loader_of(make_cfg)

@@ -259,7 +259,6 @@ TOGETHER = [
     (["MOKD.BALANCING.RULE", "torchjd.CAGrad", "MOKD.BALANCING.TORCHJD", {1: 2}], "TORCHJD"),
     (["MOKD.BALANCING.RULE", "torchjd.CAGrad", "MOKD.BALANCING.TORCHJD", "{d: 1}"], "TORCHJD"),
     (["MOKD.BALANCING.RULE", "torchjd.CAGrad", "MOKD.BALANCING.TORCHJD.c", 0.5], "TORCHJD"),
-    (["MOKD.OBJECTIVES", ["features"]], "PROPOSALS is 64, but none of MOKD.OBJECTIVES"),
     (["SOLVER.NESTEROV", True, "SOLVER.MOMENTUM", 0.0], "SOLVER.NESTEROV is True, which needs"),
     (["INPUT.MIN_SIZE_TRAIN_SAMPLING", "range"], "INPUT.MIN_SIZE_TRAIN is (256,)"),
     (["INPUT.CROP.TYPE", "absolute", "INPUT.CROP.SIZE", [0.9, 0.9]], "INPUT.CROP.SIZE is"),

@@ -17,8 +17,8 @@ def distilled(tmp_path):
     weights = tmp_path / "teacher.pth"
     weights.touch()
 
-    def make(opts=(), kind="Quick-Start"):
-        cfg = load_config(f"configs/{kind}/student_mokd.yaml", CPU)
+    def make(opts=(), kind="Quick-Start", name="student_mokd"):
+        cfg = load_config(f"configs/{kind}/{name}.yaml", CPU)
         cfg.MOKD.TEACHER.WEIGHTS = str(weights)
         merge_overrides(cfg, opts)
         return cfg
@@ -89,6 +89,18 @@ def test_refused(distilled, opts, message):
         validate(distilled(opts))
 
 
+@pytest.mark.parametrize("kind", ["Quick-Start", "Blood-Cells", "Digits"])
+def test_every_recipe_can_be_told_to_match_features_only(distilled, kind):
+    """As our own messages advise; what to add to the command line is in the message."""
+    name = "mokd_mobilenet" if kind == "Blood-Cells" else "student_mokd"
+    opts = ["MOKD.OBJECTIVES", ["features"]]
+    if kind == "Digits":
+        with pytest.raises(ValueError, match=r"set it to 1.0 \(the default\); or add 'logits'"):
+            validate(distilled(opts, kind, name))
+        opts += ["MOKD.LOGITS.TEMPERATURE", 1.0]
+    validate(distilled(opts, kind, name))
+
+
 @pytest.mark.parametrize(
     "opts, message",
     [
@@ -97,7 +109,10 @@ def test_refused(distilled, opts, message):
         (["MOKD.FEATURES.FOREGROUND", "teacher"], "FOREGROUND is 'teacher', .* detection only"),
         (["MOKD.TEACHER.PROPOSALS", 8], "PROPOSALS is 8, .* read for detection only"),
         (["MODEL.BACKBONE.COMPILE", "eager"], "MODEL.BACKBONE.COMPILE is 'eager', .* detection"),
-        (["MOKD.OUTPUTS.TEMPERATURE", 4.0], "remove it; for classif.* is MOKD.LOGITS.TEMPERATURE"),
+        (
+            ["MOKD.OUTPUTS.TEMPERATURE", 4.0],
+            "set it to 1.0 .*; for classif.* is MOKD.LOGITS.TEMPERATURE",
+        ),
         (["MOKD.TEACHER.IMAGE_SIZE", -1], "MOKD.TEACHER.IMAGE_SIZE is -1"),
         (["INPUT.CLASSIFICATION.CROP", "none"], "INPUT.CLASSIFICATION.CROP is 'none'"),
     ],

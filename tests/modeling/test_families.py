@@ -138,6 +138,21 @@ def test_detectors_of_python_configs(make_cfg, tmp_path, source):
     assert losses["features"]["loss_features"].isfinite()
 
 
+@pytest.mark.parametrize("distils", [True, False], ids=["distilled", "stock step"])
+def test_number_of_classes_of_a_python_config(make_cfg, tmp_path, distils):
+    """Only the built model says it: it is compared before training."""
+    (tmp_path / "lazy.py").write_text(FCOS)
+    opts = ["MODEL.META_ARCHITECTURE", "LazyConfigDetector", "MOKD.ENABLED", distils]
+    opts += ["MODEL.LAZY_CONFIG.FILE", str(tmp_path / "lazy.py")]
+    opts += ["MODEL.LAZY_CONFIG.OVERRIDES", ["model.num_classes=2"]]
+    message = (
+        r"'num_classes' of the model, a FCOS, \(MODEL.LAZY_CONFIG.OVERRIDES\) is 2, but "
+        r"'tests_trees_train' \(DATASETS.TRAIN\) has .*: set it to 1\."
+    )
+    with pytest.raises(ValueError, match=message):
+        build_trainer(make_cfg("faster_rcnn", opts))
+
+
 def test_channel_order_of_a_python_config(make_cfg, tmp_path):
     """The model of a Python config says it itself: a student's config must agree, and a teacher's
     follows."""

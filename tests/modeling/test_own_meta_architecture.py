@@ -49,6 +49,10 @@ class Counter(nn.Module):
         return {"loss_count": (counts - wanted).abs().mean()}
 
 
+class Heads(nn.Module):
+    num_classes = 2
+
+
 class ListTrunk(Counter.Trunk):
     def forward(self, x):
         return list(super().forward(x).values())
@@ -80,6 +84,14 @@ def test_as_student(make_cfg):
 def test_as_baseline(make_cfg):
     opts = [*COUNTER, False, "DATALOADER.RESUMABLE", True, "SOLVER.MAX_ITER", 1]
     assert trained(make_cfg("faster_rcnn", opts)).iter == 1
+
+
+@pytest.mark.parametrize("place", ["num_classes", "head", "roi_heads"])
+def test_its_number_of_classes_is_compared_with_the_data(make_cfg, monkeypatch, place):
+    monkeypatch.setattr(Counter, place, 2 if place == "num_classes" else Heads(), raising=False)
+    cfg = make_cfg("faster_rcnn", [*COUNTER, False, "DATALOADER.RESUMABLE", True])
+    with pytest.raises(ValueError, match="num_classes' of the model, a Counter, is 2.*set it to 1"):
+        build_trainer(cfg)
 
 
 def test_as_teacher(make_cfg, tmp_path):

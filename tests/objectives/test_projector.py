@@ -164,6 +164,26 @@ def test_the_share_of_positions_is_masked(masked, dtype):
         assert torch.equal(left, given)
 
 
+def test_masks_are_of_their_run_step_and_level():
+    """As the seed of the step says, which is one of each rank; the student's numbers stay."""
+
+    def mask(seed, size=64, gradients=True, generator=None):
+        generator = generator or MaskedGenerator(3, 3)
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        with torch.set_grad_enabled(gradients):
+            kept = generator._kept(torch.ones(1, 3, size, 64))
+        assert torch.equal(torch.get_rng_state(), before)
+        return kept
+
+    assert torch.equal(mask(1), mask(1)) and not torch.equal(mask(1), mask(2))
+    assert not torch.equal(mask(1)[:, :, :32], mask(1, size=32))
+    generator = MaskedGenerator(3, 3)
+    first = mask(1, generator=generator)
+    assert torch.equal(mask(1, gradients=False, generator=generator), first)
+    assert not torch.equal(mask(1, generator=generator), first)
+
+
 def test_a_generator_makes_a_wider_teacher_from_what_is_left():
     generator = MaskedGenerator(4, 6)
     assert isinstance(MaskedGenerator(6, 6).student, nn.Identity)

@@ -56,6 +56,7 @@ def test_kills_at_random_times(tmp_path, digits_teacher_weights, whole, count, s
         time.sleep(pause.uniform(0, 1.2))
         os.kill(pid, signal.SIGKILL)
         kills += code_of(pid) == -9
+    assert kills, "every run ended before it was killed"
     code = runs.run("run", "--resume")
     survived = code == 0 and same(runs.end("run"), whole)
     for _ in range(kills):

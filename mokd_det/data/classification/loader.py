@@ -41,7 +41,7 @@ class ImageMapper:
         Args:
             read: :func:`read_tensor` or :func:`read_image`.
             transform: from what that returns to a (3, S, S) uint8 tensor.
-            broken: "error" or "skip", see ``DATASETS.BROKEN_IMAGES``; else ValueError.
+            broken: "error" or "skip", see ``DATASETS.BROKEN_IMAGES``.
         """
         self.read, self.transform, self.broken = read, transform, BrokenImages(broken)
 
@@ -121,12 +121,8 @@ class RepeatedAugmentationSampler(TrainingSampler):
     """
 
     def __init__(self, size: int, repeats: int, seed: int | None = None):
-        """The seed is equal on all ranks; ValueError: fewer than one repeat."""
+        """The seed is equal on all ranks; ``repeats``: 1 (off) or more."""
         super().__init__(size, seed=seed)
-        if repeats < 1:
-            raise ValueError(
-                f"DATALOADER.REPEATED_AUGMENTATION is {repeats}: expected 1 (off) or more."
-            )
         self.repeats = repeats
 
     def _infinite_indices(self) -> Iterator[int]:
@@ -142,7 +138,7 @@ class RepeatedAugmentationSampler(TrainingSampler):
 def build_train_loader(cfg: CfgNode) -> ResumableLoader:
     """
     Return a classifier's training loader of :class:`Batch`, whose ``mapper`` counts what it skips;
-    ValueError: an option out of its range, or a batch that the processes cannot share.
+    ValueError: a batch that the processes cannot share.
     """
     batch_size = images_per_process(cfg)
     options = cfg.INPUT.CLASSIFICATION
@@ -176,10 +172,8 @@ class _Mapped(torch.utils.data.Dataset):
 def build_test_loader(cfg: CfgNode, name: str) -> DataLoader:
     """
     Return a loader of :class:`Batch` over this process's share of a registered set: every image
-    once, in one process only. ValueError: an option out of its range.
+    once, in one process only.
     """
-    if cfg.TEST.BATCH_SIZE < 1:
-        raise ValueError(f"TEST.BATCH_SIZE is {cfg.TEST.BATCH_SIZE}: expected 1 or more.")
     source = DatasetCatalog.get(name)
     # By PIL and its resizing, bit for bit as torchvision's presets.
     transform = build_transform(cfg, is_train=False)

@@ -69,11 +69,6 @@ class BatchMixing(nn.Module):
             num_classes: of the probabilities that labels become; ValueError: fewer than two.
         """
         super().__init__()
-        for option, value in (("MIXUP", mixup), ("CUTMIX", cutmix)):
-            if not 0 <= value < float("inf"):
-                raise ValueError(
-                    f"INPUT.CLASSIFICATION.{option} is {value}: expected a number >= 0."
-                )
         ways = [
             way(alpha=alpha, num_classes=num_classes)
             for way, alpha in ((v2.MixUp, mixup), (v2.CutMix, cutmix))

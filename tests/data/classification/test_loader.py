@@ -74,8 +74,6 @@ def test_repeated_augmentation_repeats_and_covers_in_turn():
     plain = itertools.islice(iter(TrainingSampler(9, seed=4)), 30)
     once = itertools.islice(iter(RepeatedAugmentationSampler(9, 1, seed=4)), 30)
     assert list(plain) == list(once)
-    with pytest.raises(ValueError, match="REPEATED_AUGMENTATION is 0"):
-        RepeatedAugmentationSampler(9, 0, seed=0)
 
 
 def test_repeats_are_augmented_differently(make_digits_cfg):
@@ -153,12 +151,3 @@ def test_a_batch_of_broken_images_only_is_empty(make_digits_cfg, broken_folders)
     register_datasets(cfg)
     lengths = [len(batch) for batch in build_test_loader(cfg, cfg.DATASETS.TEST[0])]
     assert sorted(lengths) == [0, 0, 0] + [1] * 17
-
-
-def test_options_out_of_range(make_digits_cfg):
-    cfg = make_digits_cfg(["DATASETS.BROKEN_IMAGES", "x"])
-    register_datasets(cfg)
-    with pytest.raises(ValueError, match="BROKEN_IMAGES is 'x': expected one of 'error', 'skip'"):
-        build_train_loader(cfg)
-    with pytest.raises(ValueError, match="TEST.BATCH_SIZE is 0"):
-        build_test_loader(make_digits_cfg(["TEST.BATCH_SIZE", 0]), "tests_digits_val")
