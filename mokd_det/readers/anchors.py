@@ -97,10 +97,14 @@ def build_rpn_readers(student: nn.Module, teacher: nn.Module) -> tuple[RPNReader
     if None in rpns:
         return None
     ours, theirs = ([*_anchors(rpn)] for rpn in rpns)
-    common = [(i, j) for i, x in enumerate(ours) for j, y in enumerate(theirs) if x == y]
+    common: dict[int, int] = {}  # each level of the teacher once: torchvision's may be alike
+    for i, x in enumerate(ours):
+        alike = (j for j, y in enumerate(theirs) if x == y and j not in common.values())
+        if (j := next(alike, None)) is not None:
+            common[i] = j
     if not common:
         return None
-    first, second = (RPNReader(rpn, levels) for rpn, levels in zip(rpns, zip(*common)))
+    first, second = (RPNReader(rpn, levels) for rpn, levels in zip(rpns, (list(common), list(common.values()))))
     return first, second
 
 
