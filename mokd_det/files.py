@@ -9,13 +9,14 @@ import contextlib
 import hashlib
 import os
 import struct
+import uuid
 import zipfile
 from collections.abc import Callable
 from typing import IO, Any
 
 import torch
 
-TEMPORARY = ".tmp"
+TEMPORARY = ".mokd_det.tmp"  # ends the names of what is being written
 _MARK = b"sha256:"
 _COMMENT = len(_MARK) + 64
 _END = 22  # bytes of a zip archive's last record, with an empty comment
@@ -25,9 +26,9 @@ def replace_file(path: str, write: Callable[[IO[bytes]], Any]) -> None:
     """
     Call ``write`` with a new file that then takes the place of ``path``. A stop at any time leaves
     the old content or the new one. OSError, which names ``path``: the disk is full, or the folder
-    is gone or cannot be written; the old content is kept.
+    is gone or cannot be written; the old content is kept. Several processes may write it at once.
     """
-    temporary = path + TEMPORARY
+    temporary = f"{path}.{uuid.uuid4().hex}{TEMPORARY}"
     try:
         with open(temporary, "w+b") as f:
             write(f)

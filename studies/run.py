@@ -69,9 +69,9 @@ POINTS = 24  # of a series of the balance that is kept
 BALANCE = ("cosine_", "dominance_", "weight_", "share_task")  # what balance.png draws
 
 
-def train(config, opts, output, *flags):
+def train(config, opts, output, *more):
     """Run tools/train_net.py; return seconds. RuntimeError if it fails, with the end of its log."""
-    command = [sys.executable, "tools/train_net.py", "--config-file", config, *flags]
+    command = [sys.executable, "tools/train_net.py", "--config-file", config, *flags, *more]
     command += [str(opt) for opt in opts] + ["OUTPUT_DIR", str(output)]
     start = time.time()
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

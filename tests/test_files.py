@@ -9,6 +9,7 @@ import pytest
 import torch
 from fvcore.common.checkpoint import Checkpointer
 
+from mokd_det.data import write_json
 from mokd_det.files import check_seal, check_whole, replace_file, save_checkpoint
 
 DATA = {"model": {"weight": torch.arange(8.0).view(2, 4), "bias": torch.zeros(2)}, "iteration": 3}
@@ -104,6 +105,23 @@ def test_a_stop_within_a_write_leaves_the_old_file(tmp_path, monkeypatch, stage)
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]
     replace_file(str(path), lambda f: f.write(b"new"))
     assert path.read_text() == "new"
+
+
+def test_several_may_write_at_once(tmp_path):
+    path = tmp_path / "file"
+    replace_file(str(path), lambda f: replace_file(str(path), lambda g: g.write(b"other")))
+    assert path.read_text() == "" and os.listdir(tmp_path) == ["file"]
+
+
+def test_a_json_file_is_for_all_readers(tmp_path):
+    path = tmp_path / "datasets" / "set.json"
+    write_json({"a": 1}, str(path))
+    path.with_name("other").touch()
+    assert path.stat().st_mode == path.with_name("other").stat().st_mode
+    path.with_name("other").unlink()
+    with pytest.raises(TypeError):
+        write_json({"a": object()}, str(path))
+    assert path.read_text() == '{"a": 1}' and os.listdir(path.parent) == ["set.json"]
 
 
 class FullDisk:

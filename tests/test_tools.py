@@ -127,6 +127,53 @@ def test_eval_only_gives_the_same_numbers_without_a_teacher(trained, tmp_path):
     assert first == second
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flag, change, message",
+    [
+        (
+            "--resume",
+            ["SOLVER.OPTIMIZER", "AdamW"],
+            "SOLVER.OPTIMIZER was 'SGD' and is 'AdamW' now",
+        ),
+        ("--resume", ["MODEL.FPN.OUT_CHANNELS", 32], "of another architecture"),
+        ("--overwrite", ["MOKD.TEACHER.WEIGHTS", "student.pth"], "does not fit the model"),
+        ("--overwrite", ["MODEL.WEIGHTS", "balance.json"], "is a text file"),
+    ],
+)
+def test_a_run_that_is_refused_leaves_the_old_one(trained, tmp_path, flag, change, message):
+    output, opts, _ = trained
+    run_folder = tmp_path / "run"
+    shutil.copytree(output, run_folder)
+    shutil.copy(output / "model_final.pth", tmp_path / "student.pth")
+    shutil.copy(output / "balance.json", tmp_path / "balance.json")
+    for name in (".lock", "log.txt", "config.yaml"):  # which say what was tried
+        (run_folder / name).unlink()
+    before = {path.name: path.read_bytes() for path in run_folder.iterdir() if path.is_file()}
+    opts = [*opts, *change[:-1], tmp_path / change[-1] if "WEIGHTS" in change[0] else change[-1]]
+    opts += ["OUTPUT_DIR", run_folder, "TEST.EVAL_PERIOD", 100]
+    assert re.search(message, refused("--config-file", CONFIGS["mokd"], flag, *opts))
+    assert {name: (run_folder / name).read_bytes() for name in before} == before
+
+
+@pytest.mark.slow
+def test_overwrite_starts_anew(trained, tmp_path):
+    output, opts, _ = trained
+    run_folder = tmp_path / "run"
+    shutil.copytree(output, run_folder)
+    for name in ("model_0000000.pth", "events.out.tfevents.1"):
+        (run_folder / name).touch()
+    opts = [*opts, "OUTPUT_DIR", run_folder, "SOLVER.MAX_ITER", 1, "DATASETS.TEST", ()]
+    run_here("tools/train_net.py", "--config-file", CONFIGS["mokd"], "--overwrite", *opts)
+    files = {path.name for path in run_folder.iterdir()}
+    assert not files & {"model_0000000.pth", "events.out.tfevents.1", "results.json"}
+    assert len([name for name in files if name.startswith("events.out")]) == 1
+    for name in ("metrics.json", "balance.json"):
+        (line,) = (run_folder / name).read_text().splitlines()
+        assert json.loads(line)["iteration"] == 0
+    assert torch.load(run_folder / "model_final.pth", weights_only=True)["iteration"] == 0
+
+
 def test_resume_continues(trained, tmp_path):
     output, opts, _ = trained
     shutil.copytree(output, tmp_path, dirs_exist_ok=True)

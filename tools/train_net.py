@@ -59,6 +59,7 @@ from mokd_det.engine import (
     on_main_process,
     output_errors,
     prepare_datasets,
+    replacing_run,
     validate,
 )
 from mokd_det.evaluation import finite, format_comparison, format_zoo_row, write_results, zoo_row
@@ -142,12 +143,13 @@ def evaluate(args, cfg):
 
 def train(args, cfg):
     """Train, and evaluate as the config says."""
-    trainer = build_trainer(cfg)
+    with replacing_run(cfg.OUTPUT_DIR, args.overwrite):
+        trainer = build_trainer(cfg)
+        trainer.resume_or_load(resume=args.resume)
     if comm.is_main_process() and isinstance(trainer, DistillationTrainer):
         # What stock Detectron2 needs to use the student.
         with PathManager.open(f"{cfg.OUTPUT_DIR}/student.yaml", "w") as f:
             f.write(task_of(cfg).stock_config(trainer.cfg).dump())
-    trainer.resume_or_load(resume=args.resume)
     trainer.train()
     results = getattr(trainer, "_last_eval_results", {})
     return results, with_weights(cfg, f"{cfg.OUTPUT_DIR}/model_final.pth")

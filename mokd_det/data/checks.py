@@ -4,7 +4,6 @@
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
+from ..files import replace_file
 from .classes import listed_names
 from .coco import check_coco, class_names, read_coco, with_classes
 from .images import vanishes
@@ -29,9 +29,9 @@ def check_detection_sets(
     names: Sequence[str] | None = None,
 ) -> None:
     """
-    Check the registered sets in these keys of ``cfg.DATASETS``. A set of ``DATASETS.COCO`` that had
-    to be completed, or whose classes have other numbers, is registered anew, with a file in
-    ``OUTPUT_DIR/datasets``.
+    Check the registered sets in these keys of ``cfg.DATASETS``. A set that had to be completed, or
+    whose classes have other numbers, is registered anew, with a file in ``OUTPUT_DIR/datasets``
+    that both loader and evaluator read.
 
     Args:
         head: the option with the number of classes of the model, and its value; None: unknown.
@@ -39,7 +39,7 @@ def check_detection_sets(
 
     Raises:
         ValueError: a set with errors, with classes that are not the model's, or of which something
-            had to be completed though it is no set of ``DATASETS.COCO``.
+            had to be completed though a function of the user's loads it.
     """
     for option in options:
         for name in cfg.DATASETS[option]:
@@ -90,10 +90,12 @@ def _check_set(cfg: CfgNode, option: str, name: str, names: Sequence[str] | None
     for warning in report.warnings:
         logger.warning(f"{what}: {warning}.")
     if data is not given:
-        if name not in [entry[0] for entry in cfg.DATASETS.COCO]:
+        if not _is_loaded_by_detectron2(name):
             raise ValueError(
-                f"{what} has to be completed: {'; '.join(report.warnings)}. Name it in "
-                "DATASETS.COCO, where that is done, or mend the file: tools/check_data.py --write"
+                f"{what} has to be completed: {'; '.join(report.warnings)}. A function of yours "
+                "loads it, which would not read what is completed. Register it by "
+                "register_coco_instances or in DATASETS.COCO, where that is done, or mend the "
+                "file: tools/check_data.py --write"
             )
         _register_completed(cfg, name, data, source, root)
     MetadataCatalog.get(name).thing_classes = class_names(data)
@@ -124,14 +126,23 @@ def _check_shapes(cfg, option, images, report):
         )
 
 
+def _is_loaded_by_detectron2(name: str) -> bool:
+    """Whether the set is what ``register_coco_instances`` made: its file and nothing else."""
+    loader = DatasetCatalog[name]
+    made_by = f"{getattr(loader, '__module__', '')}.{getattr(loader, '__qualname__', '')}"
+    ours = register_coco_instances
+    return made_by.startswith(f"{ours.__module__}.{ours.__qualname__}.<locals>")
+
+
 def _register_completed(cfg, name, data, source, root):
     path = os.path.join(cfg.OUTPUT_DIR, "datasets", f"{name}.json")
     write_json(data, path)
     logger.info(f"'{name}' is read from {path}, where this is mended.")
+    again = ("name", "json_file", "image_root", "evaluator_type", "completed_from")
     kept = {
         key: value
         for key, value in MetadataCatalog.get(name).as_dict().items()
-        if key.startswith("keypoint_")
+        if key not in again and not key.startswith("thing_")  # classes, which may be others now
     }
     DatasetCatalog.remove(name)
     MetadataCatalog.remove(name)
@@ -141,9 +152,8 @@ def _register_completed(cfg, name, data, source, root):
 def write_json(data: dict[str, Any], path: str) -> None:
     """Write a file that is there as a whole or not at all: several processes may write it."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=os.path.dirname(path), delete=False) as file:
-        json.dump(data, file)
-    os.replace(file.name, path)
+    content = json.dumps(data).encode()
+    replace_file(path, lambda file: file.write(content))
 
 
 def _check_count(option, name, found, what, count):

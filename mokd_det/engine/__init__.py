@@ -4,7 +4,7 @@
 from .. import compat  # first: patches Detectron2 where it needs it
 from ..command_line import errors_as_messages
 from .checkpoints import checkpoints_in, find_checkpoint
-from .folder import claim_folder, output_errors, release_folder
+from .folder import claim_folder, output_errors, release_folder, replacing_run
 from .launch import add_timeout, launch, on_main_process
 from .step import BalancedTrainer
 from .trainer import DistillationTrainer, Trainer, build_trainer, prepare_datasets

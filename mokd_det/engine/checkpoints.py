@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 LAST, FINAL = "last_checkpoint", "model_final"
 _NAME = re.compile(r"model_(\d+|final|best)\.pth").fullmatch
+_NUMBERED = re.compile(r"model_(\d+)\.pth").fullmatch
 ANOTHER_RUN = "choose another OUTPUT_DIR, or start anew there with --overwrite"
 
 
@@ -198,7 +199,10 @@ class RunCheckpointer(SafeCheckpointer):
 
 
 class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
-    """Detectron2's hook that keeps the newest N, also those from before the run was resumed."""
+    """
+    Detectron2's hook that keeps the newest N, also those from before the run was resumed. Later
+    steps, of a run that went on from an earlier checkpoint, are not its own yet: they stay.
+    """
 
     def __init__(self, checkpointer: RunCheckpointer, period: int, keep: int):
         """``keep``: N; 0 keeps all. ``model_final.pth`` is always kept."""
@@ -215,6 +219,6 @@ class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
         super().step(iteration, **kwargs)
         if self.keep and (iteration + 1) % self.period == 0:
             folder = self.checkpointer.save_dir
-            numbered = [n for n in checkpoints_in(folder) if re.fullmatch(r"model_\d+\.pth", n)]
-            for name in numbered[: -self.keep]:
-                os.unlink(os.path.join(folder, name))
+            names = {int(m[1]): m[0] for m in map(_NUMBERED, checkpoints_in(folder)) if m}
+            for number in sorted(n for n in names if n <= iteration)[: -self.keep]:
+                os.unlink(os.path.join(folder, names[number]))

@@ -9,29 +9,32 @@ import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from detectron2.config import CfgNode
 
 from ..files import TEMPORARY
+from ..tasks import task_of
 from .checkpoints import LAST, checkpoints_in
 from .launch import on_main_process
 
 logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
+APPENDED = ("metrics.json", "balance.json")
 # What a run appends to, or would leave behind if it stopped before it is written again.
-LOGS = ("metrics.json", "balance.json", "results.json", "events.out.tfevents.*")
+LOGS = (*APPENDED, "results.json", "events.out.tfevents.*")
 _locks: dict[str, IO[str]] = {}
 
 
 def claim_folder(cfg: CfgNode, resume: bool, overwrite: bool = False) -> None:
     """
     Make ``OUTPUT_DIR`` this run's own until its main process ends, or :func:`release_folder`. To be
-    called by all processes. ``overwrite`` removes checkpoints and logs of an earlier run.
+    called by all processes.
 
     ValueError: another process trains there, it has checkpoints of an earlier run (unless one of
-    the two flags is set), or it cannot be written.
+    the two flags is set) or, with ``overwrite``, which :func:`replacing_run` follows, some that the
+    new run needs, or it cannot be written.
     """
     on_main_process(_claim, cfg, resume, overwrite)
 
@@ -41,17 +44,17 @@ def _claim(cfg: CfgNode, resume: bool, overwrite: bool) -> None:
     try:
         os.makedirs(folder, exist_ok=True)
         _lock(folder)
-        for path in Path(folder).glob(f"*{TEMPORARY}"):
-            path.unlink()
         names = checkpoints_in(folder)
         if overwrite and not resume:
-            _remove(cfg, folder)
+            _check_not_needed(cfg, [Path(folder, name) for name in names])
         elif names and not resume:
             raise ValueError(
                 f"OUTPUT_DIR '{folder}' has checkpoints of an earlier run ({', '.join(names[:3])}"
                 f"{', ...' if names[3:] else ''}): go on with it by --resume, choose another "
                 "OUTPUT_DIR, or remove them and start anew by --overwrite."
             )
+        for path in Path(folder).glob(f"*{TEMPORARY}"):  # of runs that were killed
+            path.unlink()
     except OSError as error:
         raise ValueError(
             f"OUTPUT_DIR '{folder}' cannot be written ({error.strerror}): expected a folder of "
@@ -97,26 +100,62 @@ def release_folder(folder: str) -> None:
         file.close()
 
 
-def _remove(cfg: CfgNode, folder: str) -> None:
-    old = [Path(folder, name) for name in checkpoints_in(folder)]
-    needed = {os.path.realpath(p) for p in (cfg.MODEL.WEIGHTS, cfg.MOKD.TEACHER.WEIGHTS) if p}
+def _check_not_needed(cfg: CfgNode, old: list[Path]) -> None:
+    configs = [cfg]
+    if cfg.MOKD.ENABLED and not cfg.MOKD.TEACHER.TORCHSCRIPT.FILE:
+        configs.append(task_of(cfg).teacher_config(cfg))
+    # Whatever option names them.
+    needed = {os.path.realpath(os.path.expanduser(text)) for text in _texts(configs)}
     if used := [path for path in old if os.path.realpath(path) in needed]:
         raise ValueError(
             f"--overwrite would remove '{used[0]}', which the new run starts from or is taught by: "
             "move it, or choose another OUTPUT_DIR."
         )
-    if old:
-        logger.warning(f"Removing the earlier run in {folder}: {', '.join(p.name for p in old)}")
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield every str in nested dicts, lists and tuples."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _texts(part)
+
+
+@contextlib.contextmanager
+def replacing_run(folder: str, overwrite: bool) -> Iterator[None]:
+    """
+    Within it a new run is made ready for its first step. At the end ``overwrite`` removes the
+    checkpoints and logs that were there before; after an error they still are. To be entered by all
+    processes.
+    """
+    old = on_main_process(_files_of_run, folder) if overwrite else []
+    yield
+    if overwrite:
+        on_main_process(_remove, folder, old)
+
+
+def _files_of_run(folder: str) -> list[Path]:
     logs = [path for pattern in LOGS for path in Path(folder).glob(pattern)]
-    for path in [*old, *logs, Path(folder, LAST)]:
-        path.unlink(missing_ok=True)
+    return [*(Path(folder, name) for name in [*checkpoints_in(folder), LAST]), *logs]
+
+
+def _remove(folder: str, files: list[Path]) -> None:
+    names = ", ".join(path.name for path in files if path.suffix == ".pth")
+    if names:
+        logger.warning(f"Removing the earlier run in {folder}: {names}")
+    for path in files:
+        if path.name in APPENDED:
+            os.truncate(path, 0)  # the new run's writer has it open
+        else:
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def output_errors(folder: str) -> Iterator[None]:
     """
     Within it, an OSError because the folder is gone, full or cannot be written ends the program
-    with one sentence, exit code 1.
+    with one sentence, exit code 1. A file that is missing in a folder that is not was to be read.
     """
     try:
         yield
@@ -124,7 +163,8 @@ def output_errors(folder: str) -> Iterator[None]:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
         path = os.fsdecode(error.filename) if error.filename else folder
         inside = os.path.abspath(path).startswith(os.path.abspath(folder) + os.sep)
-        if not full and not inside:
+        was_read = isinstance(error, FileNotFoundError) and os.path.isdir(folder)
+        if was_read or not (full or inside):
             raise
         raise SystemExit(
             f"The run stopped since '{path}' could not be written "

@@ -14,6 +14,7 @@ from detectron2.utils.file_io import PathManager
 from ..data import known_class_names
 from ..data.paths import sha256_of
 from ..files import check_seal
+from ..tasks import task_of
 
 logger = logging.getLogger(__name__)
 
@@ -79,16 +80,24 @@ class RunIdentity:
         fixed = [text for key, text in changed.items() if key in FIXED]
         if state["teacher"] != self.teacher and state["teacher"] and self.teacher:
             fixed.append(
-                f"the teacher's weights are others (SHA-256 {state['teacher'][:12]}... before, "
-                f"{self.teacher[:12]}... now)"
+                f"the teacher's weights are others ({_shown(state['teacher'])} before, "
+                f"{_shown(self.teacher)} now)"
             )
         names = state.get("class_names")
         if names and self.class_names and names != self.class_names:
             fixed.append(f"its classes were {names} and are {self.class_names} now")
+        free = tuple(f"{key}." for key in FREE)
+        told = [
+            text
+            for key, text in changed.items()
+            if key not in (*FIXED, *FREE) and not key.startswith(free)
+        ]
         if fixed:
+            # Also what would only be warned of: config.yaml may have been written anew already.
+            others = f" Other options that differ: {'; '.join(told)}." if told else ""
             raise ValueError(
                 f"The run in OUTPUT_DIR cannot go on: {'; '.join(fixed)}. Set it as it was. Or: "
-                f"{NEW_RUN}"
+                f"{NEW_RUN}{others}"
             )
         if state["world_size"] != self.world_size:
             logger.warning(
@@ -96,8 +105,6 @@ class RunIdentity:
                 "the batches stay the same, the random numbers do not, so it is not the "
                 "uninterrupted run."
             )
-        free = tuple(f"{key}." for key in FREE)
-        told = [t for key, t in changed.items() if key not in FREE and not key.startswith(free)]
         if told:
             logger.warning(
                 f"Options differ from those of the run that is resumed: {'; '.join(told)}. From "
@@ -107,16 +114,17 @@ class RunIdentity:
 
 def _teacher_of(cfg: CfgNode) -> str:
     """
-    Return the SHA-256 of the file, or the name of weights that a library downloads. ValueError: the
-    file is damaged.
+    Return the SHA-256 of the file, whatever names it, or the names of a network and its weights
+    that a library downloads. ValueError: the file is damaged.
     """
     if not cfg.MOKD.ENABLED:
         return ""
-    teacher = cfg.MOKD.TEACHER
-    weights = teacher.TORCHSCRIPT.FILE or teacher.WEIGHTS
-    local = PathManager.get_local_path(os.path.expanduser(weights)) if weights else ""
+    script = cfg.MOKD.TEACHER.TORCHSCRIPT.FILE
+    model = cfg.MODEL if script else task_of(cfg).teacher_config(cfg).MODEL
+    weights = script or model.WEIGHTS or model.CLASSIFIER.WEIGHTS
+    local = PathManager.get_local_path(os.path.expanduser(weights))
     if not os.path.isfile(local):
-        return weights
+        return f"{model.CLASSIFIER.NAME} {weights}"
     try:
         check_seal(local)
     except ValueError as error:
@@ -124,6 +132,10 @@ def _teacher_of(cfg: CfgNode) -> str:
             f"The teacher's weights '{weights}' are damaged: {error}. Restore them."
         ) from error
     return sha256_of(local)
+
+
+def _shown(teacher: str) -> str:
+    return teacher if " " in teacher else f"SHA-256 {teacher[:12]}..."
 
 
 def _options(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import register_coco_instances
+from detectron2.data.datasets import load_coco_json, register_coco_instances
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, Instances
 from PIL import Image
@@ -19,12 +19,13 @@ from pycocotools.cocoeval import COCOeval
 
 from mokd_det.config import load_config
 from mokd_det.data import register_datasets, trained_class_names
-from mokd_det.engine import prepare_datasets
+from mokd_det.engine import build_trainer, prepare_datasets
 from mokd_det.evaluation.fast_coco import fast_coco_eval
 from mokd_det.export.detector_exporter import _class_names as detector_classes
 from mokd_det.export.metadata import class_names_of
 from mokd_det.tasks import task_of
 
+from ..conftest import TREES
 from .test_coco import DROP, GOOD, SUPER, changed, everywhere
 
 
@@ -189,14 +190,63 @@ def test_the_parent_of_all_classes_is_none(sets):
         assert MetadataCatalog.get(name).thing_classes == ["apple", "pear"]
 
 
+FLAT = changed(("annotations", 0, "bbox"), [4, 5, 8, 0])  # as two boxes of COCO's train2017
+
+
 @pytest.mark.bad_input
-def test_sets_of_ones_own_code_are_not_rewritten(sets, tmp_path):
-    incomplete = everywhere("annotations", "area", [DROP] * 4)
-    cfg = sets(incomplete)
-    register_coco_instances(cfg.DATASETS.TRAIN[0], {}, str(tmp_path / "train.json"), str(tmp_path))
-    cfg.DATASETS.COCO = cfg.DATASETS.COCO[1:]
-    with pytest.raises(ValueError, match="has to be completed: annotations without an area.*write"):
+def test_sets_that_detectron2_registered_are_completed(sets, tmp_path, caplog):
+    """As coco_2017_train, with a box without height and the metadata of Detectron2's own sets."""
+    cfg = sets(FLAT, FLAT)
+    like_coco = {
+        "thing_dataset_id_to_contiguous_id": {1: 0, 2: 1},
+        "thing_classes": ["apple", "pear"],
+        "keypoint_names": ["stalk"],
+    }
+    for name, path, root in cfg.DATASETS.COCO:
+        register_coco_instances(name, like_coco, path, root)
+    cfg.DATASETS.COCO = []
+    check(cfg)
+    assert "boxes without width or height, which are left out" in caplog.text
+    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+        metadata = MetadataCatalog.get(name)
+        assert [len(image["annotations"]) for image in DatasetCatalog.get(name)] == [2, 1]
+        with open(metadata.json_file) as file:
+            assert len(json.load(file)["annotations"]) == 3
+        assert metadata.keypoint_names == ["stalk"]
+        assert metadata.thing_dataset_id_to_contiguous_id == {1: 0, 2: 1}
+    other_run = cfg.clone()
+    other_run.MODEL.MASK_ON = True
+    check(other_run)
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("named", [False, True])
+def test_sets_of_ones_own_code_are_not_rewritten(sets, tmp_path, named):
+    cfg = sets(FLAT)
+    name, path, root = cfg.DATASETS.COCO[0]
+    DatasetCatalog.register(name, lambda: load_coco_json(path, root, name))
+    MetadataCatalog.get(name).set(json_file=path, image_root=root, evaluator_type="coco")
+    if not named:
+        cfg.DATASETS.COCO = cfg.DATASETS.COCO[1:]
+    with pytest.raises(ValueError, match="completed: boxes without .* function of yours.*--write"):
         check(cfg)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_set_like_cocos_trains_and_evaluates(make_cfg, tmp_path):
+    for split in ("train", "val"):
+        data = json.loads((TREES / f"{split}.json").read_text())
+        row = data["annotations"][0]
+        data["annotations"].append({**row, "id": 10**6, "bbox": [*row["bbox"][:3], 0]})
+        path = tmp_path / f"{split}.json"
+        path.write_text(json.dumps(data))
+        register_coco_instances(f"like_coco_{split}", {}, str(path), str(TREES / split))
+    opts = ["DATASETS.TRAIN", ("like_coco_train",), "DATASETS.TEST", ("like_coco_val",)]
+    trainer = build_trainer(make_cfg("retinanet", ["DATASETS.COCO", [], *opts]))
+    trainer.resume_or_load(False)
+    trainer.train()
+    assert "AP50" in trainer._last_eval_results["bbox"]
 
 
 INCOMPLETE = {

@@ -12,9 +12,10 @@ from detectron2.engine import DefaultTrainer
 from detectron2.utils.env import seed_all_rng
 
 from mokd_det.engine import build_trainer, claim_folder, find_checkpoint, release_folder, validate
-from mokd_det.engine.folder import output_errors
+from mokd_det.engine.checkpoints import PeriodicCheckpointer, RunCheckpointer, checkpoints_in
+from mokd_det.engine.folder import output_errors, replacing_run
 from mokd_det.engine.identity import RunIdentity
-from mokd_det.files import save_checkpoint
+from mokd_det.files import TEMPORARY, save_checkpoint
 
 from .helpers import train, train_and_stop
 
@@ -118,21 +119,84 @@ def test_a_new_run_does_not_mix_with_an_old_one(make_cfg, run_folder):
     with pytest.raises(ValueError, match="model_0000001.pth.*--resume.*OUTPUT_DIR.*--overwrite"):
         claim_folder(cfg, resume=False)
     claim_folder(cfg, resume=True)
-    (run_folder / "metrics.json").write_text("{}")
-    (run_folder / "model_0000007.pth.tmp").write_text("half")
-    (run_folder / "notes.txt").write_text("mine")
-    (run_folder / "model_teacher.pth").write_text("mine")
-    cfg.MODEL.WEIGHTS = str(run_folder / THIRD)
-    with pytest.raises(
-        ValueError, match="--overwrite would remove '.*model_0000003.pth', which th"
-    ):
-        claim_folder(cfg, resume=False, overwrite=True)
-    cfg.MODEL.WEIGHTS = ""
+    metrics = run_folder / "metrics.json"
+    metrics.write_text("{}")
+    (run_folder / "results.json").write_text("{}")
+    (run_folder / f"model_0000007.pth.1{TEMPORARY}").write_text("half")
+    mine = {"notes.txt", "notes.tmp", "model_0000007.pth.tmp", "model_teacher.pth"}
+    for name in mine:
+        (run_folder / name).write_text("mine")
     claim_folder(cfg, resume=False, overwrite=True)
-    left = {path.name for path in run_folder.iterdir() if path.is_file()}
-    assert left == {".lock", "notes.txt", "model_teacher.pth"}
+    (run_folder / "run").rmdir()  # of make_cfg
+    before = {path.name for path in run_folder.iterdir()}
+    assert before == mine | {".lock", "last_checkpoint", "results.json"} | {
+        *("metrics.json", FINAL, THIRD, FIRST)
+    }
+    with pytest.raises(KeyError), replacing_run(cfg.OUTPUT_DIR, overwrite=True):
+        raise KeyError("a teacher that does not fit")
+    with replacing_run(cfg.OUTPUT_DIR, overwrite=False):
+        pass
+    assert {path.name for path in run_folder.iterdir()} == before
+    with open(metrics, "a") as writer:
+        with replacing_run(cfg.OUTPUT_DIR, overwrite=True):
+            (run_folder / "events.out.tfevents.new").touch()
+        writer.write("new")
+    left = {path.name for path in run_folder.iterdir()}
+    assert left == mine | {".lock", "metrics.json", "events.out.tfevents.new"}
+    assert metrics.read_text() == "new"
     claim_folder(cfg, resume=False)
     release_folder(cfg.OUTPUT_DIR)
+
+
+def test_a_run_that_is_refused_removes_nothing(make_cfg, run_folder):
+    half = run_folder / f"model_0000007.pth.1{TEMPORARY}"
+    half.touch()
+    cfg = make_cfg("faster_rcnn", ["OUTPUT_DIR", str(run_folder)])
+    with pytest.raises(ValueError, match="has checkpoints of an earlier run"):
+        claim_folder(cfg, resume=False)
+    assert half.exists()
+    claim_folder(cfg, resume=True)
+    assert not half.exists()
+    release_folder(cfg.OUTPUT_DIR)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["MODEL.WEIGHTS"],
+        ["MODEL.TORCHVISION.WEIGHTS"],
+        ["MOKD.TEACHER.WEIGHTS"],
+        ["MOKD.TEACHER.WEIGHTS", "", "MOKD.TEACHER.OPTS"],  # of the teacher's own config
+    ],
+)
+def test_what_a_new_run_needs_is_not_overwritten(make_cfg, run_folder, monkeypatch, options):
+    monkeypatch.setenv("HOME", str(run_folder.parent))
+    path = str(run_folder / THIRD)
+    if options[-1] == "MODEL.TORCHVISION.WEIGHTS":
+        path = f"~/{run_folder.name}/{THIRD}"
+    value = ["MODEL.WEIGHTS", path] if options[-1] == "MOKD.TEACHER.OPTS" else path
+    cfg = make_cfg("mokd", ["OUTPUT_DIR", str(run_folder), *options, value])
+    with pytest.raises(ValueError, match="--overwrite would remove '.*model_0000003.pth', which t"):
+        claim_folder(cfg, resume=False, overwrite=True)
+    assert (run_folder / THIRD).exists()
+    release_folder(cfg.OUTPUT_DIR)
+
+
+@pytest.mark.parametrize(
+    "iteration, left",
+    [
+        (299, ["0000199", "0000299", "0000899", "final"]),  # of 899 before it was resumed from 199
+        (899, ["0000299", "0000899", "final"]),
+        (12345678, ["0000899", "12345678", "final"]),  # by number, not by letter
+    ],
+)
+def test_the_newest_checkpoints_up_to_this_step_are_kept(tmp_path, iteration, left):
+    run = RunCheckpointer(torch.nn.Linear(1, 1), str(tmp_path), run=torch.nn.Identity())
+    for name in ("0000099", "0000199", "0000299", "0000899", "final"):
+        save(tmp_path, f"model_{name}.pth", 0)
+    PeriodicCheckpointer(run, 1, 2).step(iteration)
+    assert checkpoints_in(str(tmp_path)) == sorted(f"model_{name}.pth" for name in left)
+    assert (tmp_path / "last_checkpoint").read_text() == f"model_{iteration:07d}.pth"
 
 
 LOCKED = """
@@ -176,8 +240,10 @@ def test_a_folder_that_cannot_be_written_is_one_message(make_cfg, tmp_path):
 def test_errors_of_other_files_stay(tmp_path):
     with pytest.raises(FileNotFoundError), output_errors(str(tmp_path)):
         open("no/image.jpg")
+    with pytest.raises(FileNotFoundError), output_errors(str(tmp_path)):
+        open(tmp_path / "weights.pth")  # of a folder that is still there
     with pytest.raises(SystemExit, match="'.*a/b' could not be written .No such file.*--resume"):
-        with output_errors(str(tmp_path)):
+        with output_errors(str(tmp_path / "a")):
             open(tmp_path / "a/b", "w")
 
 
@@ -196,6 +262,8 @@ def test_another_run_cannot_be_resumed(make_digits_cfg, opts, message):
     before = RunIdentity(make_digits_cfg()).state_dict()
     with pytest.raises(ValueError, match=f"cannot go on: {message}.*Start a new run"):
         RunIdentity(make_digits_cfg(opts)).load_state_dict(before)
+    with pytest.raises(ValueError, match=f"{message}.*differ: SOLVER.BASE_LR was 0.02 and is 0.5"):
+        RunIdentity(make_digits_cfg([*opts, "SOLVER.BASE_LR", 0.5])).load_state_dict(before)
 
 
 def test_another_teacher_cannot_be_resumed(make_digits_cfg, tmp_path):
@@ -211,6 +279,35 @@ def test_another_teacher_cannot_be_resumed(make_digits_cfg, tmp_path):
     flip(path)
     with pytest.raises(ValueError, match="teacher's weights '.*moved.pth' are damaged: its checks"):
         RunIdentity(cfg)
+
+
+OTHERS = "cannot go on: the teacher's weights are others"
+
+
+@pytest.mark.parametrize("config", ["mokd", "digits"])
+def test_weights_that_the_teachers_config_names_are_compared(
+    make_cfg, make_digits_cfg, tmp_path, config
+):
+    path = tmp_path / "own.pth"
+    opts = ["MOKD.TEACHER.WEIGHTS", "", "MOKD.TEACHER.OPTS", ["MODEL.WEIGHTS", str(path)]]
+    cfg = make_digits_cfg(opts) if config == "digits" else make_cfg(config, opts)
+    save(tmp_path, "own.pth", 0)
+    before = RunIdentity(cfg).state_dict()
+    RunIdentity(cfg).load_state_dict(before)
+    save(tmp_path, "own.pth", 1)
+    with pytest.raises(ValueError, match=f"{OTHERS} .SHA-256"):
+        RunIdentity(cfg).load_state_dict(before)
+
+
+def test_networks_of_a_library_are_compared_by_name(make_digits_cfg):
+    opts = ["MOKD.TEACHER.CONFIG_FILE", "", "MOKD.TEACHER.WEIGHTS", "DEFAULT"]
+    before, now = (
+        RunIdentity(make_digits_cfg([*opts, "MOKD.TEACHER.CLASSIFIER", name]))
+        for name in ("resnet18", "resnet50")
+    )
+    before.load_state_dict(before.state_dict())
+    with pytest.raises(ValueError, match=f"{OTHERS} .resnet18 DEFAULT before, resnet50 DEFAULT n"):
+        now.load_state_dict(before.state_dict())
 
 
 def test_other_classes_cannot_be_resumed(make_digits_cfg):

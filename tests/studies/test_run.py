@@ -145,6 +145,24 @@ def test_only_a_teacher_that_is_whole_counts_as_trained(tmp_path, change, flag):
     assert tool.flag_to_train(tmp_path) == flag
 
 
+def test_trust_is_passed_on_to_every_run(monkeypatch):
+    commands = []
+
+    def run(command, **_):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(tool.subprocess, "run", run)
+    monkeypatch.setattr(
+        tool, "run_study", lambda args: tool.train("c.yaml", [1], "out", "--resume")
+    )
+    monkeypatch.setattr(tool, "flags", [])
+    monkeypatch.setattr(sys, "argv", ["run.py", "study.yaml", "--run", "--trust"])
+    tool.main()
+    expected = ["--config-file", "c.yaml", "--trust", "--resume", "1", "OUTPUT_DIR", "out"]
+    assert [command[2:] for command in commands] == [expected]
+
+
 def test_a_study_whose_teachers_weights_have_a_name(study):
     loaded, _ = study
     loaded["methods"]["with teacher"]["opts"] += ["MOKD.TEACHER.WEIGHTS", "IMAGENET1K_V1"]
