@@ -83,6 +83,26 @@ class _Namespace:
     pass
 
 
+# Classes of the standard library that real checkpoints name, and an attribute to be replaced.
+REWRITTEN = {
+    "argparse.Namespace": "__eq__",
+    "pathlib.PurePosixPath": "is_relative_to",
+    "pathlib.PosixPath": "is_relative_to",
+    "pathlib.PureWindowsPath": "is_relative_to",
+    "numpy.dtype": "__setstate__",
+    "numpy.ndarray": "__setstate__",
+    "collections.OrderedDict": "clear",
+    "builtins.frozenset": "union",
+}
+
+
+def rewrites(name, attribute):
+    """Return a pickle that gives a class, not an instance of it, a state: an attribute of it."""
+    module, _, rest = name.rpartition(".")
+    state = pickle.dumps((None, {attribute: 0}), 2)[2:-1]
+    return b"\x80\x02c" + f"{module}\n{rest}\n".encode() + state + b"b."
+
+
 def _npy(marker):
     path = f"{marker}.npy"
     np.save(path, np.array([Reduce(os.system, f"touch {marker}")], dtype=object))

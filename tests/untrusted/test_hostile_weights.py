@@ -3,6 +3,7 @@
 
 import functools
 import http.server
+import inspect
 import os
 import pathlib
 import pickle
@@ -20,12 +21,13 @@ from mokd_det.config import get_cfg, trust_files
 from mokd_det.data import check_proposals
 from mokd_det.data.classification.sources import class_names, open_source
 from mokd_det.untrusted import check_torchscript, read_checkpoint
+from mokd_det.untrusted.pickles import ALLOWED
 from mokd_det.modeling import SafeCheckpointer, StrictCheckpointer, TorchvisionBackbone
 from mokd_det.modeling.networks import build_network
 from mokd_det.tasks import task_of
 from mokd_det.teachers.scripted import ScriptedDetector
 
-from .hostile import PICKLES, payload, write
+from .hostile import PICKLES, REWRITTEN, payload, rewrites, write
 
 KINDS = {"pickle": ".pkl", "zip": ".pth", "legacy": ".pth"}
 
@@ -56,6 +58,28 @@ def test_no_protocol_is_executed(protocol, tmp_path, marker, refused):
     path = write(tmp_path / "evil.pkl", "pickle", content)
     with refused(r"an object of '(posix|nt)\.system'"):
         read_checkpoint(str(path))
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", REWRITTEN)
+def test_no_class_is_rewritten(name, kind, tmp_path, refused):
+    ours = ALLOWED[name]
+    ours, attribute = getattr(ours, "function", ours), REWRITTEN[name]
+    before = inspect.getattr_static(ours, attribute)
+    path = write(tmp_path / f"evil{KINDS[kind]}", kind, rewrites(name, attribute))
+    try:
+        with refused(r"evil\.p.* (holds an object of|is damaged|cannot be)"):
+            read_checkpoint(str(path))
+        assert inspect.getattr_static(ours, attribute) is before
+    finally:
+        if inspect.getattr_static(ours, attribute) is not before:
+            setattr(ours, attribute, before)
+
+
+def test_nothing_that_a_pickle_gets_takes_attributes():
+    for name, value in ALLOWED.items():
+        assert type(value).__name__ == "_Call" or "__setstate__" in vars(value), name
 
 
 class Flagged:
