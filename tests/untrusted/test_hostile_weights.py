@@ -8,7 +8,6 @@ import os
 import pathlib
 import pickle
 import threading
-import zipfile
 
 import numpy as np
 import pytest
@@ -27,7 +26,8 @@ from mokd_det.modeling.networks import build_network
 from mokd_det.tasks import task_of
 from mokd_det.teachers.scripted import ScriptedDetector
 
-from .hostile import PICKLES, REWRITTEN, payload, rewrites, write
+from .hostile import CODE, PICKLES, PROGRAMS, REWRITTEN, payload, rewrites, write
+from .hostile import write_program, write_two_directories
 
 KINDS = {"pickle": ".pkl", "zip": ".pth", "legacy": ".pth"}
 
@@ -249,9 +249,26 @@ def test_torchscript_teachers_write_no_files(trusted, tmp_path, marker, refused)
     + ["ops.image. # a comment\n write_file(x)"],
 )
 def test_operators_of_files(call, tmp_path):
-    with zipfile.ZipFile(tmp_path / "evil.ts", "w") as archive:
-        archive.writestr("evil/code/__torch__.py", f"class A(Module):\n  def f(self):\n    {call}")
+    text = f"class A(Module):\n  def f(self):\n    {call}"
+    path = write_program(tmp_path / "evil.ts", [(CODE, text)])
     with pytest.raises(ValueError, match="evil.ts is a program that uses"):
+        check_torchscript(path, "evil.ts")
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("write", [write_program, write_two_directories])
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_archives_hide_no_program(name, write, tmp_path):
+    path = write(tmp_path / "evil.ts", PROGRAMS[name])
+    with pytest.raises(ValueError, match="evil.ts is (a program that uses|no TorchScript file)"):
+        check_torchscript(path, "evil.ts")
+
+
+@pytest.mark.bad_input
+def test_a_program_in_torchs_other_format(tmp_path):
+    """torch.jit.load takes a file for that by its first bytes, whatever follows."""
+    (tmp_path / "evil.ts").write_bytes(b"\0\0\0\0PTMF" + b"\0" * 99)
+    with pytest.raises(ValueError, match="evil.ts is no TorchScript file: it begins as none"):
         check_torchscript(str(tmp_path / "evil.ts"), "evil.ts")
 
 

@@ -3,7 +3,6 @@
 
 import json
 import sys
-import zipfile
 
 import pytest
 
@@ -14,8 +13,10 @@ from mokd_det.data.coco import check_coco
 from mokd_det.engine import errors_as_messages
 from mokd_det.evaluation import format_comparison
 from mokd_det.untrusted import check_class_names, check_file_name, markdown_row, printable
+from mokd_det.untrusted.torchscript import OF_FILES
 
 from ..conftest import ROOT
+from .hostile import PROGRAMS, write_program, write_two_directories
 
 FORGED = {
     "line": "apple\n[11/30 12:00:00 d2.evaluation]: AP 99",
@@ -164,19 +165,25 @@ def run_exported(monkeypatch):
 @pytest.mark.bad_input
 @pytest.mark.parametrize("name", BAD_METADATA)
 def test_metadata_of_exported_files_is_bounded(name, tmp_path, run_exported):
-    with zipfile.ZipFile(tmp_path / "model.ts", "w") as archive:
-        archive.writestr("model/extra/metadata.json", json.dumps(BAD_METADATA[name]))
+    entry = ("model/extra/metadata.json", json.dumps(BAD_METADATA[name]))
+    write_program(tmp_path / "model.ts", [entry])
     with pytest.raises(ValueError, match=r"model\.ts: (its|'.*' of its) metadata\.json"):
         run_exported.load(str(tmp_path / "model.ts"), "cpu")
 
 
 @pytest.mark.bad_input
-def test_exported_files_use_no_operators_of_files(tmp_path, run_exported):
-    with zipfile.ZipFile(tmp_path / "model.ts", "w") as archive:
-        archive.writestr("model/extra/metadata.json", json.dumps(metadata()))
-        archive.writestr("model/code/__torch__.py", "torch.save(x, 'y')")
-    with pytest.raises(ValueError, match=r"model\.ts is a program that may .*'save'"):
-        run_exported.load(str(tmp_path / "model.ts"), "cpu")
+@pytest.mark.parametrize("write", [write_program, write_two_directories])
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_exported_files_use_no_operators_of_files(name, write, tmp_path, run_exported, monkeypatch):
+    monkeypatch.setattr("torch.jit.load", lambda *args, **kwargs: pytest.fail("it is loaded"))
+    more = [("model/extra/metadata.json", json.dumps(metadata()))]
+    path = write(tmp_path / "model.ts", PROGRAMS[name], more)
+    with pytest.raises((ValueError, RuntimeError), match=r"may read or write|of one name|file not"):
+        run_exported.load(path, "cpu")
+
+
+def test_operators_of_files_are_the_same(run_exported):
+    assert run_exported.OF_FILES == OF_FILES
 
 
 @pytest.mark.parametrize("task", FINE)
