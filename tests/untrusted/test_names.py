@@ -2,14 +2,16 @@
 """Names that come from files stay in their folder, their line, and their cell."""
 
 import json
+import pathlib
 import sys
 
 import pytest
 
-from mokd_det.config import get_cfg
+from mokd_det.config import get_cfg, load_config
 from mokd_det.data import check_classes, register_datasets
 from mokd_det.data.classification.sources import open_source
 from mokd_det.data.coco import check_coco
+from mokd_det.data.images import BrokenImages, ImageError, check_header
 from mokd_det.engine import errors_as_messages
 from mokd_det.evaluation import format_comparison
 from mokd_det.untrusted import check_class_names, check_file_name, markdown_row, printable
@@ -116,6 +118,28 @@ def test_tables_keep_their_cells():
     table = format_comparison({"<b>|": {"bbox": {"AP": 1.0}}})
     assert table.count("\n") == 2 and "<b>" not in table
     assert printable("fine ü") == "fine ü"
+
+
+@pytest.mark.bad_input
+def test_names_of_images_forge_no_lines(tmp_path, caplog):
+    name = f"{tmp_path}/a\n[00:00:00] mokd INFO: AP 99\n.png"
+    for exists in (False, True):
+        if exists:
+            pathlib.Path(name).write_text("no image\r")
+        with pytest.raises(ImageError) as error:
+            check_header(name)
+        assert str(error.value).isprintable()
+        with caplog.at_level("WARNING", "mokd_det"):
+            BrokenImages("skip").handle(error.value)
+    assert len(caplog.records) == 2 and all(r.message.isprintable() for r in caplog.records)
+
+
+@pytest.mark.bad_input
+def test_keys_of_configs_forge_no_lines(tmp_path):
+    (tmp_path / "evil.yaml").write_text('MODEL: {"a\\n[01/01] mokd INFO: AP 99": 1}\n')
+    with pytest.raises(ValueError, match="there is no option MODEL.a") as error:
+        load_config(str(tmp_path / "evil.yaml"))
+    assert str(error.value).isprintable()
 
 
 FINE = {
