@@ -21,7 +21,6 @@ import os
 import re
 import sys
 import warnings
-import zipfile
 
 import torch
 import torchvision  # noqa: F401  (registers operators of detectors: NMS and ROIAlign)
@@ -31,7 +30,10 @@ from torchvision.transforms import functional as F
 from torchvision.utils import draw_bounding_boxes, draw_keypoints, draw_segmentation_masks
 
 METADATA_FILE = "metadata.json"
+METADATA = f"extra/{METADATA_FILE}"
+# Operators of torch and torchvision that read or write files by name.
 OF_FILES = {"save", "from_file", "read_file", "write_file", "write_png", "write_jpeg"}
+OF_FILES |= {"read_video_from_file", "probe_video_from_file"}
 # What is taken of a file's metadata: bytes in all, classes, characters of a class; and how large it
 # may make an image: side and area in pixels.
 MOST_BYTES, MOST_CLASSES, MOST_CHARACTERS, LONGEST, LARGEST = 2**24, 100_000, 1000, 8192, 2**27
@@ -45,19 +47,18 @@ def load(path, device):
     Raises:
         ValueError: not a file of tools/export_model.py, or traced on another kind of device.
     """
-    names = []
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            names = [n for n in archive.namelist() if n.endswith(f"/extra/{METADATA_FILE}")]
-            if names and archive.getinfo(names[0]).file_size > MOST_BYTES:
-                raise ValueError(f"{path}: its {METADATA_FILE} has over {MOST_BYTES} bytes.")
-            metadata = json.loads(archive.read(names[0])) if names else None
-            check_program(archive, path)
-    if not names:
+    with open(path, "rb") as file:
+        is_archive = file.read(4) == b"PK\x03\x04"  # torch.jit.load also knows another format
+    # torch's own: a zip archive can be made in which another reader finds other files.
+    reader = torch._C.PyTorchFileReader(path) if is_archive else None
+    if reader is None or METADATA not in reader.get_all_records():
         raise ValueError(
             f"{path} has no {METADATA_FILE} inside: expected a file of tools/export_model.py "
             "--format torchscript."
         )
+    if reader.get_record_size(METADATA) > MOST_BYTES:
+        raise ValueError(f"{path}: its {METADATA_FILE} has over {MOST_BYTES} bytes.")
+    metadata = json.loads(reader.get_record(METADATA))
     traced_on = metadata.get("traced_on") if isinstance(metadata, dict) else None
     if traced_on and traced_on != torch.device(device).type:
         raise ValueError(
@@ -65,6 +66,7 @@ def load(path, device):
             f"{traced_on}, or export it on the other device, or with --method scripting."
         )
     check_metadata(metadata, path)
+    check_program(reader, path)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*torch.jit.* is deprecated")
         # A trace has constants on the CPU, wherever its weights are: all stay where they were.
@@ -72,10 +74,18 @@ def load(path, device):
     return module, metadata
 
 
-def check_program(archive, path):
-    """Raise ValueError for operators that read or write files: exports have none."""
-    for name in (name for name in archive.namelist() if name.endswith(".py")):
-        words = re.findall(r"[A-Za-z_]\w*", archive.read(name).decode())
+def check_program(reader, path):
+    """
+    Raise ValueError for operators that read or write files: exports have none. As
+    mokd_det/untrusted/torchscript.py.
+    """
+    names = reader.get_all_records()
+    for name in names:  # RuntimeError: the reader cut its name
+        reader.get_record_size(name)
+    if len({name.lower() for name in names}) < len(names):  # to torch, both cases are one
+        raise ValueError(f"{path} has two files of one name inside.")
+    for name in (name for name in names if name.lower().endswith(".py")):
+        words = re.findall(r"[A-Za-z_]\w*", reader.get_record(name).decode())
         if found := sorted(OF_FILES & set(words)):
             raise ValueError(f"{path} is a program that may read or write files: '{found[0]}'.")
 

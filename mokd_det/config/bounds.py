@@ -9,6 +9,8 @@ from typing import Any
 
 from detectron2.config import CfgNode
 
+from ..untrusted import printable
+
 INFINITY = math.inf
 
 
@@ -31,6 +33,13 @@ class Bound:
             f"{self.expected} or {other.expected}",
             lambda value: self.hint(value) or other.hint(value),
         )
+
+
+# It stays one line, in whichever log or message it comes to be.
+TEXT = Bound(
+    lambda value: isinstance(value, str) and printable(value) == value,
+    "a string without line ends and control characters",
+)
 
 
 def integer(low: float = -INFINITY, high: float = INFINITY) -> Bound:
@@ -154,7 +163,7 @@ def like(default: Any) -> Bound:
     if isinstance(default, float):
         return number()
     if isinstance(default, str):
-        return Bound(lambda value: isinstance(value, str), "a string")
+        return TEXT
     if isinstance(default, (list, tuple)):
         return Bound(lambda value: isinstance(value, (list, tuple)), "a list")
     return Bound(lambda value: True, "a value")

@@ -332,7 +332,8 @@ def _check_key(key, cfg, source):
                 raise ValueError(f"{source}: there is no option {key} any more: {moved}.")
             close = difflib.get_close_matches(key, _all_keys(cfg), n=3)
             hint = f" Did you mean {' or '.join(close)}?" if close else ""
-            raise ValueError(f"{source}: there is no option {'.'.join(parts[: depth + 1])}.{hint}")
+            unknown = printable(".".join(parts[: depth + 1]))
+            raise ValueError(f"{source}: there is no option {unknown}.{hint}")
         node = node[part]
     return node
 

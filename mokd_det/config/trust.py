@@ -22,7 +22,8 @@ from yaml import YAMLError, safe_load
 
 from ..untrusted import printable
 
-# Parts of which models are built. What calls, loads or downloads other things is in none of them.
+# Their classes are what models are built of. Their functions are no parts of a model: some load
+# pickles, or compile what they are given.
 BUILDS_MODELS = (
     "detectron2.layers",
     "detectron2.modeling",
@@ -36,6 +37,11 @@ BUILDS_MODELS = (
 )
 # In these, but a door to another library, which resolves names itself.
 NOT_THESE = ("detectron2.modeling.mmdet_wrapper",)
+# The functions that Detectron2's own configs of models call.
+BUILDERS = tuple(
+    f"detectron2.modeling.backbone.resnet.ResNet.{name}"
+    for name in ("make_stage", "make_default_stages")
+)
 
 _state = {"trusted": False}
 
@@ -76,7 +82,7 @@ def read_lazy_config(path: str, option: str) -> DictConfig:
 def check_targets(config: Any, source: str) -> None:
     """
     Raise ValueError if building ``config`` would call what is no part of models: a ``_target_`` by
-    name outside of ``BUILDS_MODELS``. Nothing is imported to find that out but these packages.
+    name that is no class of ``BUILDS_MODELS``. Nothing is imported to find that out but these.
 
     Args:
         source: what the config is of, for messages.
@@ -87,9 +93,9 @@ def check_targets(config: Any, source: str) -> None:
         # An object is of a Python config, which is trusted already.
         if isinstance(target, (str, DictConfig, dict)) and not _builds_models(target):
             raise ValueError(
-                f"{source}: {key}._target_ is {target!r:.200}, and building the "
-                f"model would call it. Without --trust only {', '.join(BUILDS_MODELS)} are called: "
-                "if you trust the file, add --trust (in Python: mokd_det.config.trust_files())."
+                f"{source}: {key}._target_ is {target!r:.200}, and building the model would call "
+                f"it. Without --trust only classes of {', '.join(BUILDS_MODELS)} are called: if "
+                "you trust the file, add --trust (in Python: mokd_det.config.trust_files())."
             )
 
 
@@ -115,8 +121,9 @@ def _builds_models(target: Any) -> bool:
     except Exception:  # whatever importing it says, it is not there to be called
         return False
     module = str(getattr(found, "__module__", ""))
-    is_callable = inspect.isclass(found) or inspect.isroutine(found)
-    return is_callable and _is_in(module, parts) and not _is_in(module, NOT_THESE)
+    if not inspect.isclass(found):
+        return f"{module}.{getattr(found, '__qualname__', '')}" in BUILDERS
+    return _is_in(module, parts) and not _is_in(module, NOT_THESE)
 
 
 def _is_in(name, packages):

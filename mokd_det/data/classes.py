@@ -9,7 +9,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
-from ..untrusted import check_class_names, read_torch
+from ..untrusted import check_class_names, kind_of, read_torch
 from .classification.sources import class_names as names_of_folders
 from .coco import read_class_names
 from .paths import local_path
@@ -57,7 +57,8 @@ def check_teacher_classes(cfg: CfgNode, teacher_cfg: CfgNode, reader: str) -> No
     names = known_class_names(cfg)
     teacher_names = known_class_names(teacher_cfg)
     if teacher_cfg.DATASETS.TRAIN:
-        teacher_names = trained_class_names(teacher_cfg.MODEL.WEIGHTS) or teacher_names
+        weights = teacher_cfg.MODEL.WEIGHTS
+        teacher_names = trained_class_names(weights, "MOKD.TEACHER.WEIGHTS") or teacher_names
     if not names or not teacher_names or names == teacher_names:
         return
     if len(names) != len(teacher_names):
@@ -74,19 +75,22 @@ def check_teacher_classes(cfg: CfgNode, teacher_cfg: CfgNode, reader: str) -> No
     )
 
 
-def trained_class_names(weights: str) -> list[str] | None:
+def trained_class_names(weights: str, option: str = "MODEL.WEIGHTS") -> list[str] | None:
     """
     Return the classes of the run that a file of weights is of, in the order of their numbers; None
-    if it does not say them. ValueError: a damaged file.
+    if it does not say them. ValueError: a damaged file, or an archive that is no checkpoint.
+    ``option``: where the file was named, for messages.
     """
     path = os.path.expanduser(weights)
     if not path.endswith(".pth") or not os.path.isfile(path) or not zipfile.is_zipfile(path):
         return None
-    checkpoint = read_torch(path, f"'{weights}'", mmap=True)
+    name = f"{option} '{weights}'"
+    kind_of(path, name)
+    checkpoint = read_torch(path, name, mmap=True)
     run = checkpoint.get("run") if isinstance(checkpoint, dict) else None
     names = run.get("class_names") if isinstance(run, dict) else None
     if names is not None:
-        check_class_names(names, f"'{weights}'")
+        check_class_names(names, name)
     return names
 
 

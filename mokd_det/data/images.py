@@ -16,6 +16,7 @@ from detectron2.data import transforms as T
 from detectron2.utils.file_io import PathManager
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from ..untrusted import printable
 from .report import Report
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ class ImageError(ValueError):
     @classmethod
     def of(cls, file_name: str, reason: object, remedy: str = REPAIR) -> "ImageError":
         """Return the error of a file that cannot be read for a reason."""
-        return cls(f"The image {file_name} cannot be read: {reason}. {remedy}")
+        return cls(f"The image {printable(f'{file_name} cannot be read: {reason}')}. {remedy}")
 
 
 class BrokenImages:

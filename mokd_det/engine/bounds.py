@@ -27,7 +27,8 @@ from detectron2.solver.build import GradientClipType
 from PIL import Image
 from torchvision.models import list_models
 
-from ..config.bounds import Bound, exactly, increasing, integer, interval, number, one_of, rows
+from ..config.bounds import TEXT, Bound, exactly, increasing, integer, interval, number, one_of
+from ..config.bounds import rows
 from ..data import BROKEN_IMAGES, SAMPLERS, UNITS, classification
 from ..modeling import CLASSIFIERS, TIMM_PREFIX
 from ..objectives import CLASS_LOSSES, LEVEL_WEIGHTS, SOURCES, TEACHER_SIDES
@@ -42,7 +43,6 @@ from .step import PRECISIONS
 SCHEDULERS = ["WarmupMultiStepLR", "WarmupCosineLR"]
 if hasattr(detectron2.solver.build, "StepWithFixedGammaParamScheduler"):
     SCHEDULERS.append("WarmupStepWithFixedGammaLR")
-TEXT = Bound(lambda value: isinstance(value, str), "a string")
 NAMES = rows(TEXT)
 SOME_NAMES = rows(TEXT, least=1)
 SHARE = number(0, 1)
@@ -93,7 +93,10 @@ SIZES = rows(POSITIVE | rows(POSITIVE, least=1), least=1)
 BOUNDS: dict[str, Bound] = {
     "SEED": integer(-1, 2**31 - 1),
     "VIS_PERIOD": integer(0),
-    "OUTPUT_DIR": Bound(lambda value: isinstance(value, str) and bool(value), "a folder"),
+    "OUTPUT_DIR": Bound(
+        lambda value: TEXT.holds(value) and bool(value),
+        "a folder, without line ends and control characters",
+    ),
     # ---- training ----
     "SOLVER.MAX_ITER": COUNT,
     "SOLVER.IMS_PER_BATCH": COUNT,

@@ -14,7 +14,7 @@ import torch
 from detectron2.engine import hooks
 from detectron2.utils import comm
 
-from ..files import check_seal, check_whole, replace_file, save_checkpoint
+from ..files import check_whole, replace_file, save_checkpoint
 from ..modeling import SafeCheckpointer
 from ..untrusted import read_torch
 from .identity import RunIdentity
@@ -23,6 +23,7 @@ from .launch import on_main_process
 logger = logging.getLogger(__name__)
 
 LAST, FINAL = "last_checkpoint", "model_final"
+MISSING, EMPTY = "it is missing", "it is empty"  # what is wrong with LAST
 _NAME = re.compile(r"model_(\d+|final|best)\.pth").fullmatch
 _NUMBERED = re.compile(r"model_(\d+)\.pth").fullmatch
 ANOTHER_RUN = "choose another OUTPUT_DIR, or start anew there with --overwrite"
@@ -42,6 +43,11 @@ def find_checkpoint(folder: str) -> str:
     names = checkpoints_in(folder)
     named, problems = _read_last(folder)
     if not names and not named:
+        if problems[LAST] not in (MISSING, EMPTY):  # a first save that was killed leaves it empty
+            logger.warning(
+                f"OUTPUT_DIR '{folder}' has no checkpoint, so nothing is resumed: the run starts "
+                f"anew. {_listed(problems)}"
+            )
         return ""
     iterations = {}
     for name in {*names, named} - {""}:
@@ -75,9 +81,9 @@ def _read_last(folder: str) -> tuple[str, dict[str, str]]:
     try:
         name = Path(folder, LAST).read_text(errors="replace").strip()
     except FileNotFoundError:
-        return "", {LAST: "it is missing"}
+        return "", {LAST: MISSING}
     if not name:
-        return "", {LAST: "it is empty"}
+        return "", {LAST: EMPTY}
     if name != os.path.basename(name) or not name.isprintable() or not name.endswith(".pth"):
         # Neither a file of another folder nor one that would run code.
         return "", {LAST: f"it has {name[:80]!r} instead of the name of a .pth file beside it"}
@@ -94,9 +100,11 @@ def _iteration_of(path: str) -> int:
         with contextlib.suppress(OSError):
             check_whole(path)  # says it better
         raise ValueError(f"it cannot be read ({str(error).rstrip('.')})") from error
-    if "trainer" not in checkpoint:
+    trainer = checkpoint.get("trainer") if isinstance(checkpoint, dict) else None
+    iteration = trainer.get("iteration") if isinstance(trainer, dict) else None
+    if not isinstance(iteration, int):
         raise ValueError("it has weights only, not the state of a run")
-    return int(checkpoint["trainer"]["iteration"])
+    return iteration
 
 
 def _listed(problems: dict[str, str]) -> str:
@@ -173,13 +181,6 @@ class RunCheckpointer(SafeCheckpointer):
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         self._resumes = checkpointables is None
         return super().load(path, checkpointables)
-
-    def _load_file(self, filename):
-        try:
-            check_seal(filename)
-        except ValueError as error:
-            raise ValueError(f"'{filename}' is damaged: {error}. Restore it.") from error
-        return super()._load_file(filename)
 
     def _load_model(self, checkpoint):
         if not self._resumes:

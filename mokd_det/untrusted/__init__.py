@@ -5,4 +5,4 @@ from .names import check_class_names, check_file_name, is_class_name, markdown_r
 from .names import printable
 from .pickles import read_pickle, read_torch
 from .torchscript import check_torchscript
-from .weights import read_checkpoint
+from .weights import kind_of, read_checkpoint

@@ -29,6 +29,13 @@ class _Call(NamedTuple):
         return self.function(*args)
 
 
+class _Namespace(argparse.Namespace):
+    """argparse's has no ``__setstate__``, and pickles set attributes of what has none."""
+
+    def __setstate__(self, state: Any) -> None:
+        vars(self).update(state)
+
+
 class _DType:
     """
     Stands for ``numpy.dtype``, whose own state has flags that make NumPy take bytes for pointers:
@@ -55,6 +62,8 @@ class _Array:
 
 def _array(raw: Any, dtype: _DType, shape: Any, order: str, axes: Any = None) -> np.ndarray:
     """As NumPy's ``_frombuffer``; ``raw`` is a str in pickles of Python 2."""
+    if not isinstance(dtype, _DType):
+        raise pickle.UnpicklingError("an array without a NumPy type")
     if isinstance(raw, str):
         raw = raw.encode("latin1")
     # A copy, as bytes cannot be written to, in the byte order that torch takes.
@@ -81,14 +90,14 @@ def _storage(raw: bytes) -> Any:
 
 # What files of other libraries hold besides torch's own types.
 _COMMON: dict[str, Any] = {
-    "argparse.Namespace": argparse.Namespace,
+    "argparse.Namespace": _Namespace,
     "builtins.bytes": _Call(lambda: b""),  # how Python 3 writes it for Python 2
-    "builtins.frozenset": frozenset,
+    "builtins.frozenset": _Call(frozenset),
     "numpy.dtype": _DType,
     "numpy.ndarray": _Array,
-    **{f"pathlib.{name}": pathlib.PurePosixPath for name in ("PosixPath", "PurePosixPath")},
-    **{f"pathlib.{name}": pathlib.PureWindowsPath for name in ("WindowsPath", "PureWindowsPath")},
 }
+for _name, _path in (("Posix", pathlib.PurePosixPath), ("Windows", pathlib.PureWindowsPath)):
+    _COMMON[f"pathlib.{_name}Path"] = _COMMON[f"pathlib.Pure{_name}Path"] = _Call(_path)
 for _module in ("numpy.core", "numpy._core"):  # NumPy 1 and 2
     _COMMON[f"{_module}.multiarray._reconstruct"] = _Call(lambda *_: _Array())
     _COMMON[f"{_module}.multiarray.scalar"] = _Call(_scalar)
@@ -97,14 +106,17 @@ for _module in ("numpy.core", "numpy._core"):  # NumPy 1 and 2
 ALLOWED: dict[str, Any] = {
     **_COMMON,
     "_codecs.encode": _Call(_encode),
-    "builtins.complex": complex,
-    "builtins.set": set,
-    "collections.OrderedDict": collections.OrderedDict,
+    "builtins.complex": _Call(complex),
+    "builtins.set": _Call(set),
+    "collections.OrderedDict": _Call(collections.OrderedDict),
     "torch.storage._load_from_bytes": _Call(_storage),
     "torch._utils._rebuild_tensor_v2": _Call(torch._utils._rebuild_tensor_v2),
     "torch._utils._rebuild_parameter": _Call(torch._utils._rebuild_parameter),
 }
-"""What a pickle may name, and what it gets for it."""
+"""
+What a pickle may name, and what it gets for it. Nothing on which it could set attributes: a _Call,
+or a class with a ``__setstate__``.
+"""
 
 
 class _Unpickler(pickle.Unpickler):

@@ -2,7 +2,10 @@
 """TorchScript files are programs. They reach no Python, but some of their operators write files."""
 
 import re
-import zipfile
+
+import torch
+
+from .names import printable
 
 # Operators of torch and torchvision that read or write files by name.
 OF_FILES = frozenset(
@@ -19,10 +22,10 @@ def check_torchscript(path: str, name: str) -> None:
     It is a guard, no sandbox: SECURITY.md.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            code = [archive.read(n).decode() for n in archive.namelist() if n.endswith(".py")]
-    except Exception as error:  # zipfile's own errors, and others of what it reads
-        raise ValueError(f"{name} is no TorchScript file: {error}") from error
+        code = _code_of(path)
+    except Exception as error:  # torch's own errors, and others of what it reads
+        reason = printable(str(error).split("\n")[0])
+        raise ValueError(f"{name} is no TorchScript file: {reason}") from error
     for text in code:
         # Names of any kind: however it is written, none of these is left.
         if found := sorted(OF_FILES & set(re.findall(r"[A-Za-z_]\w*", text))):
@@ -30,3 +33,20 @@ def check_torchscript(path: str, name: str) -> None:
                 f"{name} is a program that uses '{found[0]}', by which it may read or write files. "
                 "If you trust it, add --trust (in Python: mokd_det.config.trust_files())."
             )
+
+
+def _code_of(path: str) -> list[str]:
+    """
+    Return the source files in an archive, by torch's own reader: a zip archive can be made in which
+    another one finds other files. tools/run_exported.py has the same.
+    """
+    with open(path, "rb") as file:
+        if file.read(4) != b"PK\x03\x04":
+            raise ValueError("it begins as none")  # torch.jit.load also knows another format
+    reader = torch._C.PyTorchFileReader(path)
+    names = reader.get_all_records()
+    for name in names:  # RuntimeError: the reader cut its name
+        reader.get_record_size(name)
+    if len({name.lower() for name in names}) < len(names):  # to torch, both cases are one
+        raise ValueError("two of the files in it have one name")
+    return [reader.get_record(name).decode() for name in names if name.lower().endswith(".py")]

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
+from ..files import check_seal
 from .names import printable
 from .pickles import read_pickle, read_torch
 
@@ -57,13 +58,17 @@ def read_checkpoint(path: str, name: str = "") -> dict[str, Any]:
     ValueError: it is none of these, damaged, or holds objects that are not just data.
     """
     name = name or f"'{path}'"
-    kind = _kind(path, name)
+    kind = kind_of(path, name)
     if kind == "safetensors":
         loaded: Any = _read_safetensors(path, name)
     elif kind == "pickle":
         with open(path, "rb") as file:
             loaded = read_pickle(file, name=name)
     else:
+        try:
+            check_seal(path)
+        except ValueError as error:
+            raise ValueError(f"{name} is damaged ({error}): {AGAIN}.") from error
         loaded = read_torch(path, name)
     if not isinstance(loaded, dict):
         raise ValueError(
@@ -90,7 +95,9 @@ def _is_of_caffe2(loaded: State) -> bool:
     """Whether Detectron2 would take it for a file of Caffe2's or Detectron1's zoo."""
     if any(isinstance(loaded.get(entry), dict) for entry in (*ENTRIES, *MEANS)):
         return False
-    return "blobs" in loaded or all(isinstance(v, np.ndarray) for v in loaded.values())
+    return isinstance(loaded.get("blobs"), dict) or all(
+        isinstance(v, np.ndarray) for v in loaded.values()
+    )
 
 
 def _unwrapped(loaded: State, name: str) -> dict[str, Any]:
@@ -106,7 +113,7 @@ def _unwrapped(loaded: State, name: str) -> dict[str, Any]:
             break
     state.pop("n_averaged", None)  # torch's AveragedModel counts there
     for prefix in PREFIXES * 2:
-        if state and all(str(key).startswith(prefix) for key in state):
+        if state and all(isinstance(key, str) and key.startswith(prefix) for key in state):
             consume_prefix_in_state_dict_if_present(state, prefix)
     return {**rest, "model": state}
 
@@ -125,8 +132,11 @@ def _check_state(state: State, name: str) -> None:
             )
 
 
-def _kind(path: str, name: str) -> str:
-    """ "torch", "pickle" or "safetensors", by content; ValueError says what else the file is."""
+def kind_of(path: str, name: str) -> str:
+    """
+    Return "torch", "pickle" or "safetensors", by the content of a file. ValueError,
+    FileNotFoundError: it is none of them; the message says what else it is. ``name``: for it.
+    """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{name} does not exist, or is no file.")
     size = os.path.getsize(path)

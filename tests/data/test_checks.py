@@ -170,6 +170,17 @@ def test_weights_without_names(tmp_path):
 
 
 @pytest.mark.bad_input
+def test_names_of_what_is_no_checkpoint(tmp_path):
+    """The message says what the file is, as that of loading it does."""
+    path = str(tmp_path / "model.pth")
+    torch.jit.script(torch.nn.Linear(2, 2)).save(path)
+    for options in ((), ("MOKD.TEACHER.WEIGHTS",)):
+        name = f"{options[0] if options else 'MODEL.WEIGHTS'} '{path}'"
+        with pytest.raises(ValueError, match=f"{name} is a TorchScript archive, which is a prog"):
+            trained_class_names(path, *options)
+
+
+@pytest.mark.bad_input
 def test_a_set_without_some_class(sets):
     cfg = sets(GOOD, with_rows_of_apples_only())
     check(cfg)

@@ -69,10 +69,13 @@ WRONG = [
     ("SEED", 2**40),
     ("OUTPUT_DIR", ""),
     ("OUTPUT_DIR", 5),
+    ("OUTPUT_DIR", "a\nFAKE line"),
+    ("MODEL.WEIGHTS", "a\u2028b"),
     ("VIS_PERIOD", -1),
     # Data.
     ("DATASETS.TRAIN", "my_train"),
     ("DATASETS.TRAIN", (5,)),
+    ("DATASETS.TRAIN", ("a\x1b[2J",)),
     ("DATASETS.TEST", (None,)),
     ("DATASETS.BROKEN_IMAGES", "ignore"),
     ("DATALOADER.NUM_WORKERS", -1),

@@ -10,6 +10,7 @@ import pathlib
 import pickle
 import shutil
 import subprocess
+import warnings
 import zipfile
 
 import numpy as np
@@ -83,10 +84,70 @@ class _Namespace:
     pass
 
 
+# Classes of the standard library that real checkpoints name, and an attribute to be replaced.
+REWRITTEN = {
+    "argparse.Namespace": "__eq__",
+    "pathlib.PurePosixPath": "is_relative_to",
+    "pathlib.PosixPath": "is_relative_to",
+    "pathlib.PureWindowsPath": "is_relative_to",
+    "numpy.dtype": "__setstate__",
+    "numpy.ndarray": "__setstate__",
+    "collections.OrderedDict": "clear",
+    "builtins.frozenset": "union",
+}
+
+
+def rewrites(name, attribute):
+    """Return a pickle that gives a class, not an instance of it, a state: an attribute of it."""
+    module, _, rest = name.rpartition(".")
+    state = pickle.dumps((None, {attribute: 0}), 2)[2:-1]
+    return b"\x80\x02c" + f"{module}\n{rest}\n".encode() + state + b"b."
+
+
 def _npy(marker):
     path = f"{marker}.npy"
     np.save(path, np.array([Reduce(os.system, f"touch {marker}")], dtype=object))
     return path
+
+
+EVIL = "class A(Module):\n  def f(self):\n    torch.save(x, 'y')"
+FINE = EVIL.replace("torch.save(x, 'y')", "return x")
+CODE = "model/code/__torch__.py"
+# TorchScript archives by name and content of their entries; torch takes the evil one.
+PROGRAMS = {
+    "as torch writes it": [(CODE, EVIL)],
+    "upper case": [("model/code/__torch__.PY", EVIL)],
+    "the same name, first": [(CODE, EVIL), (CODE, FINE)],
+    "the same name, last": [(CODE, FINE), (CODE, EVIL)],
+    "the same name in another case": [("model/code/__TORCH__.py", EVIL), (CODE, FINE)],
+    "a long name": [(CODE, FINE), (f"model/code/__torch__/{'a' * 600}.py", EVIL)],
+    "a long name that is there when cut": [
+        (f"model/code/{'a' * (511 - 11)}", FINE),
+        (f"model/code/{'a' * 600}.py", EVIL),
+    ],
+}
+
+
+def write_program(path, entries, more=()):
+    """Write a zip archive that torch's reader takes for one of TorchScript."""
+    with warnings.catch_warnings(), zipfile.ZipFile(path, "w") as archive:
+        warnings.simplefilter("ignore")  # of names that are there already
+        for entry in (("model/version", "3\n"), *entries, *more):
+            archive.writestr(*entry)
+    return str(path)
+
+
+def write_two_directories(path, entries, more=()):
+    """
+    The same with two lists of what is in it: torch reads the one at the offset that is given, the
+    evil one, and zipfile the one right before the end.
+    """
+    content = pathlib.Path(write_program(path, entries, more)).read_bytes()
+    end = content.rindex(b"PK\x05\x06")
+    start = int.from_bytes(content[end + 16 : end + 20], "little")
+    other = content[start:end].replace(b".py", b".xx")
+    path.write_bytes(content[:end] + other + content[end:])
+    return str(path)
 
 
 def payload(name, marker, protocol=2):

@@ -3,11 +3,11 @@
 
 import functools
 import http.server
+import inspect
 import os
 import pathlib
 import pickle
 import threading
-import zipfile
 
 import numpy as np
 import pytest
@@ -20,12 +20,14 @@ from mokd_det.config import get_cfg, trust_files
 from mokd_det.data import check_proposals
 from mokd_det.data.classification.sources import class_names, open_source
 from mokd_det.untrusted import check_torchscript, read_checkpoint
+from mokd_det.untrusted.pickles import ALLOWED
 from mokd_det.modeling import SafeCheckpointer, StrictCheckpointer, TorchvisionBackbone
 from mokd_det.modeling.networks import build_network
 from mokd_det.tasks import task_of
 from mokd_det.teachers.scripted import ScriptedDetector
 
-from .hostile import PICKLES, payload, write
+from .hostile import CODE, PICKLES, PROGRAMS, REWRITTEN, payload, rewrites, write
+from .hostile import write_program, write_two_directories
 
 KINDS = {"pickle": ".pkl", "zip": ".pth", "legacy": ".pth"}
 
@@ -56,6 +58,28 @@ def test_no_protocol_is_executed(protocol, tmp_path, marker, refused):
     path = write(tmp_path / "evil.pkl", "pickle", content)
     with refused(r"an object of '(posix|nt)\.system'"):
         read_checkpoint(str(path))
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", REWRITTEN)
+def test_no_class_is_rewritten(name, kind, tmp_path, refused):
+    ours = ALLOWED[name]
+    ours, attribute = getattr(ours, "function", ours), REWRITTEN[name]
+    before = inspect.getattr_static(ours, attribute)
+    path = write(tmp_path / f"evil{KINDS[kind]}", kind, rewrites(name, attribute))
+    try:
+        with refused(r"evil\.p.* (holds an object of|is damaged|cannot be)"):
+            read_checkpoint(str(path))
+        assert inspect.getattr_static(ours, attribute) is before
+    finally:
+        if inspect.getattr_static(ours, attribute) is not before:
+            setattr(ours, attribute, before)
+
+
+def test_nothing_that_a_pickle_gets_takes_attributes():
+    for name, value in ALLOWED.items():
+        assert type(value).__name__ == "_Call" or "__setstate__" in vars(value), name
 
 
 class Flagged:
@@ -225,9 +249,26 @@ def test_torchscript_teachers_write_no_files(trusted, tmp_path, marker, refused)
     + ["ops.image. # a comment\n write_file(x)"],
 )
 def test_operators_of_files(call, tmp_path):
-    with zipfile.ZipFile(tmp_path / "evil.ts", "w") as archive:
-        archive.writestr("evil/code/__torch__.py", f"class A(Module):\n  def f(self):\n    {call}")
+    text = f"class A(Module):\n  def f(self):\n    {call}"
+    path = write_program(tmp_path / "evil.ts", [(CODE, text)])
     with pytest.raises(ValueError, match="evil.ts is a program that uses"):
+        check_torchscript(path, "evil.ts")
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("write", [write_program, write_two_directories])
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_archives_hide_no_program(name, write, tmp_path):
+    path = write(tmp_path / "evil.ts", PROGRAMS[name])
+    with pytest.raises(ValueError, match="evil.ts is (a program that uses|no TorchScript file)"):
+        check_torchscript(path, "evil.ts")
+
+
+@pytest.mark.bad_input
+def test_a_program_in_torchs_other_format(tmp_path):
+    """torch.jit.load takes a file for that by its first bytes, whatever follows."""
+    (tmp_path / "evil.ts").write_bytes(b"\0\0\0\0PTMF" + b"\0" * 99)
+    with pytest.raises(ValueError, match="evil.ts is no TorchScript file: it begins as none"):
         check_torchscript(str(tmp_path / "evil.ts"), "evil.ts")
 
 

@@ -2,20 +2,23 @@
 """Names that come from files stay in their folder, their line, and their cell."""
 
 import json
+import pathlib
 import sys
-import zipfile
 
 import pytest
 
-from mokd_det.config import get_cfg
+from mokd_det.config import get_cfg, load_config
 from mokd_det.data import check_classes, register_datasets
 from mokd_det.data.classification.sources import open_source
 from mokd_det.data.coco import check_coco
+from mokd_det.data.images import BrokenImages, ImageError, check_header
 from mokd_det.engine import errors_as_messages
 from mokd_det.evaluation import format_comparison
 from mokd_det.untrusted import check_class_names, check_file_name, markdown_row, printable
+from mokd_det.untrusted.torchscript import OF_FILES
 
 from ..conftest import ROOT
+from .hostile import PROGRAMS, write_program, write_two_directories
 
 FORGED = {
     "line": "apple\n[11/30 12:00:00 d2.evaluation]: AP 99",
@@ -117,6 +120,28 @@ def test_tables_keep_their_cells():
     assert printable("fine ü") == "fine ü"
 
 
+@pytest.mark.bad_input
+def test_names_of_images_forge_no_lines(tmp_path, caplog):
+    name = f"{tmp_path}/a\n[00:00:00] mokd INFO: AP 99\n.png"
+    for exists in (False, True):
+        if exists:
+            pathlib.Path(name).write_text("no image\r")
+        with pytest.raises(ImageError) as error:
+            check_header(name)
+        assert str(error.value).isprintable()
+        with caplog.at_level("WARNING", "mokd_det"):
+            BrokenImages("skip").handle(error.value)
+    assert len(caplog.records) == 2 and all(r.message.isprintable() for r in caplog.records)
+
+
+@pytest.mark.bad_input
+def test_keys_of_configs_forge_no_lines(tmp_path):
+    (tmp_path / "evil.yaml").write_text('MODEL: {"a\\n[01/01] mokd INFO: AP 99": 1}\n')
+    with pytest.raises(ValueError, match="there is no option MODEL.a") as error:
+        load_config(str(tmp_path / "evil.yaml"))
+    assert str(error.value).isprintable()
+
+
 FINE = {
     "detection": {"short_edge": 192, "longest_edge": 10**6, "interpolation": "bilinear"},
     "classification": {"short_edge": 256, "crop": 224, "interpolation": "bilinear"},
@@ -164,19 +189,25 @@ def run_exported(monkeypatch):
 @pytest.mark.bad_input
 @pytest.mark.parametrize("name", BAD_METADATA)
 def test_metadata_of_exported_files_is_bounded(name, tmp_path, run_exported):
-    with zipfile.ZipFile(tmp_path / "model.ts", "w") as archive:
-        archive.writestr("model/extra/metadata.json", json.dumps(BAD_METADATA[name]))
+    entry = ("model/extra/metadata.json", json.dumps(BAD_METADATA[name]))
+    write_program(tmp_path / "model.ts", [entry])
     with pytest.raises(ValueError, match=r"model\.ts: (its|'.*' of its) metadata\.json"):
         run_exported.load(str(tmp_path / "model.ts"), "cpu")
 
 
 @pytest.mark.bad_input
-def test_exported_files_use_no_operators_of_files(tmp_path, run_exported):
-    with zipfile.ZipFile(tmp_path / "model.ts", "w") as archive:
-        archive.writestr("model/extra/metadata.json", json.dumps(metadata()))
-        archive.writestr("model/code/__torch__.py", "torch.save(x, 'y')")
-    with pytest.raises(ValueError, match=r"model\.ts is a program that may .*'save'"):
-        run_exported.load(str(tmp_path / "model.ts"), "cpu")
+@pytest.mark.parametrize("write", [write_program, write_two_directories])
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_exported_files_use_no_operators_of_files(name, write, tmp_path, run_exported, monkeypatch):
+    monkeypatch.setattr("torch.jit.load", lambda *args, **kwargs: pytest.fail("it is loaded"))
+    more = [("model/extra/metadata.json", json.dumps(metadata()))]
+    path = write(tmp_path / "model.ts", PROGRAMS[name], more)
+    with pytest.raises((ValueError, RuntimeError), match=r"may read or write|of one name|file not"):
+        run_exported.load(path, "cpu")
+
+
+def test_operators_of_files_are_the_same(run_exported):
+    assert run_exported.OF_FILES == OF_FILES
 
 
 @pytest.mark.parametrize("task", FINE)

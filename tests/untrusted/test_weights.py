@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+from mokd_det.files import save_checkpoint
 from mokd_det.untrusted import read_checkpoint, read_pickle
 from mokd_det.modeling import SafeCheckpointer, StrictCheckpointer
 from mokd_det.modeling.networks import build_network, state_of_file
@@ -171,6 +172,13 @@ def truncated(path):
     path.write_bytes(path.read_bytes()[:-200])
 
 
+def sealed_and_changed(path):
+    save_checkpoint({"model": STATE}, str(path))
+    weights = STATE["0.weight"].numpy().tobytes()
+    assert weights in path.read_bytes()
+    path.write_bytes(path.read_bytes().replace(weights, weights[::-1]))
+
+
 def cut_pickle(path):
     path.write_bytes(pickle.dumps({"model": ARRAYS, "__author__": "x"})[:-40])
 
@@ -197,12 +205,21 @@ OTHERS = {
     "npy": (lambda p: np.save(p.open("wb"), np.ones(3)), "is a single NumPy array"),
     "npz": (lambda p: np.savez(p.open("wb"), a=np.ones(3)), r"is a NumPy archive \(.npz\)"),
     "truncated": (truncated, "is a truncated or damaged zip archive: copy or download it again"),
+    "changed": (
+        sealed_and_changed,
+        r"is damaged \(its checksum does not match its content\): copy",
+    ),
     "cut pickle": (cut_pickle, "is damaged .*: copy or download it again"),
     "a whole model": (whole_model, "holds an object of 'torch.nn.modules.*save the weights alone"),
     "a list": (lambda p: torch.save([1, 2], p), "holds a list: expected a state dict"),
     "a tensor": (lambda p: torch.save(torch.ones(2), p), "holds a Tensor: expected a state dict"),
     "no state": (lambda p: torch.save({"epoch": 1}, p), "no state dict .*'epoch' is a int"),
     "an empty state": (lambda p: torch.save({"model": {}}, p), "holds no weights"),
+    "blobs": (lambda p: p.write_bytes(pickle.dumps({"blobs": 3})), "entry 'blobs' is a int"),
+    "a path as a key": (
+        lambda p: torch.save({pathlib.PurePosixPath("module.a"): torch.ones(1)}, p),
+        "its entry 'module.a' is a Tensor",
+    ),
     "a folder": (lambda p: p.mkdir(), "does not exist, or is no file"),
     "nothing": (lambda p: None, "does not exist, or is no file"),
 }
@@ -217,6 +234,18 @@ def test_what_a_file_is_instead(name, tmp_path):
         read_checkpoint(str(tmp_path / "weights.pth"), "MODEL.WEIGHTS 'weights.pth'")
     text = str(error.value)
     assert text.startswith("MODEL.WEIGHTS 'weights.pth' ") and text.isprintable()
+
+
+@pytest.mark.bad_input
+def test_damaged_checkpoints_are_not_loaded(tmp_path):
+    """To evaluate, to export, to teach from, and as a classifier's weights."""
+    path = tmp_path / "weights.pth"
+    sealed_and_changed(path)
+    for load in (SafeCheckpointer(network()).load, StrictCheckpointer(network()).load):
+        with pytest.raises(ValueError, match="MODEL.WEIGHTS '.*weights.pth' is damaged"):
+            load(str(path), checkpointables=[])
+    with pytest.raises(ValueError, match="WEIGHTS '.*weights.pth' is damaged"):
+        state_of_file(str(path), "WEIGHTS")
 
 
 @pytest.mark.parametrize("mean", [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [1.0]])
