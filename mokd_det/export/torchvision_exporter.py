@@ -89,6 +89,11 @@ class DeployedTorchvisionDetector(nn.Module):
             return self.outputs(self.network([image])[1][0])
         return self.outputs(self.network([image])[0])
 
+    @torch.jit.export
+    def paste_masks(self, masks: Tensor, boxes: Tensor, height: int, width: int) -> Tensor:
+        """(R, height, width) bool, as the files of Detectron2's detectors; here they are pasted."""
+        return masks >= 0.5
+
     def outputs(self, found: Dict[str, Tensor]) -> Dict[str, Tensor]:  # noqa: UP006
         classes = self.classes[found["labels"]]
         known = classes >= 0
@@ -142,8 +147,12 @@ class TorchvisionDetectorExporter(DetectorExporter):
         return {
             "task": "detection",
             "class_names": class_names_of(cfg, model.num_classes, class_names_of_set),
-            # The file resizes images itself.
-            "resize": {"short_edge": 0, "longest_edge": 0, "interpolation": "bilinear"},
+            # The file resizes images itself: short edge 0 leaves them as they are.
+            "resize": {
+                "short_edge": 0,
+                "longest_edge": cfg.INPUT.MAX_SIZE_TEST,
+                "interpolation": "bilinear",
+            },
             "score_threshold": float(heads.score_thresh),
             "keypoint_names": self._keypoint_names(),
             "input": INPUT,
