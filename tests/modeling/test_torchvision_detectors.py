@@ -164,7 +164,7 @@ def test_life_of_a_student(torchvision_cfg, make_cfg, tmp_path, name):
     cfg.MODEL.WEIGHTS, cfg.MOKD.ENABLED = first, False
     image = [str(TREES / "train" / "0.jpg")]
     result = export(cfg, tmp_path / "script", "torchscript", "scripting", image)["parity"]
-    assert result["passed"] and result["detections"], result
+    assert result["passed"] and result["detections"], str(result)
     assert result["max_boxes_difference"] == 0
 
 

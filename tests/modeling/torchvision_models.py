@@ -37,6 +37,10 @@ def torchvision_cfg(annotated, tmp_path):
 
     def make(name, options=None, opts=(), folder="run"):
         size = {} if name.startswith("ssd") else {"min_size": 96, "max_size": 160}
+        # Regions cost most on these small images.
+        regions = ("rpn_post_nms_top_n_train", "rpn_post_nms_top_n_test")
+        few = {**dict.fromkeys(regions, 50), "box_batch_size_per_image": 16}
+        size |= few if "rcnn" in name else {}
         keypoints = {"num_keypoints": 3} if name.startswith("keypoint") else {}
         output = tmp_path / folder
         output.mkdir(exist_ok=True)
