@@ -17,6 +17,7 @@ from .torchvision_networks import build_torchvision_detector, labels_of
 
 # Sides of the image that strides are found with; a multiple of every stride of a pyramid.
 PROBE = 256
+LARGEST_STRIDE = 32  # of backbones without their further levels, as torchvision pads for them
 
 
 @META_ARCH_REGISTRY.register()
@@ -82,7 +83,10 @@ class TorchvisionDetector(PlainState):
         transform = self.network.transform
         images = [transform.normalize(image) for image in self._images(batched_inputs)]
         sizes = [(image.shape[1], image.shape[2]) for image in images]
-        return ImageList(transform.batch_images(images, transform.size_divisible), sizes)
+        divisible = transform.size_divisible
+        if transform.fixed_size and set(sizes) != {transform.fixed_size[::-1]}:
+            divisible = LARGEST_STRIDE  # another size than SSD's own: its maps tell which
+        return ImageList(transform.batch_images(images, divisible), sizes)
 
     @torch.no_grad()
     def prepare(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:

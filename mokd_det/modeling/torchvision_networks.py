@@ -6,6 +6,7 @@ import difflib
 import inspect
 import logging
 import os
+import typing
 from collections.abc import Iterator
 from typing import Any
 
@@ -114,9 +115,9 @@ class _Builder:
             member = self._member_of_file(weights)
         else:
             member = torchvision_weights(self.name, weights, option)
-        if member is None:  # of one's own training, which began with the backbone's weights
-            network = self._make(None, self._usual_backbone(), number, source, download=False)
-        elif number == len(member.meta["categories"]):
+        if member is None:
+            return self._of_own_training(weights, number, option)
+        if number == len(member.meta["categories"]):
             network = self._make(member, None, number, source, download=not is_file)
         else:
             of_weights = self._make(member, None, None, source, download=not is_file)
@@ -124,6 +125,19 @@ class _Builder:
         if is_file:
             self._load(network, weights, option)
         return network
+
+    def _of_own_training(self, weights, number, option):
+        """It began with the backbone's weights or with none: SSDlite has other layers then."""
+        errors = []
+        for backbone in dict.fromkeys([self._usual_backbone(), None]):
+            network = self._make(None, backbone, number, "", download=False)
+            try:
+                self._load(network, weights, option)
+            except ValueError as error:
+                errors.append(error)
+            else:
+                return network
+        raise errors[0]
 
     def _make(self, member, backbone, number, source, download=True):
         """``member``, ``backbone``: weights; at most one of them, and its values are loaded."""
@@ -198,12 +212,15 @@ class _Builder:
         members = list(get_model_weights(self.name))
         return next((m for m in members if os.path.basename(m.url) == name), None)
 
+    def _backbone_parameter(self):
+        return inspect.signature(get_model_builder(self.name)).parameters["weights_backbone"]
+
     def _usual_backbone(self):
-        builder = inspect.signature(get_model_builder(self.name))
-        return builder.parameters["weights_backbone"].default
+        return self._backbone_parameter().default
 
     def _backbone_member(self, name):
-        members = type(self._usual_backbone()).__members__
+        kinds = typing.get_args(self._backbone_parameter().annotation)  # of Optional[...]
+        members = next(k for k in kinds if issubclass(k, WeightsEnum)).__members__
         if name not in members:
             raise ValueError(
                 f"{NODE}.BACKBONE_WEIGHTS is '{name}': expected '' or one of "

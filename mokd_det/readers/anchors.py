@@ -104,7 +104,9 @@ def build_rpn_readers(student: nn.Module, teacher: nn.Module) -> tuple[RPNReader
             common[i] = j
     if not common:
         return None
-    first, second = (RPNReader(rpn, levels) for rpn, levels in zip(rpns, (list(common), list(common.values()))))
+    first, second = (
+        RPNReader(rpn, levels) for rpn, levels in zip(rpns, (list(common), list(common.values())))
+    )
     return first, second
 
 

@@ -118,10 +118,13 @@ class TorchvisionDenseReader(DenseReader):
         return Grid(height, width, stride, 0.0, self.counts[level])
 
     def _image_size(self, maps: list[Tensor]) -> tuple[int, int]:
-        if self.fixed_size is not None:
-            return self.fixed_size[1], self.fixed_size[0]
         stride = self._shapes[self.in_features[0]].stride
-        return maps[0].shape[2] * stride, maps[0].shape[3] * stride
+        height, width = maps[0].shape[2:]
+        if self.fixed_size is not None:  # unless it sees images of another size, as a teacher
+            own_width, own_height = self.fixed_size
+            if (height, width) == (math.ceil(own_height / stride), math.ceil(own_width / stride)):
+                return own_height, own_width
+        return height * stride, width * stride
 
     def _all_levels(self, maps: list[Tensor]) -> list[Tensor]:
         """Heads and anchors are for all levels: those that are not read have one position."""

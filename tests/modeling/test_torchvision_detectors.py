@@ -17,7 +17,7 @@ from torchvision.transforms.functional import to_tensor
 
 from mokd_det.config import load_config
 from mokd_det.engine import DistillationTrainer, prepare_datasets, validate
-from mokd_det.modeling import TorchvisionDetector, torchvision_networks
+from mokd_det.modeling import TorchvisionDetector, detector_names, torchvision_networks
 from mokd_det.modeling.torchvision_networks import COCO_LABELS, COCO_NAMES
 from mokd_det.tasks import task_of
 
@@ -89,7 +89,9 @@ def test_what_a_teacher_sees_is_what_the_network_resizes(torchvision_cfg, name):
     assert model.network.transform._skip_resize is False
     torch.manual_seed(1)
     again = model(prepared)
-    assert all(torch.allclose(a, b, rtol=2e-3) for a, b in zip(losses.values(), again.values()))
+    # Which regions the second stage gets may change with the last digit.
+    dense = [n for n in losses if n not in ("loss_classifier", "loss_box_reg")]
+    assert all(torch.allclose(losses[n], again[n], rtol=2e-3) for n in dense)
 
 
 @pytest.mark.parametrize("name", models())
@@ -318,6 +320,27 @@ def test_a_file_of_the_published_name_is_the_published_weights(published, tmp_pa
     theirs = build(SSDLITE, WEIGHTS="DEFAULT", COCO_IDS=True)
     assert str(mine) == str(theirs)
     assert all(torch.equal(a, b) for a, b in zip(mine.parameters(), theirs.parameters()))
+
+
+def test_a_file_of_ones_own_training(published, tmp_path):
+    """SSDlite has other layers if it began with the weights of a backbone."""
+    path = tmp_path / "own.pth"
+    for options in ({}, {"BACKBONE_WEIGHTS": "DEFAULT"}, {"WEIGHTS": "DEFAULT"}):
+        own = build(SSDLITE, NUM_CLASSES=2, **options)
+        torch.save(own.state_dict(), path)
+        again = build(SSDLITE, NUM_CLASSES=2, WEIGHTS=str(path))
+        assert all(torch.equal(a, b) for a, b in zip(own.parameters(), again.parameters()))
+
+
+def test_weights_of_the_backbone_of_every_model(published, monkeypatch):
+    """Also of those that torchvision builds without them unless it is told."""
+    asked = []
+    monkeypatch.setattr(
+        torchvision_networks._Builder, "_make", lambda self, *args: asked.append(args[1])
+    )
+    for name in detector_names():
+        torchvision_networks._Builder(name, {}, True)("", "DEFAULT", 2)
+    assert len(asked) == 12 and all(weights.url for weights in asked)
 
 
 @pytest.mark.bad_input

@@ -113,6 +113,22 @@ def test_dense(torchvision_cfg, name):
         assert torch.equal(smaller.logits, state.logits[:, start:stop])
 
 
+@pytest.mark.parametrize("name", models(names=["ssd300_vgg16", "ssdlite320_mobilenet_v3_large"]))
+def test_ssd_at_the_size_of_its_student(torchvision_cfg, name):
+    """As a teacher it sees images of any size: default boxes are those of that size."""
+    model = random_detector(torchvision_cfg(name)).eval()
+    images = model.preprocess_image([{"image": torch.rand(3, 180, 150)}] * 2)
+    assert images.tensor.shape == (2, 3, 192, 160)
+    with torch.no_grad():
+        features = model.backbone(images.tensor)
+        reader = build_box_reader(model, "teacher")
+        state = reader.run(features)
+        maps = list(features.values())
+        own = ImageList(images.tensor, images.image_sizes)
+        assert torch.equal(state.anchors, model.network.anchor_generator(own, maps)[0])
+        assert len(state.anchors) == state.logits.shape[1]
+
+
 @pytest.mark.parametrize("name", models(quick=(), names=["fcos_resnet50_fpn"]))
 def test_fcos_level_is_its_own_choice(torchvision_cfg, name):
     """Objects of 8 to 16 strides are found on a level."""
