@@ -129,8 +129,9 @@ def evaluate(args, cfg):
         teacher_cfg.DATASETS = cfg.DATASETS
         teacher_cfg.OUTPUT_DIR = f"{cfg.OUTPUT_DIR}/teacher"
         PathManager.mkdirs(teacher_cfg.OUTPUT_DIR)
-        teacher = task.load_trained(teacher_cfg, "MOKD.TEACHER.WEIGHTS")
-        task.check_model(teacher_cfg, teacher, ["TEST"])
+        teacher_task = task_of(teacher_cfg)
+        teacher = teacher_task.load_trained(teacher_cfg, "MOKD.TEACHER.WEIGHTS")
+        teacher_task.check_model(teacher_cfg, teacher, ["TEST"])
     results = Trainer.test(cfg, student)
     if args.with_teacher:
         teacher_results = Trainer.test(teacher_cfg, teacher)

@@ -115,6 +115,31 @@ def add_mokd_config(cfg: CN) -> None:
     cfg.MODEL.TORCHVISION.NODES = []
 
     # ---------------------------------------------------------------------------------------- #
+    # For MODEL.META_ARCHITECTURE "TorchvisionDetector": a detector of torchvision.models.detection.
+    # It resizes and normalises images itself, so INPUT.MIN_SIZE_*, MAX_SIZE_* and MODEL.PIXEL_*
+    # are not for it (configs/Base-TorchvisionDetector.yaml).
+    cfg.MODEL.TORCHVISION_DETECTOR = CN()
+    # Any name of torchvision.models.list_models(torchvision.models.detection).
+    cfg.MODEL.TORCHVISION_DETECTOR.NAME = "fasterrcnn_resnet50_fpn_v2"
+    # "": random; "DEFAULT" or the name of a weight enum: COCO's, which torchvision downloads; else
+    # a file. For other classes than the weights', the last layers of the heads start random.
+    cfg.MODEL.TORCHVISION_DETECTOR.WEIGHTS = ""
+    # Without WEIGHTS, of the backbone: "", "DEFAULT" or the name of a weight enum.
+    cfg.MODEL.TORCHVISION_DETECTOR.BACKBONE_WEIGHTS = ""
+    # Of the data, without the background that torchvision counts as well.
+    cfg.MODEL.TORCHVISION_DETECTOR.NUM_CLASSES = 80
+    # The heads have COCO's category ids as labels, as those of torchvision's COCO weights: 91
+    # outputs for the 80 classes. False: the labels are 1, 2, ...
+    cfg.MODEL.TORCHVISION_DETECTOR.COCO_IDS = False
+    # Further arguments of the constructor, e.g. {min_size: 320, max_size: 640,
+    # trainable_backbone_layers: 5}. Of several values of min_size each training image gets one at
+    # random, and the last one counts in evaluation.
+    cfg.MODEL.TORCHVISION_DETECTOR.OPTIONS = CN(new_allowed=True)
+    # False: the weights above say only what torchvision freezes with them; their values are not
+    # fetched, since MODEL.WEIGHTS has all of them.
+    cfg.MODEL.TORCHVISION_DETECTOR.DOWNLOAD = True
+
+    # ---------------------------------------------------------------------------------------- #
     # For MODEL.META_ARCHITECTURE "Classifier": the network. It wants INPUT.FORMAT "RGB" and, for
     # torchvision's weights, MODEL.PIXEL_MEAN and PIXEL_STD as above (configs/Base-Classifier.yaml).
     cfg.MODEL.CLASSIFIER = CN()
@@ -208,6 +233,10 @@ def add_mokd_config(cfg: CN) -> None:
     cfg.MOKD.TEACHER.TORCHSCRIPT.PIXEL_MEAN = [123.675, 116.28, 103.53]
     cfg.MOKD.TEACHER.TORCHSCRIPT.PIXEL_STD = [58.395, 57.12, 57.375]
     cfg.MOKD.TEACHER.TORCHSCRIPT.SIZE_DIVISIBILITY = 32
+    # Instead of a config: the name of a detector of torchvision, such as
+    # "fasterrcnn_resnet50_fpn_v2". TEACHER.WEIGHTS is then "DEFAULT" (COCO's), the name of a weight
+    # enum, or a file.
+    cfg.MOKD.TEACHER.DETECTOR = ""
     # Instead of a config, for classifiers: the teacher's MODEL.CLASSIFIER.NAME. TEACHER.WEIGHTS is
     # then "DEFAULT", the name of a weight enum, or a file. Images are normalised as those
     # weights want (from a file: as ImageNet's weights do).

@@ -64,10 +64,11 @@ def check_teacher_classes(cfg: CfgNode, teacher_cfg: CfgNode, reader: str) -> No
     if len(names) != len(teacher_names):
         return  # the model's to refuse, which knows how many classes each side has
     order = ", the same in another order" if sorted(names) == sorted(teacher_names) else ""
+    ours, theirs = (next(iter(c.DATASETS.TRAIN), "by its weights") for c in (cfg, teacher_cfg))
     raise ValueError(
         f"{reader} compares classes by number, but the student's classes are "
-        f"{listed_names(names)} (DATASETS.TRAIN {cfg.DATASETS.TRAIN[0]}), the teacher's "
-        f"{listed_names(teacher_names)} ({teacher_cfg.DATASETS.TRAIN[0]}){order}. Bring the "
+        f"{listed_names(names)} (DATASETS.TRAIN {ours}), the teacher's "
+        f"{listed_names(teacher_names)} ({theirs}){order}. Bring the "
         "student's data set into the teacher's order; or distil features only "
         "(MOKD.OBJECTIVES ['features']); or, if they mean the same, let the teacher name none "
         "(MOKD.TEACHER.OPTS ['DATASETS.TRAIN', '()'])."
@@ -94,7 +95,13 @@ def trained_class_names(weights: str, option: str = "MODEL.WEIGHTS") -> list[str
 
 
 def known_class_names(cfg: CfgNode) -> list[str] | None:
-    """Return the classes of the first training set of a config; None if nothing says them."""
+    """
+    Return the classes of a config: of its first training set, or COCO's for heads with COCO's ids;
+    None if nothing says them.
+    """
+    is_torchvision = cfg.MODEL.META_ARCHITECTURE == "TorchvisionDetector"
+    if is_torchvision and cfg.MODEL.TORCHVISION_DETECTOR.COCO_IDS:
+        return list(MetadataCatalog.get("coco_2017_train").thing_classes)
     for name in cfg.DATASETS.TRAIN[:1]:
         for known, json_file, _ in cfg.DATASETS.COCO:
             if known == name:

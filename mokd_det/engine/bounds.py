@@ -182,6 +182,7 @@ BOUNDS: dict[str, Bound] = {
     "MODEL.BACKBONE.NAME": _registered(BACKBONE_REGISTRY),
     "MODEL.BACKBONE.FREEZE_AT": integer(0),
     "MODEL.TORCHVISION.NAME": one_of(_torchvision_names, "a classification model of torchvision"),
+    "MODEL.TORCHVISION_DETECTOR.NUM_CLASSES": COUNT,
     "MODEL.TORCHVISION.NORM": one_of(("BN", "FrozenBN")),
     "MODEL.TORCHVISION.OUT_FEATURES": NAMES,
     "MODEL.TORCHVISION.NODES": NAMES,

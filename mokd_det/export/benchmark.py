@@ -63,15 +63,18 @@ def benchmark(
     runs = {"student": _runner(task.exporter(cfg), exported, image)}
     if cfg.MOKD.ENABLED:
         teacher_cfg = task.teacher_config_at_students_size(cfg)
+        teacher_task = task.of_teacher(teacher_cfg)
         folder = os.path.join(output_dir, "teacher")
-        teacher = export_model(task, teacher_cfg, folder, options, images, "MOKD.TEACHER.WEIGHTS")
+        teacher = export_model(
+            teacher_task, teacher_cfg, folder, options, images, "MOKD.TEACHER.WEIGHTS"
+        )
         if not teacher["parity"]["passed"]:
             raise ValueError(
                 f"--benchmark: the exported teacher differs from its source: {teacher['parity']}. "
                 "Try the other --method, or MOKD.ENABLED False to time the student alone."
             )
         sizes["teacher"] = teacher["bytes"]
-        exporter = task.exporter(teacher_cfg)
+        exporter = teacher_task.exporter(teacher_cfg)
         runs["teacher"] = _runner(exporter, teacher, exporter.to_tensor(pictures[0]))
     return {
         "bytes": sizes,

@@ -16,7 +16,7 @@ from ..data.classification import Batch, build_transform
 from ..data.classification.sources import class_names
 from .classifier import DeployedClassifier, HalfClassifier
 from .exporter import Exporter, ExportOptions, differences, save_and_load, stack
-from .metadata import Json, class_names_of, common_metadata
+from .metadata import Json, class_names_of, common_metadata, normalisation_of
 from .onnx import check_onnx, export_onnx, load_onnx
 from .parity import compare_tensors, parity
 from .precision import check_half
@@ -50,7 +50,9 @@ class ClassifierExporter(Exporter):
             },
             "input": INPUT,
             "outputs": {"logits": "(N, C) float32; their softmax are probabilities"},
-            **common_metadata(self.cfg, model, stock_config(self.cfg, self.stock_options)),
+            **common_metadata(
+                self.cfg, *normalisation_of(model), stock_config(self.cfg, self.stock_options)
+            ),
         }
 
     def to_tensor(self, image: np.ndarray) -> Tensor:

@@ -15,7 +15,7 @@ from . import detector
 from .detector import detect, detect_batch
 from .exporter import Exporter, ExportOptions, differences, save_and_load, stack
 from .images import SCALES, sized
-from .metadata import Json, class_names_of, common_metadata, data_sets_of
+from .metadata import Json, class_names_of, common_metadata, data_sets_of, normalisation_of
 from .onnx import check_onnx, export_onnx, load_onnx
 from .parity import compare_detections, compare_tensors, parity
 from .precision import check_half, halve_backbone
@@ -47,7 +47,7 @@ class DetectorExporter(Exporter):
         cfg = self.cfg
         return {
             "task": "detection",
-            "class_names": class_names_of(cfg, detector.num_classes(model), _class_names),
+            "class_names": class_names_of(cfg, detector.num_classes(model), class_names_of_set),
             # Detectron2's ResizeShortestEdge; short edge 0 leaves images as they are.
             "resize": {
                 "short_edge": cfg.INPUT.MIN_SIZE_TEST,
@@ -58,7 +58,7 @@ class DetectorExporter(Exporter):
             "keypoint_names": self._keypoint_names(),
             "input": INPUT,
             "outputs": {name: detector.OUTPUTS[name] for name in detector.output_names(model)},
-            **common_metadata(cfg, model, stock_config(cfg)),
+            **common_metadata(cfg, *normalisation_of(model), stock_config(cfg)),
         }
 
     def _keypoint_names(self) -> list[str] | None:
@@ -147,7 +147,7 @@ def _write_backbone_and_head(model, pictures, path, metadata, tolerance) -> dict
     return parity(expected, [run(images) for images in inputs], inputs, tolerance, compare_tensors)
 
 
-def _class_names(name: str, metadata) -> list[str]:
+def class_names_of_set(name: str, metadata) -> list[str]:
     if "thing_classes" not in metadata.as_dict() and "json_file" in metadata.as_dict():
         return read_class_names(metadata.json_file)
     return metadata.get("thing_classes", [])

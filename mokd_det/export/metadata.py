@@ -2,7 +2,7 @@
 """What a deployed model needs to be told beside its weights."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import detectron2
@@ -19,7 +19,9 @@ Json = dict[str, Any]  # what is written as JSON
 METADATA_FILE = "metadata.json"  # inside a TorchScript or .pt2 archive, or an entry of ONNX's own
 
 
-def common_metadata(cfg: CfgNode, model: Any, stock_cfg: CfgNode) -> Json:
+def common_metadata(
+    cfg: CfgNode, pixel_mean: Sequence[float], pixel_std: Sequence[float], stock_cfg: CfgNode
+) -> Json:
     """
     Return what the metadata of every model says. Its config's checksum is that of
     :func:`mokd_det.config.stock_config`; weights that torchvision names have none.
@@ -27,8 +29,8 @@ def common_metadata(cfg: CfgNode, model: Any, stock_cfg: CfgNode) -> Json:
     weights = cfg.MODEL.WEIGHTS
     return {
         "format": cfg.INPUT.FORMAT,
-        "pixel_mean": model.pixel_mean.flatten().tolist(),
-        "pixel_std": model.pixel_std.flatten().tolist(),
+        "pixel_mean": list(pixel_mean),
+        "pixel_std": list(pixel_std),
         "versions": {
             package.__name__: package.__version__
             for package in (mokd_det, detectron2, torch, torchvision)
@@ -36,6 +38,11 @@ def common_metadata(cfg: CfgNode, model: Any, stock_cfg: CfgNode) -> Json:
         "config_sha256": hashlib.sha256(stock_cfg.dump().encode()).hexdigest(),
         "weights_sha256": sha256_of(weights) if weights else None,
     }
+
+
+def normalisation_of(model: Any) -> tuple[list[float], list[float]]:
+    """Return mean and standard deviation of a model that keeps them as buffers."""
+    return model.pixel_mean.flatten().tolist(), model.pixel_std.flatten().tolist()
 
 
 def data_sets_of(cfg: CfgNode) -> list[str]:

@@ -5,7 +5,7 @@ import contextlib
 import io
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -35,13 +35,21 @@ def check_onnx(model: nn.Module) -> None:
         )
 
 
-def export_onnx(model: nn.Module, image: Tensor, path: str, metadata: Json) -> None:
-    """Write a detector or a deployed classifier, in eval mode; the image is an example input."""
+def export_onnx(
+    model: nn.Module, image: Tensor, path: str, metadata: Json, names: Sequence[str] = ()
+) -> None:
+    """
+    Write a detector or a deployed classifier, in eval mode; the image is an example input.
+    ``names``: of the outputs of a detector that returns a tuple of them.
+    """
     import onnx
 
-    if hasattr(model, "backbone"):  # a detector
-        traceable: nn.Module = TraceableDetector(model, as_tuple=True).eval()
-        input_name, names = "image", output_names(model)
+    if names or hasattr(model, "backbone"):  # a detector
+        traceable = model
+        if not names:
+            traceable = TraceableDetector(model, as_tuple=True).eval()
+            names = output_names(model)
+        input_name = "image"
         axes = {"image": {1: "height", 2: "width"}, **{name: {0: "detections"} for name in names}}
     else:
         traceable, input_name, names = model, "images", ["logits"]

@@ -16,3 +16,5 @@ from .supervised_model import SupervisedModel
 from .taps import TapShape, as_map, check_batch_norm, common_grid, find_taps
 from .taps import replace_backbone_features, replace_taps
 from .torchvision_backbone import TorchvisionBackbone
+from .torchvision_detector import TorchvisionDetector
+from .torchvision_networks import COCO_NAMES, check_detector_name, detector_names

@@ -14,17 +14,15 @@ from ..data.classification import Batch
 from ..teachers import PRE_LOGITS
 from .loading import StrictCheckpointer
 from .networks import HEADS, build_network
+from .state import PlainState
 
 # Weight of the heads for training only, of GoogLeNet (Szegedy et al. 2015) and Inception.
 AUXILIARY = 0.3
 
 
 @META_ARCH_REGISTRY.register()
-class Classifier(nn.Module):
-    """
-    A stock classification network for Detectron2's trainer and evaluation. Its state is that of the
-    network alone: checkpoints load into what torchvision or timm builds, and the other way round.
-    """
+class Classifier(PlainState):
+    """A stock classification network for Detectron2's trainer and evaluation."""
 
     pixel_mean: Tensor
     pixel_std: Tensor
@@ -87,19 +85,6 @@ class Classifier(nn.Module):
     def head(self) -> nn.Module:
         """The network's last part, whose output are the logits."""
         return self.network.get_submodule(self.head_name)
-
-    # The two buffers are the config's, so the network's state is all.
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        return self.network.state_dict(*args, **kwargs)
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        return self.network.load_state_dict(*args, **kwargs)
-
-    def _load_from_state_dict(self, state_dict, prefix, *args):
-        # As a part of another module, whose state_dict() has the network's keys as well.
-        for key in [key for key in state_dict if key.startswith(prefix)]:
-            state_dict[f"{prefix}network.{key[len(prefix) :]}"] = state_dict.pop(key)
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def preprocess(self, images: Tensor) -> Tensor:
         """Return float32 images, normalised, of (N, 3, H, W) in [0, 255] on any device."""

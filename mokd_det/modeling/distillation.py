@@ -112,7 +112,12 @@ class DistillationModel(nn.Module):
         """
         if not self.training:
             return self.inference(batch)
-        outputs = teacher_outputs or self.teacher.run(batch, self.input_format)
+        if teacher_outputs is None:
+            batch = self.task.prepare_batch(self.student, batch)
+            outputs = self.teacher.run(batch, self.input_format)
+            outputs.batch = batch
+        else:
+            outputs, batch = teacher_outputs, teacher_outputs.batch
         assert self.boundary.balancer is not None
         self.teacher_outputs = outputs if self.boundary.balancer.needs_second_forward else None
         objectives: dict[str, Any] = dict(self.objectives.items())

@@ -1,11 +1,33 @@
 # Copyright (c) The mokd_det authors.
-"""What a forward pass in training mode changes in a module besides its outputs."""
+"""The state of a module: what is saved of it, and what a forward pass in training changes."""
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+
+class PlainState(nn.Module):
+    """
+    A module around ``network`` whose state is that of the network alone: checkpoints load into what
+    the network's own library builds, and the other way round. Own buffers must not be persistent.
+    """
+
+    network: nn.Module
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self.network.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self.network.load_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        # As a part of another module, whose state_dict() has the network's keys as well.
+        for key in [key for key in state_dict if key.startswith(prefix)]:
+            state_dict[f"{prefix}network.{key[len(prefix) :]}"] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 @contextlib.contextmanager

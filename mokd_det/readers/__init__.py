@@ -3,4 +3,6 @@
 
 from .. import compat  # first: patches Detectron2 where it needs it
 from .anchors import AnchorOutputs, RPNReader, build_rpn_reader, build_rpn_readers, stock_rpn
-from .boxes import BoxOutputs, BoxReader, build_box_reader
+from .boxes import BoxOutputs, BoxReader
+from .build import build_box_reader
+from .torchvision import feature_shapes, is_torchvision

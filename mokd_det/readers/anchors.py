@@ -3,12 +3,15 @@
 
 import dataclasses
 from collections.abc import Collection, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.proposal_generator import RPN
 from torch import Tensor, nn
+
+from .torchvision import is_torchvision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +56,24 @@ class RPNReader(nn.Module):
         return AnchorOutputs(list(logits), [x.unflatten(1, (-1, 4)) for x in deltas])
 
 
+class TorchvisionRPN:
+    """torchvision's RPN, with the names that Detectron2's has."""
+
+    def __init__(self, detector: Any):
+        rpn, shapes = detector.network.rpn, detector.feature_shapes()
+        self.rpn_head, self.in_features = rpn.head, list(shapes)
+        self.box2box_transform = rpn.box_coder
+        self.anchor_generator = SimpleNamespace(
+            strides=[shape.stride for shape in shapes.values()],
+            cell_anchors=rpn.anchor_generator.cell_anchors,
+            offset=0.0,
+        )
+
+
 def stock_rpn(detector: nn.Module) -> Any:
     """Return a detector's RPN, or None if it has none or one that cannot be read."""
+    if is_torchvision(detector):
+        return TorchvisionRPN(detector) if hasattr(detector.network, "rpn") else None
     rpn: Any = getattr(detector, "proposal_generator", None)
     # Exactly these: a subclass may predict something else, as the one for rotated boxes does.
     if type(rpn) is RPN and type(rpn.anchor_generator) is DefaultAnchorGenerator:
@@ -78,10 +97,16 @@ def build_rpn_readers(student: nn.Module, teacher: nn.Module) -> tuple[RPNReader
     if None in rpns:
         return None
     ours, theirs = ([*_anchors(rpn)] for rpn in rpns)
-    common = [(i, j) for i, x in enumerate(ours) for j, y in enumerate(theirs) if x == y]
+    common: dict[int, int] = {}  # each level of the teacher once: torchvision's may be alike
+    for i, x in enumerate(ours):
+        alike = (j for j, y in enumerate(theirs) if x == y and j not in common.values())
+        if (j := next(alike, None)) is not None:
+            common[i] = j
     if not common:
         return None
-    first, second = (RPNReader(rpn, levels) for rpn, levels in zip(rpns, zip(*common)))
+    first, second = (
+        RPNReader(rpn, levels) for rpn, levels in zip(rpns, (list(common), list(common.values())))
+    )
     return first, second
 
 

@@ -100,6 +100,20 @@ class Task(abc.ABC):
             teacher_cfg.INPUT[key] = cfg.INPUT[key]
         return teacher_cfg
 
+    def of_teacher(self, teacher_cfg: CfgNode) -> "Task":
+        """Return the task of a teacher's own config."""
+        return task_of(teacher_cfg)
+
+    def with_teacher_weights(self, teacher_cfg: CfgNode, options: CfgNode) -> CfgNode:
+        """
+        Return the config of a teacher of this kind, with the weights that ``options``
+        (``MOKD.TEACHER``) name. ValueError, FileNotFoundError: there are none.
+        """
+        raise ValueError(
+            f"MOKD.TEACHER.CONFIG_FILE '{options.CONFIG_FILE}' is of a model for {self.name}, "
+            "which cannot teach this student: name the config of a detector."
+        )
+
     @abc.abstractmethod
     def build_teacher(self, cfg: CfgNode) -> Teacher:
         """
@@ -156,6 +170,10 @@ class Task(abc.ABC):
         Args:
             names: the features that objectives read, where the student has to be told.
         """
+
+    def prepare_batch(self, student: Any, batch: Any) -> Any:
+        """Return a batch as teacher and student are to see it, in the size that both run at."""
+        return batch
 
     def check_student(self, cfg: CfgNode, student: nn.Module) -> None:
         """Raise ValueError if a student cannot be distilled."""

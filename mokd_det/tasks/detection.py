@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, ClassVar
 
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
@@ -14,16 +14,17 @@ from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
-from ..config import find_config, get_cfg, load_config
+from ..config import find_config, get_cfg, load_config, merge_overrides
 from ..data import ResumableLoader, build_resumable_train_loader, build_test_loader
 from ..data import build_train_mapper, check_detection_sets, check_head, known_class_names
 from ..data import trained_class_names
 from ..export import DetectorExporter
-from ..modeling import StrictCheckpointer, load_lazy_config, replace_backbone_features
+from ..modeling import COCO_NAMES, StrictCheckpointer, check_detector_name, load_lazy_config
+from ..modeling import replace_backbone_features
 from ..objectives import DetectorHeads, Level, Objective, align_resolution, onto_grid
-from ..readers import build_box_reader, build_rpn_reader, stock_rpn
+from ..readers import build_box_reader, build_rpn_reader, feature_shapes, stock_rpn
 from ..teachers import DetectorTeacher, ScriptedDetector, Teacher, speed_options
-from .base import TASKS, Features, Names, Task
+from .base import TASKS, Features, Names, Task, task_of
 
 
 OF_TEACHER = "MOKD.TEACHER.OPTS: override"
@@ -33,6 +34,7 @@ NUM_CLASSES = {
     "GeneralizedRCNN": "MODEL.ROI_HEADS.NUM_CLASSES",
     "PanopticFPN": "MODEL.ROI_HEADS.NUM_CLASSES",
     "RetinaNet": "MODEL.RETINANET.NUM_CLASSES",
+    "TorchvisionDetector": "MODEL.TORCHVISION_DETECTOR.NUM_CLASSES",
 }
 
 
@@ -45,10 +47,11 @@ class DetectionTask(Task):
     backbone and ``preprocess_image(batched_inputs)``, which returns an ImageList.
     """
 
-    options = (
+    options: ClassVar[tuple[str, ...]] = (
         "INPUT.COLOR_JITTER",
         "INPUT.LSJ",
         "MODEL.BACKBONE.CHECKPOINTING",
+        "MOKD.TEACHER.DETECTOR",
         "MODEL.BACKBONE.COMPILE",
         "MOKD.RECIPE_FOR",
         "MOKD.TEACHER.TORCHSCRIPT",
@@ -77,40 +80,42 @@ class DetectionTask(Task):
                 f"MOKD.TEACHER.CLASSIFIER is '{options.CLASSIFIER}', but the student is no "
                 "classifier (MODEL.META_ARCHITECTURE): name a detector in MOKD.TEACHER.CONFIG_FILE."
             )
-        if not options.CONFIG_FILE:
+        if bool(options.DETECTOR) == bool(options.CONFIG_FILE):
             raise ValueError(
-                "MOKD.TEACHER.CONFIG_FILE is empty: name the config file that the teacher was "
-                "trained with, and its weights in MOKD.TEACHER.WEIGHTS."
+                f"MOKD.TEACHER.CONFIG_FILE is '{options.CONFIG_FILE}' and DETECTOR "
+                f"'{options.DETECTOR}': give one of the two, the config file that the teacher was "
+                "trained with (and its weights in MOKD.TEACHER.WEIGHTS), or the name of a detector "
+                "of torchvision."
             )
-        teacher_cfg, zoo_weights = _read_teacher_config(options)
+        if options.DETECTOR:
+            teacher_cfg, zoo_weights = _config_by_name(cfg), ""
+        else:
+            teacher_cfg, zoo_weights = _read_teacher_config(options)
         teacher_cfg.MODEL.DEVICE = cfg.MODEL.DEVICE
-        # All weights come from the file below, so none are downloaded for the backbone alone.
-        teacher_cfg.MODEL.TORCHVISION.WEIGHTS = ""
         if not options.WEIGHTS and zoo_weights and "MODEL.WEIGHTS" not in options.OPTS:
             teacher_cfg.MODEL.WEIGHTS = zoo_weights
+        return task_of(teacher_cfg).with_teacher_weights(teacher_cfg, options)
+
+    def with_teacher_weights(self, teacher_cfg: CfgNode, options: CfgNode) -> CfgNode:
+        # All weights come from the file below, so none are downloaded for the backbone alone.
+        teacher_cfg.MODEL.TORCHVISION.WEIGHTS = ""
         teacher_cfg.MODEL.WEIGHTS = options.WEIGHTS or teacher_cfg.MODEL.WEIGHTS
         if not teacher_cfg.MODEL.WEIGHTS:
             raise ValueError(
                 "MOKD.TEACHER.WEIGHTS is empty, and so is MODEL.WEIGHTS of "
                 f"'{options.CONFIG_FILE}': name the teacher's trained weights."
             )
-        is_local = "://" not in teacher_cfg.MODEL.WEIGHTS
-        if is_local and not PathManager.isfile(teacher_cfg.MODEL.WEIGHTS):
-            raise FileNotFoundError(
-                f"MOKD.TEACHER.WEIGHTS '{teacher_cfg.MODEL.WEIGHTS}' does not exist (looked in "
-                f"{os.getcwd()}). Train the teacher first: tools/train_net.py --config-file "
-                f"{options.CONFIG_FILE}"
-            )
+        check_weights_exist(teacher_cfg.MODEL.WEIGHTS, options)
         return teacher_cfg
 
     def build_teacher(self, cfg: CfgNode) -> DetectorTeacher:
         options = cfg.MOKD.TEACHER
         if options.TORCHSCRIPT.FILE:
-            model = ScriptedDetector.from_config(cfg)
+            model: nn.Module = ScriptedDetector.from_config(cfg)
             input_format = options.TORCHSCRIPT.INPUT_FORMAT
         else:
             teacher_cfg = self.teacher_config(cfg)
-            model = build_model(teacher_cfg)
+            model = task_of(teacher_cfg).load_trained(teacher_cfg, "MOKD.TEACHER.WEIGHTS")
             input_format = teacher_cfg.INPUT.FORMAT
             for name in ("backbone", "preprocess_image"):
                 if not hasattr(model, name):
@@ -119,9 +124,6 @@ class DetectionTask(Task):
                         f"'{teacher_cfg.MODEL.META_ARCHITECTURE}' has no '{name}', which "
                         "distilling its features needs."
                     )
-            StrictCheckpointer(model, option="MOKD.TEACHER.WEIGHTS").load(
-                teacher_cfg.MODEL.WEIGHTS, checkpointables=[]
-            )
         formats = {cfg.INPUT.FORMAT, input_format}
         if len(formats) > 1 and formats != {"RGB", "BGR"}:
             raise ValueError(
@@ -167,7 +169,7 @@ class DetectionTask(Task):
     def match_features(
         self, cfg: CfgNode, student: Any, teacher: Any, names: Names = (), teacher_names: Names = ()
     ) -> list[Level]:
-        shapes, teacher_shapes = student.backbone.output_shape(), teacher.feature_shapes()
+        shapes, teacher_shapes = feature_shapes(student), teacher.feature_shapes()
         level_map = build_level_map(shapes, teacher_shapes, names, teacher_names)
         return _levels(level_map, shapes, teacher_shapes, align_resolution)
 
@@ -192,7 +194,7 @@ class DetectionTask(Task):
                 f"MOKD.TEACHER_HEAD.RPN_WEIGHT is {options.RPN_WEIGHT}, but the teacher, a "
                 f"{type(teacher.model).__name__}, has no RPN that can be read: set it to 1."
             )
-        shapes, teacher_shapes = student.backbone.output_shape(), teacher.feature_shapes()
+        shapes, teacher_shapes = feature_shapes(student), teacher.feature_shapes()
         of_heads = {name: teacher_shapes[name] for name in read}
         level_map = build_head_map(shapes, of_heads, names, teacher_names)
         given = set(level_map.values())
@@ -233,13 +235,15 @@ class DetectionTask(Task):
                 "'output_shape()', which distilling its features needs: see docs/distillation.md, "
                 "Your own meta-architecture."
             )
+        self.check_recipe(cfg, "two-stage" if hasattr(student, "roi_heads") else "one-stage")
 
-        kind = "two-stage" if hasattr(student, "roi_heads") else "one-stage"
+    def check_recipe(self, cfg: CfgNode, kind: str) -> None:
+        """Raise ValueError if the config has a recipe for another kind of student."""
         if cfg.MOKD.RECIPE_FOR not in ("", kind):
             raise ValueError(
                 f"MOKD.RECIPE_FOR is '{cfg.MOKD.RECIPE_FOR}', for which the recipe's weights were "
-                f"published, but the student, a {type(student).__name__}, is a {kind} detector: "
-                "use the recipe for those, or set RECIPE_FOR to '' to try these weights."
+                f"published, but the student is a {kind} detector: use the recipe for those, or "
+                "set RECIPE_FOR to '' to try these weights."
             )
 
     def check_pair(
@@ -279,6 +283,30 @@ class DetectionTask(Task):
         return DetectorExporter(cfg)
 
 
+def check_weights_exist(weights: str, options: CfgNode) -> None:
+    """Raise FileNotFoundError for a local file of weights, of ``MOKD.TEACHER``, that is not."""
+    if "://" not in weights and not PathManager.isfile(weights):
+        raise FileNotFoundError(
+            f"MOKD.TEACHER.WEIGHTS '{weights}' does not exist (looked in {os.getcwd()}). Train the "
+            f"teacher first: tools/train_net.py --config-file {options.CONFIG_FILE or 'FILE'}"
+        )
+
+
+def _config_by_name(cfg: CfgNode) -> CfgNode:
+    """The config of torchvision's detector ``MOKD.TEACHER.DETECTOR``."""
+    options = cfg.MOKD.TEACHER
+    check_detector_name(options.DETECTOR, "MOKD.TEACHER.DETECTOR")
+    teacher_cfg = load_config("", ["MODEL.META_ARCHITECTURE", "TorchvisionDetector"])
+    teacher_cfg.INPUT.FORMAT = "RGB"
+    node = teacher_cfg.MODEL.TORCHVISION_DETECTOR
+    node.NAME = options.DETECTOR
+    # Keypoint R-CNN knows persons only.
+    node.NUM_CLASSES = 1 if options.DETECTOR.startswith("keypoint") else len(COCO_NAMES)
+    node.COCO_IDS = node.NUM_CLASSES > 1
+    merge_overrides(teacher_cfg, options.OPTS, OF_TEACHER)
+    return teacher_cfg
+
+
 def _read_teacher_config(options: CfgNode) -> tuple[CfgNode, str]:
     """Return the teacher's config, and for a name of the model zoo the address of its weights."""
     option = "MOKD.TEACHER.CONFIG_FILE"
@@ -307,7 +335,8 @@ def build_level_map(
     Args:
         student_names, teacher_names: STUDENT and TEACHER of the config's ``node``. The second may
             be empty if the names are the same on both sides; both empty: all names that both sides
-            have, or if there is none, the levels of equal stride.
+            have for the same stride; if there is none, the levels of equal stride; if there is
+            none, names that both have.
 
     ValueError: a name that its side does not have, a name twice, lists of different length, or
     nothing in common; the message lists what both sides have.
@@ -323,8 +352,10 @@ def build_level_map(
             f"name the student's level for each. {have}"
         )
     if not student_names:
-        common = {name: name for name in student_shapes if name in teacher_shapes}
-        common = common or _levels_of_equal_stride(student_shapes, teacher_shapes)
+        named = {name: name for name in student_shapes if name in teacher_shapes}
+        alike = {n: n for n in named if student_shapes[n].stride == teacher_shapes[n].stride}
+        # torchvision's names are numbers, and mean another stride in another family.
+        common = alike or _levels_of_equal_stride(student_shapes, teacher_shapes) or named
         if not common:
             raise ValueError(
                 "Student and teacher share neither a feature name nor a stride, so "

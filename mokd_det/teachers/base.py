@@ -32,10 +32,12 @@ class TeacherOutputs:
         features: by name: of a detector's backbone (N, C, H / stride, W / stride); of a classifier
             what is tapped.
         answers: see :meth:`remember`.
+        batch: what the student is to see with it, as its task prepared it.
     """
 
     features: dict[str, Tensor]
     answers: dict[Any, Any] = dataclasses.field(default_factory=dict, kw_only=True)
+    batch: Any = dataclasses.field(default=None, kw_only=True)
 
     def remember(self, question: Any, ask: Callable[[], Any]) -> Any:
         """Return ``ask()``; for the same question again what it returned the first time."""

@@ -11,6 +11,7 @@ from detectron2.structures import ImageList
 from torch import Tensor
 
 from ..readers import AnchorOutputs, BoxOutputs, BoxReader, RPNReader, build_box_reader
+from ..readers import feature_shapes
 from ..speed import pool_in_float32
 from .base import Teacher, TeacherOutputs
 from .scripted import ScriptedDetector
@@ -59,7 +60,7 @@ class DetectorTeacherOutputs(TeacherOutputs):
 
 
 class DetectorTeacher(Teacher):
-    """A frozen detector of Detectron2, or another with ``backbone`` and ``preprocess_image``."""
+    """A frozen detector of Detectron2 or torchvision, or another with such a ``backbone``."""
 
     def __init__(self, model: Any, input_format: str, *, proposals: int = 256, **options: Any):
         """
@@ -79,7 +80,7 @@ class DetectorTeacher(Teacher):
 
     def feature_shapes(self) -> dict[str, ShapeSpec]:
         """Return channels and stride of the backbone's feature maps."""
-        return self.model.backbone.output_shape()
+        return feature_shapes(self.model)
 
     def read_boxes(self) -> None:
         """

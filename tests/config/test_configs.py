@@ -9,6 +9,7 @@ import pytest
 import torch
 import torchvision
 from detectron2 import model_zoo
+from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.modeling.backbone.resnet import BottleneckBlock
 
@@ -17,6 +18,8 @@ from mokd_det.data import register_datasets
 from mokd_det.data.augmentation import build_train_mapper
 from mokd_det.data.classification import PackedImages, write_packed
 from mokd_det.engine import DistillationTrainer, Trainer, build_trainer, validate
+from mokd_det.modeling import detector_names
+from mokd_det.readers import feature_shapes
 from mokd_det.tasks import build_level_map, task_of
 
 from ..conftest import DIGITS, ROOT, TREES
@@ -30,6 +33,8 @@ FILES = sorted(
 TASKS = {path: task_of(load_config(str(ROOT / path))).name for path in FILES}
 CLASSIFIERS = [path for path in FILES if TASKS[path] == "classification"]
 CONFIGS = [path for path in FILES if TASKS[path] == "detection"]
+TORCHVISION = [path for path in FILES if TASKS[path] == "torchvision_detection"]
+DISTILLED = [path for path in CONFIGS + TORCHVISION if "/mokd_" in path and "COCO-" in path]
 # Longer schedules and large-scale jitter have the networks of the others: one of each kind.
 # Teachers run beside their students.
 TRAINED = [
@@ -51,6 +56,14 @@ SMALL = [
     # Untrained, with images of 0 to 255: small steps.
     *("SOLVER.CLIP_GRADIENTS.ENABLED", True, "SOLVER.BASE_LR", 1e-3),
 ]
+WITHOUT_DOWNLOAD = ["MODEL.TORCHVISION_DETECTOR.DOWNLOAD", False]
+# As SMALL.
+SMALL_RCNN = {
+    "min_size": 96,
+    "max_size": 96,
+    "rpn_post_nms_top_n_test": 20,
+    "box_score_thresh": 0.0,
+}
 
 
 @pytest.fixture(scope="module")
@@ -105,21 +118,22 @@ def test_builds(config_file, tmp_path):
     cfg = load_config(config_file, none)
     weights = tmp_path / "weights.pth"
     weights.touch()
-    if cfg.MOKD.ENABLED and not cfg.MOKD.TEACHER.CLASSIFIER:
+    if cfg.MOKD.TEACHER.CONFIG_FILE:
         cfg.MOKD.TEACHER.WEIGHTS = str(weights)  # must be there, but is not read
     task = validate(cfg)
     with torch.device("meta"):
-        student = task.build_student(cfg)
+        student = task.build_student(task.untrained_config(cfg))
         if not cfg.MOKD.ENABLED:
             return
-        teacher_cfg = task.untrained_config(task.teacher_config(cfg))
+        teacher_cfg = task.teacher_config(cfg)
+        teacher_cfg = task_of(teacher_cfg).untrained_config(teacher_cfg)
     # RegNet computes with numbers of tensors when it is built.
     with torch.device("cpu" if "regnet" in config_file else "meta") as device:
         teacher_cfg.MODEL.DEVICE = str(device)
-        teacher = task.build_student(teacher_cfg)
+        teacher = build_model(teacher_cfg)
     task.check_student(cfg, student)
-    if task.name == "detection":
-        shapes = [model.backbone.output_shape() for model in (student, teacher)]
+    if task.name != "classification":
+        shapes = [feature_shapes(model) for model in (student, teacher)]
         assert build_level_map(*shapes, cfg.MOKD.FEATURES.STUDENT, cfg.MOKD.FEATURES.TEACHER)
     else:
         assert student.num_classes == teacher.num_classes
@@ -135,19 +149,45 @@ def test_trains_and_evaluates(config_file, data_sets, random_weights, tmp_path, 
         assert (cfg.MODEL.ROI_HEADS.NUM_CLASSES, cfg.MODEL.RETINANET.NUM_CLASSES) == (80, 80)
     cfg.merge_from_list(classes)
     if cfg.MOKD.ENABLED:
-        cfg.MOKD.TEACHER.OPTS = classes
-        cfg.MOKD.TEACHER.WEIGHTS = random_weights(cfg.MOKD.TEACHER.CONFIG_FILE, classes)
+        if cfg.MOKD.TEACHER.DETECTOR:
+            cfg.MOKD.TEACHER.OPTS = WITHOUT_DOWNLOAD
+        else:
+            cfg.MOKD.TEACHER.OPTS = classes
+            cfg.MOKD.TEACHER.WEIGHTS = random_weights(cfg.MOKD.TEACHER.CONFIG_FILE, classes)
     trainer = build_trainer(cfg)
     tame(trainer.model)
     own_step = cfg.MOKD.ENABLED or cfg.DATALOADER.RESUMABLE
     assert type(trainer) is (DistillationTrainer if own_step else Trainer)
+    train(trainer, monkeypatch)
+    tasks = {"bbox", "segm"} if cfg.MODEL.MASK_ON else {"bbox"}
+    assert set(trainer._last_eval_results) == tasks
+
+
+def train(trainer, monkeypatch):
+    """Two iterations, whatever the schedule."""
     # The file would be the whole optimizer; checkpoints have tests of their own.
     monkeypatch.setattr(trainer.checkpointer, "save", lambda *args, **kwargs: None)
+    trainer.max_iter = 2
     trainer.resume_or_load(False)
     trainer.train()
     assert trainer.iter == 2
-    tasks = {"bbox", "segm"} if cfg.MODEL.MASK_ON else {"bbox"}
-    assert set(trainer._last_eval_results) == tasks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config_file", TORCHVISION)
+def test_torchvisions_train_and_evaluate(config_file, data_sets, tmp_path, monkeypatch):
+    """With random weights in place of torchvision's; SSDlite has images of 320 pixels always."""
+    opts = ["MODEL.DEVICE", "cpu", "DATALOADER.NUM_WORKERS", 0, "OUTPUT_DIR", str(tmp_path)]
+    opts += ["SOLVER.IMS_PER_BATCH", 2, "SOLVER.BASE_LR", 1e-3, *WITHOUT_DOWNLOAD, *data_sets]
+    cfg = load_config(config_file, opts)
+    assert cfg.MODEL.TORCHVISION_DETECTOR.NUM_CLASSES == 80
+    if cfg.MODEL.TORCHVISION_DETECTOR.NAME.startswith("fasterrcnn"):
+        cfg.MODEL.TORCHVISION_DETECTOR.OPTIONS = CfgNode(SMALL_RCNN)
+    if cfg.MOKD.ENABLED:
+        cfg.MOKD.TEACHER.OPTS = WITHOUT_DOWNLOAD
+    trainer = build_trainer(cfg)
+    train(trainer, monkeypatch)
+    assert set(trainer._last_eval_results) == {"bbox"}
 
 
 @pytest.fixture(scope="module")
@@ -244,20 +284,27 @@ def test_retinanet_base_spells_out_detectron2s_anchors():
     assert load_config("configs/Base-RetinaNet.yaml").MODEL.ANCHOR_GENERATOR.SIZES == sizes
 
 
-@pytest.mark.parametrize("path", [c for c in CONFIGS if "/mokd_" in c and "COCO-" in c])
+@pytest.mark.parametrize("path", DISTILLED)
 def test_distilled_config_is_its_baseline_plus_a_teacher(path):
     """Schedule, data and model of a 1x file are those of the file that it is based on."""
     cfg = load_config(path)
-    assert cfg.MOKD.ENABLED and (ROOT / cfg.MOKD.TEACHER.CONFIG_FILE).is_file()
-    student = Path(path).stem.split("_to_")[1].split("_FPN")[0]
-    kind = Path(path).stem.removeprefix("mokd_").split("_R_")[0]
-    baseline = load_config(str(Path(path).parent / f"{kind}_{student}_FPN_1x.yaml"))
+    teacher = cfg.MOKD.TEACHER
+    assert cfg.MOKD.ENABLED
+    assert teacher.DETECTOR in detector_names() or (ROOT / teacher.CONFIG_FILE).is_file()
+    baseline = load_config(str(Path(path).parent / f"{baseline_of(Path(path).stem)}.yaml"))
     assert cfg.MODEL == baseline.MODEL and cfg.DATASETS == baseline.DATASETS
-    if path.endswith("_1x.yaml"):
+    if "_3x" not in path:
         assert cfg.SOLVER == baseline.SOLVER and cfg.INPUT == baseline.INPUT
     else:
         assert (cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS) == (270000, (210000, 250000))
     assert cfg.INPUT.LSJ.ENABLED == path.endswith("LSJ.yaml")
+
+
+def baseline_of(name):
+    teacher, student = name.removeprefix("mokd_").split("_to_")
+    if teacher.startswith("tv_"):
+        return f"{student}_FPN_1x" if "_R_" in student else f"tv_{student}"
+    return f"{teacher.split('_R_')[0]}_{student.split('_FPN')[0]}_FPN_1x"
 
 
 def test_large_scale_jitter_makes_square_images(data_sets):

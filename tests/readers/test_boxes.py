@@ -150,7 +150,7 @@ def test_retinanet_reader_says_what_the_detector_says(family_cfg):
         boxes = torch.cat([corners, corners + 4 + torch.rand(300, 2) * 120], 1)
         (nearest,) = reader.locations(features, [boxes])
         state = reader.run(features)
-        indices = reader._nearest(*state[0], boxes)
+        indices = reader._nearest(state.anchors, state.grids, boxes)
         best = pairwise_iou(Boxes(boxes), Boxes(anchors))
         assert torch.allclose(best.gather(1, indices[:, None])[:, 0], best.max(1).values)
         assert torch.equal(nearest, anchors[indices.unique()])

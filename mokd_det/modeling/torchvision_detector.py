@@ -1,0 +1,174 @@
+# Copyright (c) The mokd_det authors.
+"""The meta-architecture of torchvision's detectors, for Detectron2's data and evaluation."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.structures import BitMasks, Boxes, ImageList, Instances, Keypoints, PolygonMasks
+from torch import Tensor, nn
+
+from .state import PlainState, eval_mode
+from .torchvision_networks import build_torchvision_detector, labels_of
+
+# Sides of the image that strides are found with; a multiple of every stride of a pyramid.
+PROBE = 256
+LARGEST_STRIDE = 32  # of backbones without their further levels, as torchvision pads for them
+
+
+@META_ARCH_REGISTRY.register()
+class TorchvisionDetector(PlainState):
+    """
+    A detector of ``torchvision.models.detection`` that takes and returns what Detectron2's do. Its
+    state is that of ``network``, the plain torchvision module, which also resizes and normalises
+    the images: so it is trained, evaluated and deployed as torchvision's own code does it.
+
+    Attributes:
+        labels: of each class the label that torchvision gives it; the background has 0.
+    """
+
+    classes: Tensor
+
+    @configurable
+    def __init__(self, *, network: nn.Module, labels: list[int], input_format: str = "RGB"):
+        """``input_format``: of the images given, "RGB" or "BGR"; torchvision takes RGB."""
+        super().__init__()
+        if input_format not in ("RGB", "BGR"):
+            raise ValueError(
+                f"INPUT.FORMAT is '{input_format}': torchvision's detectors take 'RGB' (or 'BGR', "
+                "which is converted)."
+            )
+        self.network: Any = network
+        self.labels, self.num_classes, self.input_format = labels, len(labels), input_format
+        classes = torch.full((max(labels) + 1,), -1)
+        classes[labels] = torch.arange(len(labels))
+        self.register_buffer("classes", classes, persistent=False)  # from label to class, or -1
+        self._shapes: dict[str, ShapeSpec] | None = None
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        return {
+            "network": build_torchvision_detector(cfg),
+            "labels": labels_of(cfg),
+            "input_format": cfg.INPUT.FORMAT,
+        }
+
+    @property
+    def device(self) -> torch.device:
+        return self.classes.device
+
+    @property
+    def backbone(self) -> nn.Module:
+        """What makes the features that the heads read: dict[str, Tensor]."""
+        return self.network.backbone
+
+    def feature_shapes(self) -> dict[str, ShapeSpec]:
+        """Return channels and stride of each of the backbone's feature maps."""
+        if self._shapes is None:
+            width, height = self.network.transform.fixed_size or (PROBE, PROBE)
+            with eval_mode(self.backbone), torch.no_grad():
+                maps = self.backbone(torch.zeros(1, 3, height, width, device=self.device))
+            self._shapes = {
+                name: ShapeSpec(channels=m.shape[1], stride=round(height / m.shape[2]))
+                for name, m in maps.items()
+            }
+        return self._shapes
+
+    def preprocess_image(self, batched_inputs: list[dict[str, Any]]) -> ImageList:
+        """Return images (N, 3, H, W), normalised and padded, at the size that they are given in."""
+        transform = self.network.transform
+        images = [transform.normalize(image) for image in self._images(batched_inputs)]
+        sizes = [(image.shape[1], image.shape[2]) for image in images]
+        divisible = transform.size_divisible
+        if transform.fixed_size and set(sizes) != {transform.fixed_size[::-1]}:
+            divisible = LARGEST_STRIDE  # another size than SSD's own: its maps tell which
+        return ImageList(transform.batch_images(images, divisible), sizes)
+
+    @torch.no_grad()
+    def prepare(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """
+        Return a batch for training, images and annotations in the size to which the network would
+        resize them: a teacher that is given it sees what the student does.
+        """
+        prepared = []
+        for x, image in zip(batched_inputs, self._images(batched_inputs)):
+            target = self._target(x["instances"])
+            image, target = self.network.transform.resize(image, target)
+            instances = Instances((image.shape[1], image.shape[2]))
+            instances.gt_boxes = Boxes(target["boxes"])
+            instances.gt_classes = x["instances"].gt_classes.to(self.device)
+            if "masks" in target:
+                instances.gt_masks = BitMasks(target["masks"].bool())
+            if "keypoints" in target:
+                instances.gt_keypoints = Keypoints(target["keypoints"])
+            image = 255 * (image.flip(0) if self.input_format == "BGR" else image)
+            prepared.append({**x, "image": image, "instances": instances, "is_resized": True})
+        return prepared
+
+    def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
+        """
+        Args:
+            batched_inputs: of Detectron2's loader; in training from it or from :meth:`prepare`.
+
+        Returns:
+            in training dict[str, Tensor], torchvision's losses by names that begin with "loss_".
+            Else a list of dicts whose ``instances`` have boxes in pixels of the image given.
+        """
+        images = self._images(batched_inputs)
+        if self.training:
+            targets = [self._target(x["instances"]) for x in batched_inputs]
+            with self._resizing(not batched_inputs[0].get("is_resized", False)):
+                losses = self.network(images, targets)
+            return {f"loss_{name.removeprefix('loss_')}": x for name, x in losses.items()}
+        found = self.network(images)
+        sizes = [(image.shape[1], image.shape[2]) for image in images]
+        return [{"instances": self._instances(x, size)} for x, size in zip(found, sizes)]
+
+    def _images(self, batched_inputs: list[dict[str, Any]]) -> list[Tensor]:
+        """(3, H, W) RGB in [0, 1], as torchvision takes them."""
+        images = [x["image"].to(self.device).float() / 255 for x in batched_inputs]
+        return [x.flip(0) for x in images] if self.input_format == "BGR" else images
+
+    def _target(self, instances: Instances) -> dict[str, Tensor]:
+        instances = instances.to(self.device)
+        labels = torch.tensor(self.labels, device=self.device)
+        target = {
+            "boxes": instances.gt_boxes.tensor.float(),
+            "labels": labels[instances.gt_classes],
+        }
+        heads = getattr(self.network, "roi_heads", None)
+        if heads is not None and heads.has_mask():
+            masks = instances.gt_masks
+            if isinstance(masks, PolygonMasks):
+                masks = BitMasks.from_polygon_masks(masks, *instances.image_size)
+            target["masks"] = masks.tensor.to(self.device, torch.uint8)
+        if heads is not None and heads.has_keypoint():
+            target["keypoints"] = instances.gt_keypoints.tensor
+        return target
+
+    def _instances(self, found: dict[str, Tensor], size: tuple[int, int]) -> Instances:
+        classes = self.classes[found["labels"]]
+        known = classes >= 0  # COCO's weights also have labels without a class
+        instances = Instances(size)
+        instances.pred_boxes = Boxes(found["boxes"][known])
+        instances.scores = found["scores"][known]
+        instances.pred_classes = classes[known]
+        if "masks" in found:
+            instances.pred_masks = found["masks"][known][:, 0] >= 0.5
+        if "keypoints" in found:
+            points, scores = found["keypoints"][known], found["keypoints_scores"][known]
+            instances.pred_keypoints = torch.cat([points[..., :2], scores[..., None]], dim=2)
+        return instances
+
+    @contextlib.contextmanager
+    def _resizing(self, is_on: bool) -> Iterator[None]:
+        transform = self.network.transform
+        before, transform._skip_resize = transform._skip_resize, not is_on
+        try:
+            yield
+        finally:
+            transform._skip_resize = before
