@@ -123,19 +123,22 @@ def torchvision_state(member: Any, name: str) -> dict[str, Any]:
     Return the state dict of torchvision's weights, from torch's cache or the internet. ValueError:
     there is none, or the cache has something else; ``name``: for the message.
     """
-    file = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(member.url))
     try:
         # A file that is in the cache already is not compared with its hash.
         return member.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except urllib.error.URLError as error:
         raise ValueError(
             f"{name} cannot be downloaded from {member.url}: {error}. Put that file there as "
-            f"{file}, or name a local file."
+            f"{_cached(member)}, or name a local file."
         ) from error
     except Exception as error:  # a damaged or hostile file may end in any of them
         raise ValueError(
-            f"{name}: {file} in torch's cache is no file of plain weights: delete it."
+            f"{name}: {_cached(member)} in torch's cache is no file of plain weights: delete it."
         ) from error
+
+
+def _cached(member: Any) -> str:
+    return os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(member.url))
 
 
 def make_torchvision(name: str, defaults: dict[str, Any], **options: Any) -> nn.Module:

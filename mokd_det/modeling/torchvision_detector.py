@@ -11,6 +11,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import BitMasks, Boxes, ImageList, Instances, Keypoints, PolygonMasks
 from torch import Tensor, nn
+from torchvision.models.detection.ssd import SSDFeatureExtractorVGG
 
 from .state import PlainState, eval_mode
 from .torchvision_networks import build_torchvision_detector, labels_of
@@ -86,7 +87,18 @@ class TorchvisionDetector(PlainState):
         divisible = transform.size_divisible
         if transform.fixed_size and set(sizes) != {transform.fixed_size[::-1]}:
             divisible = LARGEST_STRIDE  # another size than SSD's own: its maps tell which
+            self._check_size(sizes)
         return ImageList(transform.batch_images(images, divisible), sizes)
+
+    def _check_size(self, sizes: list[tuple[int, int]]) -> None:
+        least = min(self.network.transform.fixed_size)
+        small = [size for size in sizes if min(size) < least]
+        if small and isinstance(self.backbone, SSDFeatureExtractorVGG):  # not padded at its end
+            raise ValueError(
+                f"A teacher with SSD's VGG takes images of at least {least} pixels a side, but got "
+                f"{small[0][0]} x {small[0][1]}: raise INPUT.MIN_SIZE_TRAIN of the student (or "
+                "min_size in MODEL.TORCHVISION_DETECTOR.OPTIONS)."
+            )
 
     @torch.no_grad()
     def prepare(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:

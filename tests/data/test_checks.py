@@ -21,7 +21,7 @@ from mokd_det.config import load_config
 from mokd_det.data import register_datasets, trained_class_names
 from mokd_det.engine import build_trainer, prepare_datasets
 from mokd_det.evaluation.fast_coco import fast_coco_eval
-from mokd_det.export.detector_exporter import _class_names as detector_classes
+from mokd_det.export.detector_exporter import class_names_of_set as detector_classes
 from mokd_det.export.metadata import class_names_of
 from mokd_det.tasks import task_of
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 
+from mokd_det import readers
 from mokd_det.engine import DistillationTrainer, validate
 from mokd_det.objectives import OBJECTIVES, Objective
 
@@ -55,7 +56,8 @@ def test_options_of_an_objective_that_is_not_chosen(make_cfg, opts, message):
         validate(make_cfg("mokd", opts))
 
 
-def test_outputs_need_a_detector_that_is_read_on_both_sides(make_cfg, tmp_path):
+def test_outputs_need_a_detector_that_is_read_on_both_sides(make_cfg, tmp_path, monkeypatch):
+    monkeypatch.setattr(readers.build, "FCOS", dict)  # a detector that no reader knows
     path = tmp_path / "fcos.py"
     path.write_text(FCOS)
     opts = ["MODEL.META_ARCHITECTURE", "LazyConfigDetector", "MODEL.LAZY_CONFIG.FILE", str(path)]

@@ -12,6 +12,7 @@ from torch import nn
 from mokd_det.engine import DistillationTrainer, validate
 from mokd_det.modeling import as_map, find_taps
 from mokd_det.objectives import ClassifierHead, StudentOutputs, normalise_like
+from mokd_det import readers
 from mokd_det.readers import build_box_reader
 from mokd_det.teachers import ClassifierTeacher
 
@@ -211,7 +212,8 @@ def test_a_pair_that_does_not_fit_is_explained(make_cfg, opts, message):
         DistillationTrainer.build_model(cfg)
 
 
-def test_heads_that_cannot_be_read_are_explained(make_cfg, tmp_path):
+def test_heads_that_cannot_be_read_are_explained(make_cfg, tmp_path, monkeypatch):
+    monkeypatch.setattr(readers.build, "FCOS", dict)  # a detector that no reader knows
     path = tmp_path / "fcos.py"
     path.write_text(FCOS)
     opts = ["MODEL.META_ARCHITECTURE", "LazyConfigDetector", "MODEL.LAZY_CONFIG.FILE", str(path)]

@@ -117,8 +117,8 @@ def test_dense(torchvision_cfg, name):
 def test_ssd_at_the_size_of_its_student(torchvision_cfg, name):
     """As a teacher it sees images of any size: default boxes are those of that size."""
     model = random_detector(torchvision_cfg(name)).eval()
-    images = model.preprocess_image([{"image": torch.rand(3, 180, 150)}] * 2)
-    assert images.tensor.shape == (2, 3, 192, 160)
+    images = model.preprocess_image([{"image": torch.rand(3, 330, 350)}] * 2)
+    assert images.tensor.shape == (2, 3, 352, 352)
     with torch.no_grad():
         features = model.backbone(images.tensor)
         reader = build_box_reader(model, "teacher")

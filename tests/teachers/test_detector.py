@@ -127,7 +127,7 @@ class TestMistakes:
     @pytest.mark.parametrize(
         "opts, error, message",
         [
-            (["CONFIG_FILE", ""], ValueError, "MOKD.TEACHER.CONFIG_FILE is empty"),
+            (["CONFIG_FILE", ""], ValueError, "MOKD.TEACHER.CONFIG_FILE is '' and DETECTOR"),
             (
                 ["CONFIG_FILE", "configs/no.yaml"],
                 FileNotFoundError,
