@@ -4,5 +4,6 @@
 from .. import compat  # first: patches Detectron2 where it needs it
 from .base import TASKS, Task, task_of
 from .classification import ClassificationTask
-from .detection import RECIPES_FOR, DetectionTask, build_level_map
+from .detection import RECIPES_FOR, DetectionTask
+from .levels import build_level_map
 from .torchvision_detection import TorchvisionDetectionTask

@@ -4,12 +4,11 @@
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 from detectron2.config import CfgNode
-from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 from torch import nn
@@ -25,6 +24,7 @@ from ..objectives import DetectorHeads, Level, Objective, align_resolution, onto
 from ..readers import build_box_reader, build_rpn_reader, feature_shapes, stock_rpn
 from ..teachers import DetectorTeacher, ScriptedDetector, Teacher, speed_options
 from .base import TASKS, Features, Names, Task, task_of
+from .levels import build_head_map, build_level_map, matched_levels
 
 
 OF_TEACHER = "MOKD.TEACHER.OPTS: override"
@@ -171,7 +171,7 @@ class DetectionTask(Task):
     ) -> list[Level]:
         shapes, teacher_shapes = feature_shapes(student), teacher.feature_shapes()
         level_map = build_level_map(shapes, teacher_shapes, names, teacher_names)
-        return _levels(level_map, shapes, teacher_shapes, align_resolution)
+        return matched_levels(level_map, shapes, teacher_shapes, align_resolution)
 
     def match_heads(
         self, cfg: CfgNode, student: Any, teacher: Any, names: Names = (), teacher_names: Names = ()
@@ -213,7 +213,7 @@ class DetectionTask(Task):
                     f"teacher_head: {what} are read on {', '.join(part.in_features)} of the "
                     f"teacher's {', '.join(whole.in_features)}."
                 )
-        levels = _levels(level_map, shapes, of_heads, onto_grid)
+        levels = matched_levels(level_map, shapes, of_heads, onto_grid)
         return levels, DetectorHeads(
             reader,
             rpn_reader,
@@ -319,142 +319,3 @@ def _read_teacher_config(options: CfgNode) -> tuple[CfgNode, str]:
     lazy = load_lazy_config(config_file, options.OPTS, option)
     teacher_cfg.INPUT.FORMAT = lazy.model.get("input_format", teacher_cfg.INPUT.FORMAT)
     return teacher_cfg, zoo_weights
-
-
-def build_level_map(
-    student_shapes: Mapping[str, ShapeSpec],
-    teacher_shapes: Mapping[str, ShapeSpec],
-    student_names: Sequence[str] = (),
-    teacher_names: Sequence[str] = (),
-    node: str = "MOKD.FEATURES",
-    theirs_are: str = "the teacher has",
-) -> dict[str, str]:
-    """
-    Return which level of the teacher each of the student's is matched with.
-
-    Args:
-        student_names, teacher_names: STUDENT and TEACHER of the config's ``node``. The second may
-            be empty if the names are the same on both sides; both empty: all names that both sides
-            have for the same stride; if there is none, the levels of equal stride; if there is
-            none, names that both have.
-
-    ValueError: a name that its side does not have, a name twice, lists of different length, or
-    nothing in common; the message lists what both sides have.
-    """
-    ours, theirs = _described(student_shapes), _described(teacher_shapes)
-    have = f"The student has {ours}; {theirs_are} {theirs}."
-    for side, names in (("STUDENT", student_names), ("TEACHER", teacher_names)):
-        if not all(isinstance(name, str) for name in names):
-            raise ValueError(f"{node}.{side} is {list(names)}: expected a list of names. {have}")
-    if teacher_names and not student_names:
-        raise ValueError(
-            f"{node}.TEACHER is {list(teacher_names)} but {node}.STUDENT is empty: "
-            f"name the student's level for each. {have}"
-        )
-    if not student_names:
-        named = {name: name for name in student_shapes if name in teacher_shapes}
-        alike = {n: n for n in named if student_shapes[n].stride == teacher_shapes[n].stride}
-        # torchvision's names are numbers, and mean another stride in another family.
-        common = alike or _levels_of_equal_stride(student_shapes, teacher_shapes) or named
-        if not common:
-            raise ValueError(
-                "Student and teacher share neither a feature name nor a stride, so "
-                f"{node}.STUDENT and {node}.TEACHER must say which level matches which. {have}"
-            )
-        return common
-    teacher_names = teacher_names or student_names
-    if len(student_names) != len(teacher_names):
-        raise ValueError(
-            f"{node}.STUDENT {list(student_names)} and {node}.TEACHER "
-            f"{list(teacher_names)} must have the same length: one level for each. {have}"
-        )
-    sides = {"STUDENT": (student_names, student_shapes), "TEACHER": (teacher_names, teacher_shapes)}
-    for side, (names, shapes) in sides.items():
-        if unknown := [name for name in names if name not in shapes]:
-            raise ValueError(f"{node}.{side} has {unknown}, which its side does not. {have}")
-    if len(set(student_names)) < len(student_names):
-        raise ValueError(f"{node}.STUDENT {list(student_names)} names a level twice.")
-    return dict(zip(student_names, teacher_names))
-
-
-def build_head_map(
-    student_shapes: Mapping[str, ShapeSpec],
-    teacher_shapes: Mapping[str, ShapeSpec],
-    student_names: Sequence[str] = (),
-    teacher_names: Sequence[str] = (),
-) -> dict[str, str]:
-    """
-    Return which level of the teacher's heads each of the student's stands for.
-
-    Args:
-        teacher_shapes: of the levels that the heads read.
-        student_names, teacher_names: MOKD.TEACHER_HEAD.STUDENT and .TEACHER. Both empty: levels of
-            equal stride, of several that of the same name, else the first.
-
-    ValueError: as :func:`build_level_map`.
-    """
-    if student_names or teacher_names:
-        level_map = build_level_map(
-            student_shapes,
-            teacher_shapes,
-            student_names,
-            teacher_names,
-            "MOKD.TEACHER_HEAD",
-            "the teacher's heads read",
-        )
-        if len(set(level_map.values())) < len(level_map):
-            raise ValueError(
-                f"MOKD.TEACHER_HEAD.TEACHER {list(level_map.values())} names a level twice: the "
-                "heads read each level once."
-            )
-        return level_map
-    found: dict[str, str] = {}
-    for name, shape in teacher_shapes.items():
-        equal = [n for n, s in student_shapes.items() if s.stride == shape.stride]
-        if free := [n for n in equal if n not in found]:
-            found[name if name in free else free[0]] = name
-    if not found:
-        raise ValueError(
-            "Student and teacher's heads share no stride, so MOKD.TEACHER_HEAD.STUDENT and "
-            "MOKD.TEACHER_HEAD.TEACHER must say which level stands for which. The student has "
-            f"{_described(student_shapes)}; the heads read {_described(teacher_shapes)}."
-        )
-    return found
-
-
-def _levels(
-    level_map: Mapping[str, str],
-    shapes: Mapping[str, ShapeSpec],
-    teacher_shapes: Mapping[str, ShapeSpec],
-    align: Callable,
-) -> list[Level]:
-    return [
-        Level(
-            name,
-            other,
-            shapes[name].channels,
-            teacher_shapes[other].channels,
-            functools.partial(
-                align,
-                student_stride=shapes[name].stride,
-                teacher_stride=teacher_shapes[other].stride,
-            ),
-            shapes[name].stride,
-        )
-        for name, other in level_map.items()
-    ]
-
-
-def _levels_of_equal_stride(student_shapes, teacher_shapes):
-    """Only where it is clear which: one level of that stride on each side."""
-
-    def by_stride(shapes):
-        strides = [shape.stride for shape in shapes.values()]
-        return {s.stride: name for name, s in shapes.items() if strides.count(s.stride) == 1}
-
-    students, teachers = by_stride(student_shapes), by_stride(teacher_shapes)
-    return {name: teachers[stride] for stride, name in students.items() if stride in teachers}
-
-
-def _described(shapes):
-    return ", ".join(f"{n} (stride {s.stride}, {s.channels} ch.)" for n, s in shapes.items())
