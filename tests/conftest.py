@@ -1,6 +1,7 @@
 # Copyright (c) The mokd_det authors.
 """Small real detectors on nine real aerial tiles."""
 
+import logging
 import os
 from pathlib import Path
 
@@ -55,6 +56,8 @@ def _reports(terminalreporter):
 def at_root_with_a_seed(monkeypatch):
     """Paths in configs count from the checkout; random numbers are the same in every run."""
     trust_files()  # any tool that runs in this process without --trust takes it back, too
+    # Loggers of earlier tests write to streams that pytest has closed since.
+    monkeypatch.setattr(logging, "raiseExceptions", False)
     monkeypatch.chdir(ROOT)
     seed_all_rng(0)
 
