@@ -38,3 +38,21 @@ def test_run_exported_finds_what_the_model_does(torchvision_cfg, name, tmp_path)
     for kind in ("masks", "keypoints"):
         if expected.has(f"pred_{kind}"):
             assert torch.equal(found[kind], expected.get(f"pred_{kind}"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    ["ssdlite320_mobilenet_v3_large", "retinanet_resnet50_fpn", "fasterrcnn_resnet50_fpn"],
+)
+def test_onnx(torchvision_cfg, name, tmp_path):
+    """Parity at several sizes, also those at which float32 would resize to a pixel less."""
+    pytest.importorskip("onnxruntime")
+    cfg = torchvision_cfg(name, thresholds(name))
+    model = random_detector(cfg).eval().requires_grad_(False)
+    exporter, path = task_of(cfg).exporter(cfg), str(tmp_path / "model.onnx")
+    pictures = [torch.randint(0, 256, (3, *size), dtype=torch.uint8) for size in ((101, 133),)]
+    pictures.append(exporter.to_tensor(np.asarray(Image.open(TILE).convert("RGB"))))
+    options = ExportOptions("onnx", "tracing")
+    result = exporter.write(model, pictures, path, exporter.metadata(model), options)
+    assert result["passed"] and result["detections"], str(result)
