@@ -91,6 +91,7 @@ def test_a_log_that_cannot_be_written_is_not_what_is_said(monkeypatch, capsys):
     (closed := io.StringIO()).close()
     monkeypatch.setattr(logger, "handlers", [logging.StreamHandler(closed)])
     monkeypatch.setattr(logger, "isEnabledFor", lambda level: True)
+    monkeypatch.setattr(logging, "raiseExceptions", True)  # off in every other test
     with pytest.raises(SystemExit), errors_as_messages(debug=False):
         raise ValueError("x")
     assert capsys.readouterr().err.endswith(": x\n(--debug shows where)\n")
