@@ -25,12 +25,13 @@ The studies train shorter or at another learning rate than some configs: `studie
 PICTURES = (
     "Pictures of conflict, dominance and weights (*balance*), and of the last table (*axis*):"
 )
-# Task -> (study, data and measure, method) of today's default; the study's first two baselines are
-# the student from scratch and tuned fixed weights.
+# Task -> (study, data and measure, method) of today's default; the study's first baselines are the
+# student from scratch and, if there is another, fixed weights.
 MAIN = {
     "Detection": (
-        ("bccd", "BCCD, box AP", "loss ratio"),
-        ("neon_trees", "NEON trees, box AP50", "loss ratio, learning rate 0.02"),
+        ("bccd_features_random", "BCCD, box AP", "default"),
+        ("bccd_torchvision", "BCCD with SSDlite, box AP", "default"),
+        ("neon_features", "NEON trees, box AP50", "default"),
     ),
     "Classification": (
         ("mnist", "MNIST, 3,500 images, top-1", "loss ratio"),
@@ -43,31 +44,22 @@ RECIPES = {
 }
 ENDS = ("_3x_LSJ", "_3x", "_1x")  # schedules of one recipe
 FIXED = [f"fixed 1:{features}:{logits}" for features in (0.1, 1, 10) for logits in (0.1, 0.3, 1, 3)]
-TORCHJD = [f"torchjd.{name} sum" for name in ("PCGrad", "UPGrad", "IMTLG", "AlignedMTL")]
-RESCALE = ("task_norm", "sum", "sum, parameters", "convex", "none")
-MIN_NORM = [f"min_norm {kind}" for kind in RESCALE]
 LONG = ["scratch, twice as long", "loss ratio, twice as long"]
-NEON = ["scratch", "loss ratio", "fixed 1:0.1:5", "loss ratio 2"]
 # Title, rows as (prefix, study, methods), and a column more: its baseline.
 TABLES = (
     (
-        "Length, learning rate and ramp",
+        "Twice the length",
         (
             ("MNIST: ", "mnist", ["loss ratio", *LONG]),
-            ("BCCD: ", "bccd", ["loss ratio", *LONG, "loss ratio, constant", "ramp to 1:0.1:15"]),
-            ("NEON trees: ", "neon_trees", [*NEON, "loss ratio, constant, learning rate 0.02"]),
+            ("BCCD: ", "bccd_features_random", ["default", "scratch, twice as long"]),
         ),
         "scratch, twice as long",
-    ),
-    (
-        "Other rules on BCCD",
-        (("", "bccd", ["fixed 1:0.1:15", "fixed 1:1:1", *TORCHJD, "famo sum", *MIN_NORM]),),
-        "loss ratio",
     ),
     (
         "Features of detectors",
         (
             ("Trees, AP50: ", "neon_features", None),
+            ("BCCD, random RetinaNet: ", "bccd_features_random", None),
             ("BCCD, R-CNN: ", "bccd_features_rcnn", None),
             ("BCCD, RetinaNet: ", "bccd_features", None),
         ),
@@ -116,14 +108,16 @@ class Notes:
 def rows_of_study(name, data, default, notes):
     """Rows of a main table: teacher, from scratch, tuned fixed weights and today's default."""
     study, summary = load(name)
-    scratch, fixed = study["baseline"][:2]
+    scratch, fixed = [*study["baseline"], None][:2]
     file = link(f"studies/{name}.json")
     teacher = records.read_file(study["records"])["teachers"][0]
     values = (records.metric_of(teacher["results"], metric) for metric in study["metrics"])
     result = " / ".join(f"{value:.1f}" for value in values)
     rows = [[link(teacher["config"]), f"{data}: teacher", "1", result, "", "", file]]
-    labels = {scratch: "from scratch", fixed: fixed.split(",")[0], default: "**default**"}
+    labels = {scratch: "from scratch", fixed: fixed, default: "**default**"}
     for method, label in labels.items():
+        if method is None:
+            continue
         row, config = summary[method], study["methods"][method]["config"]
         mark = notes.mark(study["methods"][method])
         cells = [link(config), f"{data}: {label}{mark}", str(records.seeds_of(row))]
@@ -148,7 +142,7 @@ def recipes(folder, data):
 def main_table(task):
     notes = Notes()
     head = ["config", "data, measure", "seeds", "val / test", "- from scratch"]
-    head += ["- tuned fixed weights", "records"]
+    head += ["- fixed weights", "records"]
     rows = [row for study in MAIN[task] for row in rows_of_study(*study, notes)]
     rows += [row for group in RECIPES[task] for row in recipes(*group)]
     return f"## {task}\n\n{records.markdown(head, rows)}{notes.text()}\n"
@@ -158,10 +152,10 @@ def small_table(title, groups, extra):
     """Rows of one or several studies; rows with the same numbers are joined."""
     notes = Notes()
     loaded = [(prefix, *load(name), methods) for prefix, name, methods in groups]
-    # The second baseline is tuned fixed weights, unless it is the column more.
+    # The second baseline is fixed weights, unless it is the column more.
     is_tuned = any(len({*s["baseline"]} - {extra}) > 1 for _, s, *_ in loaded)
     head = ["method", "seeds", "val / test", "- from scratch"]
-    head += ["- tuned fixed weights"] if is_tuned else []
+    head += ["- fixed weights"] if is_tuned else []
     head += [f"- {extra}"] if extra else []
     joined = {}
     for prefix, study, summary, methods in loaded:

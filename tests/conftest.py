@@ -91,8 +91,12 @@ TREE_OPTS = [
     7,
     "DATALOADER.RESUMABLE",  # without a teacher: Detectron2's own loader and step
     False,
-    "MOKD.OBJECTIVES",  # tests of outputs ask for them
+    "MOKD.OBJECTIVES",  # tests of others ask for them
     ["features"],
+    "MOKD.FEATURES.STUDENT",
+    ["p3", "p4"],
+    "MOKD.FEATURES.DIM",
+    256,
 ]
 
 # For tests: overrides that choose objectives. An option that nobody reads is an error, so without

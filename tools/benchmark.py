@@ -208,7 +208,7 @@ def build_steps(cfg, model, batch):
         changed = cfg.clone()
         changed.merge_from_list(list(opts))
         try:
-            model.boundary = boundary_of(changed, model.task.shared_part(model.student))
+            model.boundary = boundary_of(changed, model.task, model.task.shared_part(model.student))
         except ValueError as error:
             return str(error)
         trainer = BalancedTrainer(distributed_model, loader, optimizer, 0)

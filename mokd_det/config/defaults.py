@@ -206,7 +206,9 @@ def add_mokd_config(cfg: CN) -> None:
     #   "outputs"   classes and boxes of R-CNNs and RetinaNets (also one of each)
     #   "logits"    the class probabilities of classifiers
     #   "teacher_head"  what the teacher's own heads say about the student's features
-    cfg.MOKD.OBJECTIVES = ["features"]
+    # None: ["teacher_head", "outputs"] for detectors, ["features"] with a TorchScript teacher of
+    # theirs, and ["features", "logits"] for classifiers.
+    cfg.MOKD.OBJECTIVES = None
     # The kind of detector that a recipe's weights were published for, "two-stage" or "one-stage": a
     # student of the other kind is an error. "": any.
     cfg.MOKD.RECIPE_FOR = ""
@@ -396,11 +398,12 @@ def add_mokd_config(cfg: CN) -> None:
     # the beginning and 7.2 in the end.
     cfg.MOKD.BALANCING.LOSS_RATIO.RATIO = 4.0
     # Largest norm of the weighted distillation gradient in units of the task gradient's, before
-    # SCHEDULE.
-    cfg.MOKD.BALANCING.LOSS_RATIO.CAP = 10.0
+    # SCHEDULE. None: 2 for detectors, 10 for classifiers.
+    cfg.MOKD.BALANCING.LOSS_RATIO.CAP = None
     # Cosine with the task gradient from which on a distillation gradient is trusted in full; from
-    # there its part falls to nothing at half of it. 0: all are trusted.
-    cfg.MOKD.BALANCING.LOSS_RATIO.AGREEMENT = 0.1
+    # there its part falls to nothing at half of it. 0: all are trusted. None: 0 for "outputs" and
+    # "teacher_head" of detectors, 0.1 for all others.
+    cfg.MOKD.BALANCING.LOSS_RATIO.AGREEMENT = None
     # Rules "fixed" and "cosine_gate": the weights of the task and of each objective, in the order
     # of MOKD.OBJECTIVES. Empty: 1 for each.
     cfg.MOKD.BALANCING.FIXED = CN()

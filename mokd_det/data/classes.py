@@ -70,7 +70,7 @@ def check_teacher_classes(cfg: CfgNode, teacher_cfg: CfgNode, reader: str) -> No
         f"{listed_names(names)} (DATASETS.TRAIN {ours}), the teacher's "
         f"{listed_names(teacher_names)} ({theirs}){order}. Bring the "
         "student's data set into the teacher's order; or distil features only "
-        "(MOKD.OBJECTIVES ['features']); or, if they mean the same, let the teacher name none "
+        "(MOKD.OBJECTIVES ['teacher_head']); or, if they mean the same, let the teacher name none "
         "(MOKD.TEACHER.OPTS ['DATASETS.TRAIN', '()'])."
     )
 

@@ -174,7 +174,6 @@ OF_DISTILLATION: Rows = (
     (
         lambda c: (
             c.MODEL.META_ARCHITECTURE in DENSE
-            and "outputs" in c.MOKD.OBJECTIVES
             and c.MOKD.OUTPUTS.RPN_WEIGHT not in (0, 1)
         ),
         "MOKD.OUTPUTS.RPN_WEIGHT is {c.MOKD.OUTPUTS.RPN_WEIGHT}, but MODEL.META_ARCHITECTURE "

@@ -265,7 +265,7 @@ class DistillationTrainer(Trainer):
 
 def _check_classes_of_teacher(cfg: CfgNode, task: Task) -> None:
     if cfg.MOKD.ENABLED and not cfg.MOKD.TEACHER.TORCHSCRIPT.FILE:
-        comparing = [n for n in cfg.MOKD.OBJECTIVES if OBJECTIVES.get(n).compares_classes]
+        comparing = [n for n in task.objectives(cfg) if OBJECTIVES.get(n).compares_classes]
         if comparing:
             reader = f"MOKD.OBJECTIVES {comparing}"
             check_teacher_classes(cfg, task.teacher_config(cfg), reader)

@@ -65,8 +65,8 @@ def _check_distillation(cfg: CfgNode, task: Task) -> None:
     _check_objectives(cfg, task)
     _check_read(cfg, task)
     check_combinations(cfg, [OF_DISTILLATION])
-    check_balancing(cfg)
-    for name in cfg.MOKD.OBJECTIVES:
+    check_balancing(cfg, task)
+    for name in task.objectives(cfg):
         OBJECTIVES.get(name).check_config(cfg)
 
 
@@ -86,7 +86,7 @@ def _check_kind(cfg: CfgNode, task: Task) -> None:
 
 
 def _check_objectives(cfg: CfgNode, task: Task) -> None:
-    names = list(cfg.MOKD.OBJECTIVES)
+    names = list(task.objectives(cfg))
     if len(set(names)) < len(names):
         raise ValueError(f"MOKD.OBJECTIVES is {names}: expected each name once.")
     known = ", ".join(map(repr, OBJECTIVES))
@@ -129,7 +129,7 @@ def _check_read(cfg: CfgNode, task: Task) -> None:
                 f"{key} is {value!r}, but it is read by rule '{other}' only, and "
                 f"MOKD.BALANCING.RULE is '{rule}': {_undo(usual)}; or choose that rule."
             )
-    names = list(cfg.MOKD.OBJECTIVES)
+    names = list(task.objectives(cfg))
     for other in [n for n in OBJECTIVES if n not in names]:
         fits = task.is_one_of(OBJECTIVES.get(other).tasks)
         for key, value, usual in _changed(f"MOKD.{other.upper()}", cfg, default):

@@ -75,11 +75,11 @@ class DistillationModel(nn.Module):
         # The student first: a seed gives it the same initial weights as without distillation.
         student = task.build_student(cfg)
         task.check_student(cfg, student)
-        boundary = boundary_of(cfg, task.shared_part(student))
+        boundary = boundary_of(cfg, task, task.shared_part(student))
         teacher = task.build_teacher(cfg)
         objectives = {
             name: OBJECTIVES.get(name).from_config(cfg, task, student, teacher)
-            for name in cfg.MOKD.OBJECTIVES
+            for name in task.objectives(cfg)
         }
         task.check_pair(cfg, student, teacher, list(objectives.values()))
         return {
@@ -167,27 +167,30 @@ def _checked(losses: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor
     return losses
 
 
-def boundary_of(cfg: CfgNode, shared: nn.Module) -> Boundary:
+def boundary_of(cfg: CfgNode, task: "Task", shared: nn.Module) -> Boundary:
     """Return the boundary of ``cfg.MOKD.BALANCING``; ``shared`` is the module before it."""
     place, layers = cfg.MOKD.BALANCING.MEASURE_AT, cfg.MOKD.BALANCING.LAYERS
-    return build_boundary(measure_at=place, shared=shared, layers=layers, **_balancer_options(cfg))
+    options = _balancer_options(cfg, task)
+    return build_boundary(measure_at=place, shared=shared, layers=layers, **options)
 
 
-def check_balancing(cfg: CfgNode) -> None:
+def check_balancing(cfg: CfgNode, task: "Task") -> None:
     """Raise ValueError or ImportError for options that :func:`boundary_of` would refuse."""
     check_measured(cfg.MOKD.BALANCING.MEASURE_AT, cfg.MOKD.BALANCING.LAYERS)
-    build_balancer(**_balancer_options(cfg))
+    build_balancer(**_balancer_options(cfg, task))
 
 
-def _balancer_options(cfg: CfgNode) -> dict[str, Any]:
+def _balancer_options(cfg: CfgNode, task: "Task") -> dict[str, Any]:
     options, rule = cfg.MOKD.BALANCING, cfg.MOKD.BALANCING.RULE
-    node = {key.lower(): value for key, value in options.get(rule.upper(), {}).items()}
+    names = task.objectives(cfg)
+    given = {key.lower(): value for key, value in options.get(rule.upper(), {}).items()}
+    node = task.rule_options(rule, names) | {k: v for k, v in given.items() if v is not None}
     if rule.startswith(TORCHJD_PREFIX):
         node = dict(options.TORCHJD)
     return {
         "rule": rule,
         "options": node,
-        "objectives": 1 + len(cfg.MOKD.OBJECTIVES),
+        "objectives": 1 + len(names),
         **{key: options[key.upper()] for key in ("rescale", "smoothing", "interval", "schedule")},
         "steps": cfg.SOLVER.MAX_ITER,
     }

@@ -63,8 +63,8 @@ class OutputObjective(Objective):
             raise ValueError(
                 f"MOKD.OBJECTIVES has 'outputs', but the student has {reader.num_classes} classes "
                 f"and the teacher {teacher.reader.num_classes}, so they cannot be compared. Set "
-                "MODEL.ROI_HEADS.NUM_CLASSES or MODEL.RETINANET.NUM_CLASSES, or distil features "
-                "only (MOKD.OBJECTIVES ['features'])."
+                "MODEL.ROI_HEADS.NUM_CLASSES or MODEL.RETINANET.NUM_CLASSES, or distil "
+                "features only (MOKD.OBJECTIVES ['teacher_head'])."
             )
         if options.LOSS == "dkd" and not (reader.exclusive and teacher.reader.exclusive):
             raise ValueError(

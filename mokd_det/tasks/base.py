@@ -51,6 +51,18 @@ class Task(abc.ABC):
         """Return ``options``, also of the tasks that it derives from."""
         return {option for base in cls.__mro__ for option in vars(base).get("options", ())}
 
+    def objectives(self, cfg: CfgNode) -> list[str]:
+        """Return the names in ``MOKD.OBJECTIVES``, or for None those that its models gain from."""
+        return self.usual_objectives(cfg) if cfg.MOKD.OBJECTIVES is None else cfg.MOKD.OBJECTIVES
+
+    def usual_objectives(self, cfg: CfgNode) -> list[str]:
+        """Return what ``MOKD.OBJECTIVES`` None means."""
+        return ["features"]
+
+    def rule_options(self, rule: str, objectives: Names) -> dict[str, Any]:
+        """Return the arguments of a rule for options that are None, where they are not its own."""
+        return {}
+
     # ---- models --------------------------------------------------------------------------------
 
     def build_student(self, cfg: CfgNode) -> nn.Module:

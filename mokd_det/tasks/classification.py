@@ -52,6 +52,9 @@ class ClassificationTask(Task):
     )
     has_stock_step = False
 
+    def usual_objectives(self, cfg: CfgNode) -> list[str]:
+        return ["features", "logits"]
+
     def load_trained(self, cfg: CfgNode, option: str = "MODEL.WEIGHTS") -> Classifier:
         if cfg.MODEL.WEIGHTS:
             cfg = self.untrained_config(cfg)

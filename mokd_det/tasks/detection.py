@@ -66,6 +66,18 @@ class DetectionTask(Task):
         "MOKD.TEACHER_HEAD.RPN_WEIGHT",
     )
 
+    def usual_objectives(self, cfg: CfgNode) -> list[str]:
+        scripted = cfg.MOKD.TEACHER.TORCHSCRIPT.FILE  # which has features only
+        return ["features"] if scripted else ["teacher_head", "outputs"]
+
+    def rule_options(self, rule: str, objectives: Names) -> dict[str, Any]:
+        if rule != "loss_ratio":
+            return {}
+        # Gradients of heads hardly agree at feature maps, whether they help or not (see
+        # docs/distillation.md): the cap alone holds them back. Bare features have to agree.
+        agreement = [0.0 if name in ("teacher_head", "outputs") else 0.1 for name in objectives]
+        return {"cap": 2.0, "agreement": agreement}
+
     def load_trained(self, cfg: CfgNode, option: str = "MODEL.WEIGHTS") -> nn.Module:
         if not cfg.MODEL.WEIGHTS:
             raise ValueError("MODEL.WEIGHTS is empty: add MODEL.WEIGHTS /path/to/model.pth")

@@ -335,7 +335,7 @@ def test_rpn_weight_without_an_rpn():
 @pytest.mark.parametrize(
     "opts",
     [
-        ["MOKD.FEATURES.LOSS_WEIGHT", 10],  # an integer where a number is wanted
+        ["MOKD.OUTPUTS.LOSS_WEIGHT", 10],  # an integer where a number is wanted
         ["SOLVER.BASE_LR", "1"],
         ["SOLVER.WEIGHT_DECAY_NORM", None],
         ["SOLVER.STEPS", (10, 10**6)],  # beyond MAX_ITER: Detectron2 says that it ignores those

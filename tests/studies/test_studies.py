@@ -59,7 +59,7 @@ def test_studies_can_be_run_with_todays_options(path):
             _check_objectives(cfg, task)
             _check_read(cfg, task)
             check_combinations(cfg, [OF_DISTILLATION])
-            check_balancing(cfg)
+            check_balancing(cfg, task)
 
 
 def test_model_zoo_is_what_the_records_say():

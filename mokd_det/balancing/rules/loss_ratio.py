@@ -1,6 +1,8 @@
 # Copyright (c) The mokd_det authors.
 """The default: each trusted distillation loss at a set multiple of the task's."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -31,17 +33,21 @@ class LossRatio(Rule):
     needs_positive_losses = True
     weighs_projectors = True
 
-    def __init__(self, ratio: float = 4.0, cap: float = 10.0, agreement: float = 0.1):
+    def __init__(
+        self, ratio: float = 4.0, cap: float = 10.0, agreement: float | Sequence[float] = 0.1
+    ):
         """
         Args:
             ratio: each weighted distillation loss over the task's, in the middle of the schedule.
             cap: largest norm of the weighted distillation gradients over the task gradient's,
                 before the schedule. It bounds the weight of a loss near zero.
-            agreement: cosine from which on a gradient is trusted in full, in [0, 1]. 0: all are.
+            agreement: cosine from which on a gradient is trusted in full, in [0, 1], or one for
+                each distillation objective. 0: always.
         """
         self.ratio = positive("MOKD.BALANCING.LOSS_RATIO.RATIO", ratio)
         self.cap = positive("MOKD.BALANCING.LOSS_RATIO.CAP", cap)
-        if not 0 <= agreement <= 1:
+        each = agreement if isinstance(agreement, Sequence) else [agreement]
+        if not all(0 <= value <= 1 for value in each):
             raise ValueError(
                 f"MOKD.BALANCING.LOSS_RATIO.AGREEMENT is {agreement}: expected 0 (off) to 1."
             )
@@ -49,10 +55,9 @@ class LossRatio(Rule):
 
     def weights(self, gram: Tensor, losses: Tensor) -> Tensor:
         norms = gram.diagonal().sqrt()
-        trust = losses.new_ones(len(losses) - 1)
-        if self.agreement:
-            cosines = (gram[0, 1:] / norms[1:] / norms[0]).clamp(0, 1)
-            trust = (2 * cosines / self.agreement - 1).clamp(0, 1)
+        cosines = (gram[0, 1:] / norms[1:] / norms[0]).clamp(0, 1)
+        agreement = gram.new_tensor(self.agreement)
+        trust = (2 * cosines / agreement - 1).clamp(0, 1).where(agreement > 0, 1.0)
         distillation = self.ratio * trust * losses[0] / losses[1:]
         norm = torch.sqrt((distillation @ gram[1:, 1:] @ distillation).clamp_min(0) / gram[0, 0])
         if norm > self.cap:
