@@ -30,9 +30,9 @@ from mokd_det.command_line import add_debug, errors_as_messages
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = "output/quick_start"
 CONFIGS = {
-    "teacher": "configs/Quick-Start/teacher.yaml",
-    "scratch": "configs/Quick-Start/student_scratch.yaml",
-    "mokd": "configs/Quick-Start/student_mokd.yaml",
+    "teacher": "configs/Quick-Start/teacher_quick.yaml",
+    "scratch": "configs/Quick-Start/student_mobilenet_scratch.yaml",
+    "mokd": "configs/Quick-Start/student_mobilenet_mokd.yaml",
 }
 RUNS = {name: f"{OUTPUT}/{Path(config).stem}" for name, config in CONFIGS.items()}
 WEIGHTS = {name: f"{run}/model_final.pth" for name, run in RUNS.items()}
@@ -71,8 +71,8 @@ def phases(opts):
         Stage("get ImageNet weights for the teacher", ["datasets/prepare_pretrained.py"], 8),
     ]
     teacher_and_student = [
-        train("teacher", "the teacher", 330),
-        train("mokd", "the student with MoKD", 600),
+        train("teacher", "the teacher", 130),
+        train("mokd", "the student with MoKD", 130),
     ]
     show = [
         Stage(
@@ -93,7 +93,7 @@ def phases(opts):
             8,
         ),
     ]
-    scratch = [train("scratch", "the student from scratch", 400)]
+    scratch = [train("scratch", "the student from scratch", 80)]
     return [[prepare], [teacher_and_student, scratch], [show]]
 
 

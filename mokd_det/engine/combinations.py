@@ -172,10 +172,7 @@ OF_DISTILLATION: Rows = (
         "has the same weights at every step: set it to 1.",
     ),
     (
-        lambda c: (
-            c.MODEL.META_ARCHITECTURE in DENSE
-            and c.MOKD.OUTPUTS.RPN_WEIGHT not in (0, 1)
-        ),
+        lambda c: c.MODEL.META_ARCHITECTURE in DENSE and c.MOKD.OUTPUTS.RPN_WEIGHT not in (0, 1),
         "MOKD.OUTPUTS.RPN_WEIGHT is {c.MOKD.OUTPUTS.RPN_WEIGHT}, but MODEL.META_ARCHITECTURE "
         "'{c.MODEL.META_ARCHITECTURE}' has no RPN: set it to 1.",
     ),

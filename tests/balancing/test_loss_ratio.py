@@ -58,6 +58,9 @@ def test_agreement_zero_trusts_every_objective():
     losses = torch.tensor([1.0, 2.0, 4.0]).double()
     weights = weights_of("loss_ratio", gradients, losses, agreement=0.0)
     assert weights.tolist() == [1.0, 2.0, 1.0]
+    # One for each: the second has to agree, and does not.
+    weights = weights_of("loss_ratio", gradients, losses, agreement=[0.0, 0.1])
+    assert weights.tolist() == [1.0, 2.0, 0.0]
 
 
 def test_projectors_learn_at_the_tasks_pace():

@@ -35,6 +35,31 @@ def test_options_of_another_task_are_refused(make_cfg, make_digits_cfg):
         validate(make_cfg("mokd", ["MOKD.TEACHER.IMAGE_SIZE", 64]))
 
 
+def test_what_is_distilled_unless_the_config_says(make_cfg, make_digits_cfg):
+    """Detectors trust what heads say, and cap it; plain features and classifiers have to agree."""
+    free = ["MOKD.OBJECTIVES", None, "MOKD.FEATURES.STUDENT", [], "MOKD.FEATURES.DIM", 0]
+    model = DistillationTrainer.build_model(make_cfg("mokd", free))
+    rule = model.boundary.balancer.rule
+    assert model.names == ["task", "teacher_head", "outputs"]
+    assert (rule.cap, rule.agreement) == (2.0, [0.0, 0.0])
+
+    model = DistillationTrainer.build_model(make_digits_cfg())
+    rule = model.boundary.balancer.rule
+    assert model.names == ["task", "features", "logits"]
+    assert (rule.cap, rule.agreement) == (10.0, 0.1)
+
+    opts = ["MOKD.OBJECTIVES", ["outputs", "features"], "MOKD.BALANCING.LOSS_RATIO.CAP", 5.0]
+    rule = DistillationTrainer.build_model(make_cfg("mokd", opts)).boundary.balancer.rule
+    assert (rule.cap, rule.agreement) == (5.0, [0.0, 0.1])
+    rule = DistillationTrainer.build_model(
+        make_cfg("mokd", ["MOKD.BALANCING.LOSS_RATIO.AGREEMENT", 0.3])
+    )
+    assert rule.boundary.balancer.rule.agreement == 0.3
+
+    script = make_cfg("mokd", [*free, "MOKD.TEACHER.TORCHSCRIPT.FILE", "teacher.ts"])
+    assert task_of(script).objectives(script) == ["features"]
+
+
 class CountingTask(DetectionTask):
     """The student's first level only, whatever the config says; and an option of its own."""
 
