@@ -100,6 +100,8 @@ def phases(opts):
 class Progress:
     """Says how much of the longest lane of every phase is done, and what the rest takes."""
 
+    STEP = 0.05  # of the whole, between two lines
+
     def __init__(self, todo):
         self.start = time.time()
         self.lock = threading.Lock()
@@ -108,17 +110,30 @@ class Progress:
 
     def say(self, done):
         with self.lock:
-            self.done = max(self.done, done)
+            if done < self.total and done - self.done < self.STEP * self.total:
+                return
+            self.done = done
             elapsed = time.time() - self.start
-            left = elapsed * (self.total - self.done) / max(self.done, 1e-9)
-            part = self.done / self.total
-            estimate = f", about {left / 60:.1f} min left" if part > 0.04 else ""
-            spent = f"{elapsed / 60:.1f} min so far"
-            print(f"[quick start] {100 * part:.0f} %, {spent}{estimate}", flush=True)
+            left = elapsed * (self.total / done - 1)
+            print(
+                f"[quick start] {100 * done / self.total:.0f} %, {elapsed / 60:.1f} min so far, "
+                f"about {left / 60:.1f} min left",
+                flush=True,
+            )
 
 
 def lane_share(lane):
     return sum(stage.share for stage in lane)
+
+
+def written(lines, path):
+    """Yield lines that are written to a file as well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        for line in lines:
+            file.write(line)
+            file.flush()
+            yield line
 
 
 def run_lane(lane, before, progress):
@@ -128,7 +143,8 @@ def run_lane(lane, before, progress):
     done = 0.0
     longest = progress is not None
     for stage in lane:
-        print(f"\n=== {stage.label}\n$ python " + " ".join(stage.command), flush=True)
+        log = Path(OUTPUT, "logs", f"{stage.label.replace(' ', '_')}.log")
+        print(f"[quick start] {stage.label} (log: {log})", flush=True)
         process = subprocess.Popen(
             [sys.executable, *stage.command],
             cwd=ROOT,
@@ -137,8 +153,7 @@ def run_lane(lane, before, progress):
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for line in process.stdout:
-            print(line, end="", flush=True)
+        for line in written(process.stdout, ROOT / log):
             # Detectron2's trainer prints: eta: 0:04:35  iter: 39 ... time: 1.0843 ...
             match = re.search(r"eta: (\d+):(\d+):(\d+) .*iter: (\d+) .*\btime: ([\d.]+)", line)
             if longest and match:
@@ -147,7 +162,8 @@ def run_lane(lane, before, progress):
                 left = 3600 * hours + 60 * minutes + seconds
                 progress.say(before + done + stage.share * spent / (spent + left))
         if process.wait() != 0:
-            raise RuntimeError(f"'{stage.label}' failed, see above.")
+            end = (ROOT / log).read_text(errors="replace")[-2000:]
+            raise RuntimeError(f"'{stage.label}' failed. The end of {log}:\n{end}")
         done += stage.share
         if longest:
             progress.say(before + done)
@@ -245,6 +261,7 @@ def quick_start(opts):
     Path(OUTPUT, "results.json").write_text(json.dumps(results, indent=2))
     print(f"\n{table(results)}\n")
     print(f"In {OUTPUT}/: results.json, predictions.png, balance.png, student/ (the export)")
+    print("Your own detector: GETTING_STARTED.md")
 
 
 if __name__ == "__main__":
