@@ -122,6 +122,8 @@ class _AsTuple(nn.Module):
 class TorchvisionDetectorExporter(DetectorExporter):
     """Files take the same image, and return the same, as those of Detectron2's detectors."""
 
+    default_method = "scripting"
+
     def check(self, model: Any, options: ExportOptions) -> None:
         for is_on, option in ((options.half, "--half"), (options.freeze, "--freeze")):
             if is_on:
@@ -134,7 +136,7 @@ class TorchvisionDetectorExporter(DetectorExporter):
         if options.format == "torchscript" and options.method != "scripting":
             raise ValueError(
                 "--method tracing is not for torchvision's detectors, which are made for "
-                "scripting: use --method scripting."
+                "scripting: leave it out."
             )
         if options.format == "onnx":
             check_onnx(model.network)

@@ -176,7 +176,8 @@ class _Builder:
             setattr(network.get_submodule(parent), name, head)
             new += [f"{path}.{key}" for key in shapes]
         self.random += new
-        logger.info(f"{why}: {', '.join(new)} start random.")
+        if self.download:  # else MODEL.WEIGHTS has them
+            logger.info(f"{why}: {shortened(new)} start random.")
         return network
 
     def _has_keypoints_of(self, member):
