@@ -15,7 +15,8 @@ from ..conftest import TREE_OPTS
 NODE = "MODEL.TORCHVISION_DETECTOR"
 QUICK = ("ssdlite320_mobilenet_v3_large", "fasterrcnn_mobilenet_v3_large_320_fpn")
 NO_SIZES = dict(zip(TREE_OPTS[::2], TREE_OPTS[1::2]))
-NO_SIZES = {key: value for key, value in NO_SIZES.items() if not key.startswith("INPUT.M")}
+ELSEWHERE = ("INPUT.M", "MOKD.FEATURES")  # the network's options; names of Detectron2's maps
+NO_SIZES = {key: value for key, value in NO_SIZES.items() if not key.startswith(ELSEWHERE)}
 
 
 def models(quick=QUICK, names=None):
