@@ -17,11 +17,11 @@ from ..conftest import ROOT
 from ..modeling.families import annotated, family_cfg
 from ..modeling.torchvision_models import NODE, random_detector, thresholds, torchvision_cfg
 from .fresh import load_script
-from .models import TILE, three_sizes, tile
+from .models import TILE, tile
 
 __all__ = ["annotated", "family_cfg", "torchvision_cfg"]
-# A minute, and as v2: left out of the test of ONNX.
-LEFT_OUT = ("keypointrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn")
+# Slow, and for ONNX as SSDlite and Mask R-CNN v2 are, or with heatmaps that take a minute.
+LEFT_OUT = ("keypointrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn", "ssd300_vgg16")
 
 
 @pytest.mark.slow
@@ -53,9 +53,9 @@ def test_onnx(torchvision_cfg, name, tmp_path):
     pytest.importorskip("onnxruntime")
     cfg = torchvision_cfg(name, thresholds(name))
     model = random_detector(cfg).eval().requires_grad_(False)
-    spread_scores(model, three_sizes())
-    exporter, path = task_of(cfg).exporter(cfg), str(tmp_path / "model.onnx")
     pictures = [tile("0.jpg", (133, 101)), tile("1.jpg", (150, 110))]
+    spread_scores(model, pictures)
+    exporter, path = task_of(cfg).exporter(cfg), str(tmp_path / "model.onnx")
     options = ExportOptions("onnx", tolerance=0.005)
     result = exporter.write(model, pictures, path, exporter.metadata(model), options)
     assert result["passed"] and result["detections"], str(result)
@@ -65,7 +65,8 @@ def test_onnx(torchvision_cfg, name, tmp_path):
 def spread_scores(model, photos):
     """
     Make random weights say something different everywhere: onnxruntime's last digits decide between
-    equal scores. An image of one colour, where all are equal, scores below the threshold.
+    equal scores. An image of one colour, where all are equal, scores below the threshold if photos
+    score above it.
     """
     network = model.network
     for norm in (m for m in network.backbone.modules() if isinstance(m, nn.BatchNorm2d)):
@@ -87,8 +88,9 @@ def spread_scores(model, photos):
         return [0.0, *model([{"image": image}])[0]["instances"].scores.tolist()]
 
     heads = getattr(network, "roi_heads", network)
+    weakest = min(max(scores(photo)) for photo in photos)
     strongest = max(max(scores(torch.full_like(photo, 114))) for photo in photos)
-    heads.score_thresh = (min(max(scores(photo)) for photo in photos) + strongest) / 2
+    heads.score_thresh = min((weakest + strongest) / 2, 0.99 * weakest)
 
 
 def _classifiers(network):
