@@ -6,6 +6,12 @@ from . import compat  # noqa: F401, I001  (first: patches Detectron2 where it ne
 import torch
 from detectron2.modeling.poolers import ROIPooler
 from torch import nn
+from torch.utils._pytree import tree_map
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
+from torchvision.models.detection.fcos import FCOSHead
+from torchvision.models.detection.retinanet import RetinaNetHead
+from torchvision.models.detection.rpn import RPNHead
+from torchvision.models.detection.ssd import SSDHead
 
 
 def check_backend(backend: str, option: str) -> None:
@@ -17,13 +23,22 @@ def check_backend(backend: str, option: str) -> None:
         )
 
 
+# torchvision's decode boxes in the type of their outputs.
+HEADS = (RPNHead, FastRCNNPredictor, RetinaNetHead, FCOSHead, SSDHead)
+
+
 def pool_in_float32(model: nn.Module) -> None:
     """
-    RoI features from float32 maps. Detectron2 converts boxes to the maps' type, and bfloat16
-    has steps of 1 pixel from 128 on and of 4 from 512 on; the CPU operator has no bfloat16.
+    RoI features from float32 maps, and what torchvision's heads say in float32. Boxes are converted
+    to the type of either, and bfloat16 has steps of 1 pixel from 128 on and of 4 from 512 on; the
+    CPU operator has no bfloat16.
     """
     for module in model.modules():
         if isinstance(module, ROIPooler):
             module.register_forward_pre_hook(
                 lambda _module, inputs: ([x.float() for x in inputs[0]], *inputs[1:])
+            )
+        elif isinstance(module, HEADS):
+            module.register_forward_hook(
+                lambda _module, _inputs, outputs: tree_map(torch.Tensor.float, outputs)
             )

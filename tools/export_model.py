@@ -19,7 +19,7 @@ Examples:
   python tools/export_model.py ... --format checkpoint --output out MODEL.WEIGHTS ...
 
 Formats (docs/export.md has what each family of models can do):
-  torchscript   model.ts, by --method tracing or scripting; metadata inside
+  torchscript   model.ts, by tracing or scripting (--method); metadata inside
   onnx          model.onnx, by tracing; needs the extra "onnx"
   torch_export  model.pt2, experimental: classifiers; backbone and dense head of detectors
   checkpoint    model.pth and config.yaml, which stock Detectron2 loads
@@ -60,7 +60,12 @@ def argument_parser():
     )
     parser.add_argument("--config-file", required=True, help="the student's config")
     parser.add_argument("--format", choices=list(FORMATS), default="checkpoint")
-    parser.add_argument("--method", choices=METHODS, default="tracing", help="for torchscript")
+    parser.add_argument(
+        "--method",
+        choices=METHODS,
+        default="",
+        help="for torchscript (tracing; torchvision's detectors: scripting)",
+    )
     parser.add_argument("--output", required=True, help="folder to write")
     parser.add_argument(
         "--half",

@@ -140,7 +140,7 @@ def check_bounds(
         source: put before the message, to say whose config it is; "" for the user's own.
     """
     for section in sections:
-        for key, value, default in _leaves(cfg, usual, section):
+        for key, value, default in leaves(cfg, usual, section):
             bound = table[key] if key in table else like(default)
             if not bound.holds(value):
                 raise ValueError(f"{source}{refusal(key, value, bound)}")
@@ -169,7 +169,7 @@ def like(default: Any) -> Bound:
     return Bound(lambda value: True, "a value")
 
 
-def _leaves(cfg: Any, usual: Any, key: str) -> Iterable[tuple[str, Any, Any]]:
+def leaves(cfg: Any, usual: Any, key: str) -> Iterable[tuple[str, Any, Any]]:
     """Yield (full key, value, default) at and below an option."""
     name = key.rsplit(".", 1)[-1]
     if name not in cfg or name not in usual:
@@ -181,7 +181,7 @@ def _leaves(cfg: Any, usual: Any, key: str) -> Iterable[tuple[str, Any, Any]]:
         raise ValueError(f"{key} is {value!r}: expected its options ({', '.join(default)}).")
     else:
         for part in default:
-            yield from _leaves(value, default, f"{key}.{part}")
+            yield from leaves(value, default, f"{key}.{part}")
 
 
 def _entries(value: Any) -> Iterable[Any]:

@@ -1,6 +1,7 @@
 # Copyright (c) The mokd_det authors.
 """A trained student as a file for deployment, compared with its source."""
 
+import dataclasses
 import json
 import os
 from collections.abc import Sequence
@@ -28,12 +29,10 @@ METHODS = ("tracing", "scripting")
 DEFAULT_OPTIONS = ExportOptions()
 
 
-def check_options(
-    format: str, method: str = "tracing", half: bool = False, freeze: bool = False
-) -> None:
-    """Raise ValueError for options that do not exist, or not together."""
+def check_options(format: str, method: str = "", half: bool = False, freeze: bool = False) -> None:
+    """Raise ValueError for options that do not exist, or not together; see ExportOptions."""
     for option, value, known in (("format", format, FORMATS), ("method", method, METHODS)):
-        if value not in known:
+        if value not in known and not (option == "method" and not value):
             raise ValueError(f"--{option} is '{value}': expected one of {', '.join(known)}.")
     if method == "scripting" and format != "torchscript":
         raise ValueError(
@@ -86,6 +85,9 @@ def export_model(
         return _write(result, output_dir)
     register_datasets(cfg)
     model, exporter = task.load_trained(cfg, option), task.exporter(cfg)
+    if not options.method:
+        method = exporter.default_method if format == "torchscript" else "tracing"
+        options = dataclasses.replace(options, method=method)
     for parameter in model.parameters():
         parameter.requires_grad = False
     exporter.check(model, options)

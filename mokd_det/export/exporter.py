@@ -21,7 +21,7 @@ class ExportOptions:
     """How to write a file, and how far it may differ."""
 
     format: str = "torchscript"  # a key of FORMATS
-    method: str = "tracing"  # one of METHODS
+    method: str = ""  # of TorchScript, one of METHODS; "": the exporter's default_method
     half: bool = False  # float16 for a detector's backbone, or a classifier's network
     freeze: bool = False  # weights as constants, BatchNorm folded
     tolerance: float = DEFAULT_TOLERANCE  # see parity
@@ -29,6 +29,8 @@ class ExportOptions:
 
 class Exporter(abc.ABC):
     """Writes trained models of one kind, and says what goes into and comes out of the files."""
+
+    default_method = "tracing"  # of TorchScript
 
     def __init__(self, cfg: CfgNode):
         self.cfg = cfg

@@ -72,12 +72,14 @@ class DeployedTorchvisionDetector(nn.Module):
     """
 
     is_bgr: torch.jit.Final[bool]
+    keypoint_shift: torch.jit.Final[float]
     classes: Tensor
 
     def __init__(self, model: Any):
         super().__init__()
         self.network = copy.deepcopy(model.network)
         self.network.transform = DeployedTransform(self.network.transform)
+        self.keypoint_shift = model.keypoint_shift
         self.is_bgr = model.input_format == "BGR"
         self.register_buffer("classes", model.classes)  # from label to class, or -1
 
@@ -103,7 +105,8 @@ class DeployedTorchvisionDetector(nn.Module):
             outputs["masks"] = found["masks"][known][:, 0]
         if "keypoints" in found:
             points, scores = found["keypoints"][known], found["keypoints_scores"][known]
-            outputs["keypoints"] = torch.cat([points[:, :, :2], scores[:, :, None]], dim=2)
+            points = points[:, :, :2] + self.keypoint_shift
+            outputs["keypoints"] = torch.cat([points, scores[:, :, None]], dim=2)
         return outputs
 
 
@@ -119,6 +122,8 @@ class _AsTuple(nn.Module):
 class TorchvisionDetectorExporter(DetectorExporter):
     """Files take the same image, and return the same, as those of Detectron2's detectors."""
 
+    default_method = "scripting"
+
     def check(self, model: Any, options: ExportOptions) -> None:
         for is_on, option in ((options.half, "--half"), (options.freeze, "--freeze")):
             if is_on:
@@ -131,7 +136,7 @@ class TorchvisionDetectorExporter(DetectorExporter):
         if options.format == "torchscript" and options.method != "scripting":
             raise ValueError(
                 "--method tracing is not for torchvision's detectors, which are made for "
-                "scripting: use --method scripting."
+                "scripting: leave it out."
             )
         if options.format == "onnx":
             check_onnx(model.network)

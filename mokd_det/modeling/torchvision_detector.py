@@ -2,10 +2,11 @@
 """The meta-architecture of torchvision's detectors, for Detectron2's data and evaluation."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import META_ARCH_REGISTRY
@@ -30,12 +31,22 @@ class TorchvisionDetector(PlainState):
 
     Attributes:
         labels: of each class the label that torchvision gives it; the background has 0.
+        random: names of parameters that its weights have no values for.
     """
 
+    # Keypoints are indices of pixels in torchvision as in COCO's files, and places in Detectron2.
+    keypoint_shift = 0.5
     classes: Tensor
 
     @configurable
-    def __init__(self, *, network: nn.Module, labels: list[int], input_format: str = "RGB"):
+    def __init__(
+        self,
+        *,
+        network: nn.Module,
+        labels: list[int],
+        input_format: str = "RGB",
+        random: Sequence[str] = (),
+    ):
         """``input_format``: of the images given, "RGB" or "BGR"; torchvision takes RGB."""
         super().__init__()
         if input_format not in ("RGB", "BGR"):
@@ -44,6 +55,7 @@ class TorchvisionDetector(PlainState):
                 "which is converted)."
             )
         self.network: Any = network
+        self.random = list(random)
         self.labels, self.num_classes, self.input_format = labels, len(labels), input_format
         classes = torch.full((max(labels) + 1,), -1)
         classes[labels] = torch.arange(len(labels))
@@ -52,8 +64,10 @@ class TorchvisionDetector(PlainState):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        network, random = build_torchvision_detector(cfg)
         return {
-            "network": build_torchvision_detector(cfg),
+            "network": network,
+            "random": random,
             "labels": labels_of(cfg),
             "input_format": cfg.INPUT.FORMAT,
         }
@@ -116,7 +130,7 @@ class TorchvisionDetector(PlainState):
             if "masks" in target:
                 instances.gt_masks = BitMasks(target["masks"].bool())
             if "keypoints" in target:
-                instances.gt_keypoints = Keypoints(target["keypoints"])
+                instances.gt_keypoints = Keypoints(moved(target["keypoints"], self.keypoint_shift))
             image = 255 * (image.flip(0) if self.input_format == "BGR" else image)
             prepared.append({**x, "image": image, "instances": instances, "is_resized": True})
         return prepared
@@ -128,7 +142,8 @@ class TorchvisionDetector(PlainState):
 
         Returns:
             in training dict[str, Tensor], torchvision's losses by names that begin with "loss_".
-            Else a list of dicts whose ``instances`` have boxes in pixels of the image given.
+            Else a list of dicts whose ``instances`` have boxes in pixels of the image given, or of
+            one of ``height`` and ``width`` in its dict.
         """
         images = self._images(batched_inputs)
         if self.training:
@@ -138,7 +153,12 @@ class TorchvisionDetector(PlainState):
             return {f"loss_{name.removeprefix('loss_')}": x for name, x in losses.items()}
         found = self.network(images)
         sizes = [(image.shape[1], image.shape[2]) for image in images]
-        return [{"instances": self._instances(x, size)} for x, size in zip(found, sizes)]
+        instances = [self._instances(x, size) for x, size in zip(found, sizes)]
+        wanted = [
+            (x.get("height", size[0]), x.get("width", size[1]))
+            for x, size in zip(batched_inputs, sizes)
+        ]
+        return [{"instances": resized(x, size)} for x, size in zip(instances, wanted)]
 
     def _images(self, batched_inputs: list[dict[str, Any]]) -> list[Tensor]:
         """(3, H, W) RGB in [0, 1], as torchvision takes them."""
@@ -146,20 +166,27 @@ class TorchvisionDetector(PlainState):
         return [x.flip(0) for x in images] if self.input_format == "BGR" else images
 
     def _target(self, instances: Instances) -> dict[str, Tensor]:
-        instances = instances.to(self.device)
+        instances, size = instances.to(self.device), instances.image_size
         labels = torch.tensor(self.labels, device=self.device)
         target = {
             "boxes": instances.gt_boxes.tensor.float(),
             "labels": labels[instances.gt_classes],
         }
         heads = getattr(self.network, "roi_heads", None)
+        # Detectron2's loader gives images without objects neither masks nor keypoints.
         if heads is not None and heads.has_mask():
-            masks = instances.gt_masks
+            masks = instances.gt_masks if len(instances) else BitMasks(torch.zeros(0, *size))
             if isinstance(masks, PolygonMasks):
-                masks = BitMasks.from_polygon_masks(masks, *instances.image_size)
+                masks = BitMasks.from_polygon_masks(masks, *size)
             target["masks"] = masks.tensor.to(self.device, torch.uint8)
         if heads is not None and heads.has_keypoint():
-            target["keypoints"] = instances.gt_keypoints.tensor
+            count = heads.keypoint_predictor.kps_score_lowres.out_channels
+            empty = target["boxes"].new_zeros(0, count, 3)
+            target["keypoints"] = (
+                moved(instances.gt_keypoints.tensor, -self.keypoint_shift)
+                if len(instances)
+                else empty
+            )
         return target
 
     def _instances(self, found: dict[str, Tensor], size: tuple[int, int]) -> Instances:
@@ -173,7 +200,8 @@ class TorchvisionDetector(PlainState):
             instances.pred_masks = found["masks"][known][:, 0] >= 0.5
         if "keypoints" in found:
             points, scores = found["keypoints"][known], found["keypoints_scores"][known]
-            instances.pred_keypoints = torch.cat([points[..., :2], scores[..., None]], dim=2)
+            points = torch.cat([points[..., :2], scores[..., None]], dim=2)
+            instances.pred_keypoints = moved(points, self.keypoint_shift)
         return instances
 
     @contextlib.contextmanager
@@ -184,3 +212,24 @@ class TorchvisionDetector(PlainState):
             yield
         finally:
             transform._skip_resize = before
+
+
+def moved(points: Tensor, shift: float) -> Tensor:
+    """Return keypoints (..., 3) whose x and y are ``shift`` pixels further."""
+    return torch.cat([points[..., :2] + shift, points[..., 2:]], dim=-1)
+
+
+def resized(instances: Instances, size: tuple[int, int]) -> Instances:
+    """Return detections in an image as those in the same image of ``size`` (height, width)."""
+    if instances.image_size == size:
+        return instances
+    y, x = (new / old for new, old in zip(size, instances.image_size))
+    found = Instances(size, **instances.get_fields())
+    found.pred_boxes = instances.pred_boxes.clone()
+    found.pred_boxes.scale(x, y)
+    if instances.has("pred_masks"):
+        found.pred_masks = F.interpolate(instances.pred_masks[:, None].float(), size)[:, 0] > 0
+    if instances.has("pred_keypoints"):
+        points = instances.pred_keypoints
+        found.pred_keypoints = points * points.new_tensor([x, y, 1])
+    return found

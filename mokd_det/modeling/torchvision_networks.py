@@ -20,10 +20,10 @@ from torchvision.models._api import WeightsEnum
 
 from .loading import shortened
 from .networks import differences, state_of_file, torchvision_state, torchvision_weights
+from .torchvision_options import NODE, check_names, check_values
 
 logger = logging.getLogger(__name__)
 
-NODE = "MODEL.TORCHVISION_DETECTOR"
 # The parts that are built for a number of classes (or of keypoints).
 HEADS = (
     "roi_heads.box_predictor",
@@ -31,14 +31,6 @@ HEADS = (
     "roi_heads.keypoint_predictor",
     "head.classification_head",
 )
-NOT_OPTIONS = {
-    "weights": f"{NODE}.WEIGHTS",
-    "weights_backbone": f"{NODE}.BACKBONE_WEIGHTS",
-    "num_classes": f"{NODE}.NUM_CLASSES",
-    "pretrained": f"{NODE}.WEIGHTS",
-    "pretrained_backbone": f"{NODE}.BACKBONE_WEIGHTS",
-    "progress": "nothing: leave it out",
-}
 COCO_LABELS = [category["id"] for category in COCO_CATEGORIES if category["isthing"]]
 COCO_NAMES = [category["name"] for category in COCO_CATEGORIES if category["isthing"]]
 
@@ -76,23 +68,21 @@ def labels_of(cfg: CfgNode) -> list[int]:
     return list(COCO_LABELS)
 
 
-def build_torchvision_detector(cfg: CfgNode) -> nn.Module:
+def build_torchvision_detector(cfg: CfgNode) -> tuple[nn.Module, list[str]]:
     """
     Return the network of ``MODEL.TORCHVISION_DETECTOR``, as torchvision's own constructor makes it,
-    on the device of the config. ValueError: an unknown name, options that do not suit it, or
-    weights of another model or that cannot be had.
+    on the device of the config; and the names of parameters that are random because the weights are
+    for other classes. ValueError: an unknown name, options that do not suit it, or weights of
+    another model or that cannot be had.
     """
     options = cfg.MODEL.TORCHVISION_DETECTOR
     check_detector_name(options.NAME, f"{NODE}.NAME")
     further = {key.lower(): value for key, value in options.OPTIONS.items()}
-    if misplaced := sorted(NOT_OPTIONS.keys() & further.keys()):
-        raise ValueError(
-            f"{NODE}.OPTIONS has {misplaced[0]}: that is set by {NOT_OPTIONS[misplaced[0]]}."
-        )
+    check_values(further)
     number = max(labels_of(cfg)) + 1
     build = _Builder(options.NAME, further, options.DOWNLOAD)
     network = build(options.WEIGHTS, options.BACKBONE_WEIGHTS, number)
-    return network.to(cfg.MODEL.DEVICE)
+    return network.to(cfg.MODEL.DEVICE), build.random
 
 
 class _Builder:
@@ -103,9 +93,15 @@ class _Builder:
 
     def __init__(self, name: str, options: dict[str, Any], download: bool):
         self.name, self.options, self.download = name, options, download
+        self.random: list[str] = []  # names of parameters, where the weights are for other classes
 
     def __call__(self, weights: str, backbone_weights: str, number: int) -> nn.Module:
         option = f"{NODE}.WEIGHTS"
+        if not weights and not backbone_weights and "trainable_backbone_layers" in self.options:
+            raise ValueError(
+                f"{NODE}.OPTIONS has trainable_backbone_layers, but WEIGHTS and BACKBONE_WEIGHTS "
+                "are empty, and of random layers all are trained: remove it."
+            )
         if not weights:
             member = self._backbone_member(backbone_weights) if backbone_weights else None
             source = f"{NODE}.BACKBONE_WEIGHTS '{backbone_weights}'"
@@ -117,11 +113,13 @@ class _Builder:
             member = torchvision_weights(self.name, weights, option)
         if member is None:
             return self._of_own_training(weights, number, option)
-        if number == len(member.meta["categories"]):
+        if number == len(member.meta["categories"]) and self._has_keypoints_of(member):
             network = self._make(member, None, number, source, download=not is_file)
         else:
             of_weights = self._make(member, None, None, source, download=not is_file)
-            network = self._with_heads(of_weights, number, f"{source} is for other classes")
+            network = self._with_heads(
+                of_weights, number, f"{source} is for other classes or keypoints"
+            )
         if is_file:
             self._load(network, weights, option)
         return network
@@ -155,21 +153,12 @@ class _Builder:
                 network = get_model(
                     self.name, weights=member, weights_backbone=backbone, **given, **options
                 )
-            self._check_options(network)
+            check_names(self.options, self.name, network)
         except (TypeError, ValueError) as error:
             raise ValueError(
                 f"{NODE}.OPTIONS {self.options} do not suit '{self.name}': {error}"
             ) from error
         return network
-
-    def _check_options(self, network):
-        """Some constructors take any name, and leave it unread."""
-        kinds: list[Any] = list(type(network).__mro__)
-        functions = [get_model_builder(self.name), *(kind.__init__ for kind in kinds)]
-        known = {p.name for f in functions for p in inspect.signature(f).parameters.values()}
-        if unknown := sorted(self.options.keys() - known):
-            few = ", ".join(sorted(known - {"self", "args", "kwargs"} - NOT_OPTIONS.keys()))
-            raise ValueError(f"it has no {', '.join(unknown)}; it has {few}")
 
     def _with_heads(self, network, number, why):
         """Exchange what is built for a number of classes; the rest of those parts is kept."""
@@ -186,8 +175,14 @@ class _Builder:
             head.load_state_dict({k: v for k, v in state.items() if k not in shapes}, strict=False)
             setattr(network.get_submodule(parent), name, head)
             new += [f"{path}.{key}" for key in shapes]
-        logger.info(f"{why}: {', '.join(new)} start random.")
+        self.random += new
+        if self.download:  # else MODEL.WEIGHTS has them
+            logger.info(f"{why}: {shortened(new)} start random.")
         return network
+
+    def _has_keypoints_of(self, member):
+        usual = len(member.meta.get("keypoint_names", ()))
+        return self.options.get("num_keypoints", usual) == usual
 
     def _load(self, network, file, option):
         state = state_of_file(file, option)
@@ -202,6 +197,7 @@ class _Builder:
                 f"{shortened(missing)}, unexpected {shortened(unexpected)}, of another shape "
                 f"{shortened(wrong)}."
             )
+        self.random += in_heads
         if in_heads:
             logger.info(f"{option} '{file}' is for other classes: {', '.join(in_heads)} random.")
         network.load_state_dict({k: v for k, v in state.items() if k not in in_heads}, strict=False)

@@ -14,6 +14,7 @@ from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
 from torchvision.models.detection.image_list import ImageList as TorchvisionImages
 from torchvision.models.detection.ssd import SSD
 from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops.poolers import LevelMapper
 
 from .boxes import BoxOutputs, BoxReader, Features, Sizes, indices_of
 from .dense import FCOS_SIDE, DenseReader, Grid, logits_of_centerness
@@ -36,17 +37,15 @@ class TorchvisionTwoStageReader(BoxReader):
         # It is built for four maps; a backbone of MobileNet has two.
         known = [name for name in whole.featmap_names if name in shapes]
         self.in_features = [known[i] for i in indices_of(known, names)]
-        # Its own, since it remembers the scales of the maps that it is given first.
-        self.pooler = MultiScaleRoIAlign(
-            self.in_features,
-            whole.output_size,
-            whole.sampling_ratio,
-            canonical_scale=whole.canonical_scale,
-            canonical_level=whole.canonical_level,
+        # Its own: of some levels only, and torchvision's guesses from the maps that it sees first.
+        self.pooler = MultiScaleRoIAlign(self.in_features, whole.output_size, whole.sampling_ratio)
+        strides = [shapes[name].stride for name in self.in_features]
+        self.pooler.scales = [1 / stride for stride in strides]
+        least, most = (int(math.log2(f(shapes[n].stride for n in known))) for f in (min, max))
+        assign = LevelMapper(least, most, whole.canonical_scale, whole.canonical_level)
+        self.pooler.map_levels = self.assign = NearestLevel(
+            assign, [int(math.log2(stride)) - least for stride in strides]
         )
-        self._strides = [
-            [shapes[name].stride for name in some] for some in (known, self.in_features)
-        ]
         self._rpn = [detector.network.rpn]  # a list: no part of what is read here
 
     def at(self, state: Features, boxes: list[Tensor], image_sizes: Sizes) -> BoxOutputs:
@@ -62,13 +61,23 @@ class TorchvisionTwoStageReader(BoxReader):
         return [boxes[:limit] for boxes in found]
 
     def elsewhere(self, boxes: list[Tensor]) -> int:
-        side = (torch.cat(boxes)[:, 2:] - torch.cat(boxes)[:, :2]).prod(1).sqrt()
-        level = self.pooler.canonical_level + torch.log2(side / self.pooler.canonical_scale)
-        everywhere, here = (
-            level.add(1e-6).floor().clamp(math.log2(min(s)), math.log2(max(s)))
-            for s in self._strides
-        )
-        return int((everywhere != here).sum())
+        levels = self.assign.whole(boxes)
+        return int((~torch.isin(levels, levels.new_tensor(self.assign.levels))).sum())
+
+
+class NearestLevel:
+    """Which of some levels a box is pooled on: its own, or the nearest of them."""
+
+    def __init__(self, whole: LevelMapper, levels: list[int]):
+        """``whole``: says which of all levels is a box's own; ``levels``: those there are."""
+        self.whole, self.levels = whole, levels
+
+    def __call__(self, boxes: list[Tensor]) -> Tensor:
+        """Return (R,) indices in ``levels``; the first of several that are as near."""
+        own = self.whole(boxes)
+        distances = (own[:, None] - own.new_tensor(self.levels)).abs()
+        order = torch.arange(len(self.levels), device=own.device)
+        return (distances * len(self.levels) + order).argmin(dim=1)
 
 
 class TorchvisionDenseReader(DenseReader):
@@ -169,6 +178,16 @@ class TorchvisionSSDReader(TorchvisionDenseReader):
     """SSD and SSDlite: default boxes, and a softmax."""
 
     exclusive = True
+
+    def anchors_of(self, maps: list[Tensor]) -> tuple[Tensor, list[Grid]]:
+        """In an image of another size default boxes have as many pixels as in its own."""
+        anchors, grids = super().anchors_of(maps)
+        size = self._image_size(maps)[::-1]
+        if size != tuple(self.fixed_size):
+            middle, half = (anchors[:, :2] + anchors[:, 2:]) / 2, (anchors[:, 2:] - anchors[:, :2])
+            half = half / 2 * half.new_tensor(self.fixed_size) / half.new_tensor(size)
+            anchors = torch.cat([middle - half, middle + half], dim=1)
+        return anchors, grids
 
     def logits_of(self, outputs: dict[str, Tensor]) -> Tensor:
         return _background_last(outputs["cls_logits"], self.labels)

@@ -9,11 +9,13 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 from torch import nn
+from torchvision.models.detection.ssd import SSD
 
 from ..config import get_cfg
+from ..config.bounds import leaves
 from ..data import ResumableLoader, check_detection_sets
 from ..export import TorchvisionDetectorExporter
-from ..modeling import COCO_NAMES, StrictCheckpointer, replace_backbone_features
+from ..modeling import COCO_NAMES, StrictCheckpointer, replace_backbone_features, shortened
 from .base import TASKS, Features
 from .detection import DetectionTask, check_weights_exist
 
@@ -22,6 +24,11 @@ NODE = "MODEL.TORCHVISION_DETECTOR"
 OF_LOADER = (
     *("MIN_SIZE_TRAIN", "MIN_SIZE_TRAIN_SAMPLING", "MAX_SIZE_TRAIN"),
     *("MIN_SIZE_TEST", "MAX_SIZE_TEST"),
+)
+# What is read of a config's MODEL.
+READ = (
+    *("MODEL.META_ARCHITECTURE", "MODEL.DEVICE", "MODEL.WEIGHTS", "MODEL.MASK_ON", NODE),
+    *("MODEL.KEYPOINT_ON", "MODEL.BACKBONE.COMPILE", "MODEL.BACKBONE.CHECKPOINTING"),
 )
 
 
@@ -38,14 +45,23 @@ class TorchvisionDetectionTask(DetectionTask):
     has_stock_step = False
 
     def load_trained(self, cfg: CfgNode, option: str = "MODEL.WEIGHTS") -> nn.Module:
+        model: Any
         if not cfg.MODEL.WEIGHTS:
             if not cfg.MODEL.TORCHVISION_DETECTOR.WEIGHTS:
                 raise ValueError(
                     f"MODEL.WEIGHTS and {NODE}.WEIGHTS are empty: add MODEL.WEIGHTS "
                     f"/path/to/model.pth, or {NODE}.WEIGHTS DEFAULT for torchvision's."
                 )
-            return build_model(cfg).eval()
-        model: Any = build_model(self.untrained_config(cfg))
+            model = build_model(cfg).eval()
+            if model.random:
+                given = cfg.MODEL.TORCHVISION_DETECTOR.WEIGHTS
+                raise ValueError(
+                    f"{option} is empty, and {NODE}.WEIGHTS '{given}' is for other classes: "
+                    f"{shortened(model.random)} would be random. Name the trained weights in "
+                    f"{option} (or, for COCO's classes, set COCO_IDS True)."
+                )
+            return model
+        model = build_model(self.untrained_config(cfg))
         checkpointer = StrictCheckpointer(model.network, option=option)
         checkpointer.load(cfg.MODEL.WEIGHTS, checkpointables=[])
         return model.eval()
@@ -92,8 +108,34 @@ class TorchvisionDetectionTask(DetectionTask):
             cfg, "two-stage" if hasattr(student.network, "roi_heads") else "one-stage"
         )
 
+    def check_batch(self, cfg: CfgNode, student: Any, count: int) -> None:
+        if count == 1 and isinstance(student.network, SSD) and has_batch_norm(student.network):
+            raise ValueError(
+                "SOLVER.IMS_PER_BATCH is too small: a process trains on one image at once "
+                "(SOLVER.MICRO_BATCHES divides them, too), and BatchNorm has no statistics of "
+                "SSDlite's last map, which is 1 x 1. Use 2 images at once or more."
+            )
+
     def check_config(self, cfg: CfgNode) -> None:
         usual = get_cfg()
+        for key, value, default in leaves(cfg, usual, "MODEL"):
+            if not key.startswith(READ) and not same(value, default):
+                raise ValueError(
+                    f"{key} is {value!r}, but torchvision's detectors do not read it: remove it, "
+                    f"and see {NODE} (arguments of torchvision's constructor are in its OPTIONS)."
+                )
+        if cfg.TEST.DETECTIONS_PER_IMAGE != usual.TEST.DETECTIONS_PER_IMAGE:
+            raise ValueError(
+                f"TEST.DETECTIONS_PER_IMAGE is {cfg.TEST.DETECTIONS_PER_IMAGE}, but torchvision's "
+                f"detectors do not read it: remove it, and set box_detections_per_img (R-CNN) or "
+                f"detections_per_img in {NODE}.OPTIONS."
+            )
+        node = cfg.MODEL.TORCHVISION_DETECTOR
+        if not node.DOWNLOAD and node.WEIGHTS and not cfg.MODEL.WEIGHTS:
+            raise ValueError(
+                f"{NODE}.DOWNLOAD is False, but MODEL.WEIGHTS is empty: training would start from "
+                "random weights. Set it to True, or name a file in MODEL.WEIGHTS."
+            )
         for key in OF_LOADER:
             if cfg.INPUT[key] != usual.INPUT[key]:
                 raise ValueError(
@@ -134,3 +176,12 @@ def in_own_size(cfg: CfgNode) -> CfgNode:
     cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING = (0,), "choice"
     cfg.INPUT.MIN_SIZE_TEST = 0
     return cfg
+
+
+def has_batch_norm(network: nn.Module) -> bool:
+    return any(isinstance(module, nn.BatchNorm2d) for module in network.modules())
+
+
+def same(value: Any, default: Any) -> bool:
+    """Whether two options are equal; YAML has lists where a default is a tuple."""
+    return value == default or (isinstance(default, (list, tuple)) and [*value] == [*default])

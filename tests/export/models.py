@@ -34,7 +34,7 @@ TILE = TREES / "train" / "2.jpg"  # 192 x 160
 RESIZE = ["INPUT.MIN_SIZE_TEST", 224, "INPUT.MAX_SIZE_TEST", 260]
 
 
-def export(cfg, folder, format="torchscript", method="tracing", images=(), **options):
+def export(cfg, folder, format="torchscript", method="", images=(), **options):
     """Export the model of a config, by its task."""
     options = ExportOptions(format, method, **options)
     return export_model(task_of(cfg), cfg, str(folder), options, images)

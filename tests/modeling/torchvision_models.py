@@ -2,11 +2,12 @@
 """torchvision's detectors at small images, on the annotated tiles of tests/data."""
 
 import pytest
+import torch
 from detectron2.utils.env import seed_all_rng
 
 from mokd_det.config import load_config
 from mokd_det.engine import prepare_datasets
-from mokd_det.modeling import detector_names
+from mokd_det.modeling import detector_names, torchvision_networks
 from mokd_det.tasks import task_of
 
 from ..conftest import TREE_OPTS
@@ -14,7 +15,8 @@ from ..conftest import TREE_OPTS
 NODE = "MODEL.TORCHVISION_DETECTOR"
 QUICK = ("ssdlite320_mobilenet_v3_large", "fasterrcnn_mobilenet_v3_large_320_fpn")
 NO_SIZES = dict(zip(TREE_OPTS[::2], TREE_OPTS[1::2]))
-NO_SIZES = {key: value for key, value in NO_SIZES.items() if not key.startswith("INPUT.M")}
+ELSEWHERE = ("INPUT.M", "MOKD.FEATURES")  # the network's options; names of Detectron2's maps
+NO_SIZES = {key: value for key, value in NO_SIZES.items() if not key.startswith(ELSEWHERE)}
 
 
 def models(quick=QUICK, names=None):
@@ -73,3 +75,24 @@ def training_batch(cfg):
     task = task_of(cfg)
     prepare_datasets(cfg, task)
     return next(iter(task.build_train_loader(cfg)))
+
+
+@pytest.fixture
+def published(monkeypatch):
+    """torchvision's downloads are random weights of the same model."""
+    state = torchvision_networks._random_state
+
+    def download(member, name):
+        torch.manual_seed(5)
+        return state(member)
+
+    monkeypatch.setattr(torchvision_networks, "torchvision_state", download)
+    return download
+
+
+def build(name, **options):
+    opts = [f"{NODE}.NAME", name, "MODEL.DEVICE", "cpu"]
+    for key, value in options.items():
+        opts += [f"{NODE}.{key}", value]
+    cfg = load_config("configs/Base-TorchvisionDetector.yaml", opts)
+    return task_of(cfg).build_student(cfg).network

@@ -115,7 +115,7 @@ def test_dense(torchvision_cfg, name):
 
 @pytest.mark.parametrize("name", models(names=["ssd300_vgg16", "ssdlite320_mobilenet_v3_large"]))
 def test_ssd_at_the_size_of_its_student(torchvision_cfg, name):
-    """As a teacher it sees images of any size: default boxes are those of that size."""
+    """As a teacher it sees images of any size: default boxes are where torchvision's are."""
     model = random_detector(torchvision_cfg(name)).eval()
     images = model.preprocess_image([{"image": torch.rand(3, 330, 350)}] * 2)
     assert images.tensor.shape == (2, 3, 352, 352)
@@ -125,7 +125,11 @@ def test_ssd_at_the_size_of_its_student(torchvision_cfg, name):
         state = reader.run(features)
         maps = list(features.values())
         own = ImageList(images.tensor, images.image_sizes)
-        assert torch.equal(state.anchors, model.network.anchor_generator(own, maps)[0])
+        middles = [
+            a[:, :2] + a[:, 2:]
+            for a in (state.anchors, model.network.anchor_generator(own, maps)[0])
+        ]
+        assert torch.allclose(*middles, atol=1e-3)
         assert len(state.anchors) == state.logits.shape[1]
 
 
@@ -174,3 +178,40 @@ def test_fcos_of_detectron2(family_cfg, tmp_path, side):
     expected = torch.cat([s.flatten(2).movedim(1, 2) for s in scores], 1)
     assert torch.allclose(state.logits.sigmoid(), expected, atol=1e-5)
     assert state.logits.shape[1] == len(state.anchors)
+
+
+@pytest.mark.parametrize("name", models(names=["ssd300_vgg16", "ssdlite320_mobilenet_v3_large"]))
+def test_ssd_finds_an_object_of_its_size_in_a_larger_image(torchvision_cfg, name):
+    """Its layers see as many pixels as before, so default boxes have as many, too."""
+    reader = build_box_reader(random_detector(torchvision_cfg(name)).eval(), "teacher")
+    side, shapes = reader.fixed_size[0], reader._shapes
+
+    def anchors(size):
+        strides = (shape.stride for shape in shapes.values())
+        maps = [torch.zeros(1, s.channels, *[-(-size // s.stride)] * 2) for s in shapes.values()]
+        return reader.anchors_of(maps), [m.shape[2] for m in maps], list(strides)
+
+    (own, grids), sizes, strides = anchors(side)
+    (other, other_grids), other_sizes, _ = anchors(640)
+    widths = [
+        (x[:, 2:] - x[:, :2]).split([g.width**2 * g.count for g in y])
+        for x, y in ((own, grids), (other, other_grids))
+    ]
+    for before, after, grid in zip(*widths, grids):
+        assert torch.allclose(before[: grid.count], after[: grid.count], rtol=1e-3)
+    if name.startswith("ssdlite"):  # and where they are: by the layer's stride
+        count = grids[0].count
+        assert torch.allclose(own[:count], other[:count], atol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("names, levels", [(["0", "3"], [0, 0, 3, 3]), (["1"], [1, 1, 1, 1])])
+def test_boxes_of_absent_levels_are_pooled_on_the_nearest(torchvision_cfg, names, levels):
+    """Whichever levels there are; each box's own is the first to the fourth."""
+    model = random_detector(torchvision_cfg("fasterrcnn_resnet50_fpn")).eval()
+    reader = build_box_reader(model, "teacher", names)
+    maps = {str(i): torch.full((1, 256, 128 >> i, 128 >> i), float(i)) for i in range(4)}
+    boxes = [torch.tensor([[10.0, 10.0, 10.0 + s, 10.0 + s] for s in (50, 150, 300, 480)])]
+    pooled = reader.pooler({name: maps[name] for name in names}, boxes, [(512, 512)])
+    assert pooled.mean((1, 2, 3)).tolist() == pytest.approx(levels)
+    assert reader.elsewhere(boxes) == sum(own != used for own, used in enumerate(levels))
