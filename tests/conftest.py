@@ -93,10 +93,6 @@ TREE_OPTS = [
     False,
     "MOKD.OBJECTIVES",  # tests of others ask for them
     ["features"],
-    "MOKD.FEATURES.STUDENT",
-    ["p3", "p4"],
-    "MOKD.FEATURES.DIM",
-    256,
 ]
 
 # For tests: overrides that choose objectives. An option that nobody reads is an error, so without
@@ -135,7 +131,9 @@ def make_cfg(tmp_path, teacher_weights):
     def make(name, opts=(), folder="run"):
         output = tmp_path / folder
         output.mkdir(exist_ok=True)
-        cfg = load_config(CONFIGS[name], [*TREE_OPTS, "OUTPUT_DIR", str(output)])
+        levels = ["MOKD.FEATURES.STUDENT", ["p3", "p4"], "MOKD.FEATURES.DIM", 256]
+        more = levels if name == "mokd" else []
+        cfg = load_config(CONFIGS[name], [*TREE_OPTS, *more, "OUTPUT_DIR", str(output)])
         cfg.MOKD.TEACHER.CONFIG_FILE = CONFIGS["teacher"]
         cfg.MOKD.TEACHER.WEIGHTS = teacher_weights
         cfg.merge_from_list(list(opts))

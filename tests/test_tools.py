@@ -204,7 +204,7 @@ def test_resume_continues(trained, tmp_path):
         (
             ["--config-file", CONFIGS["mokd"], "MOKD.LOGITS.TEMPERATURE", "2.0"],
             "MOKD.LOGITS.TEMPERATURE is 2.0, but it is read by the objective 'logits' only, and "
-            "MOKD.OBJECTIVES is ['features', 'outputs']",
+            "MOKD.OBJECTIVES is ['teacher_head', 'outputs']",
         ),
         (
             ["--config-file", CONFIGS["mokd"], "MOKD.BALANCING.DOMINANCE", "6.0"],

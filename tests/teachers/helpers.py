@@ -17,7 +17,7 @@ from ..modeling.families import batch_of
 def build_teacher(cfg):
     """Return a config's teacher, with what its objectives ask it for."""
     teacher = task_of(cfg).build_teacher(cfg)
-    if "outputs" in cfg.MOKD.OBJECTIVES:
+    if "outputs" in task_of(cfg).objectives(cfg):
         teacher.read_boxes()
     return teacher
 
