@@ -73,10 +73,12 @@ class DetectionTask(Task):
     def rule_options(self, rule: str, objectives: Names) -> dict[str, Any]:
         if rule != "loss_ratio":
             return {}
-        # Gradients of heads hardly agree at feature maps, whether they help or not (see
-        # docs/distillation.md): the cap alone holds them back. Bare features have to agree.
-        agreement = [0.0 if name in ("teacher_head", "outputs") else 0.1 for name in objectives]
-        return {"cap": 2.0, "agreement": agreement}
+        options: dict[str, Any] = {"cap": 2.0}
+        # What the teacher's head says of the student's features hardly agrees with the task there,
+        # whether it helps or not (docs/balancing.md). Outputs tell a good teacher from a bad one.
+        if "teacher_head" in objectives:
+            options |= {"together": True} if "outputs" in objectives else {"agreement": 0.0}
+        return options
 
     def load_trained(self, cfg: CfgNode, option: str = "MODEL.WEIGHTS") -> nn.Module:
         if not cfg.MODEL.WEIGHTS:

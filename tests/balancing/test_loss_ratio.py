@@ -58,9 +58,20 @@ def test_agreement_zero_trusts_every_objective():
     losses = torch.tensor([1.0, 2.0, 4.0]).double()
     weights = weights_of("loss_ratio", gradients, losses, agreement=0.0)
     assert weights.tolist() == [1.0, 2.0, 1.0]
-    # One for each: the second has to agree, and does not.
-    weights = weights_of("loss_ratio", gradients, losses, agreement=[0.0, 0.1])
-    assert weights.tolist() == [1.0, 2.0, 0.0]
+
+
+def test_objectives_are_trusted_together():
+    """As the one that agrees most, also where that is not at all."""
+    gradients = torch.tensor([[2.0, 0.0], [-1.0, 1.0], [0.15, 2.0]]).double()
+    losses = torch.tensor([1.0, 2.0, 4.0]).double()
+    half = 2 * 0.15 / (0.15**2 + 4) ** 0.5 / 0.1 - 1
+    assert 0 < half < 1
+    weights = weights_of("loss_ratio", gradients, losses)
+    assert weights.tolist() == pytest.approx([1.0, 0.0, half])
+    weights = weights_of("loss_ratio", gradients, losses, together=True)
+    assert weights.tolist() == pytest.approx([1.0, 2 * half, half])
+    gradients[2, 0] *= -1
+    assert weights_of("loss_ratio", gradients, losses, together=True).tolist() == [1.0, 0.0, 0.0]
 
 
 def test_projectors_learn_at_the_tasks_pace():

@@ -36,27 +36,26 @@ def test_options_of_another_task_are_refused(make_cfg, make_digits_cfg):
 
 
 def test_what_is_distilled_unless_the_config_says(make_cfg, make_digits_cfg):
-    """Detectors trust what heads say, and cap it; plain features and classifiers have to agree."""
-    free = ["MOKD.OBJECTIVES", None, "MOKD.FEATURES.STUDENT", [], "MOKD.FEATURES.DIM", 0]
-    model = DistillationTrainer.build_model(make_cfg("mokd", free))
-    rule = model.boundary.balancer.rule
-    assert model.names == ["task", "teacher_head", "outputs"]
-    assert (rule.cap, rule.agreement) == (2.0, [0.0, 0.0])
+    """Detectors trust the teacher's head as far as outputs agree with the task."""
 
-    model = DistillationTrainer.build_model(make_digits_cfg())
-    rule = model.boundary.balancer.rule
-    assert model.names == ["task", "features", "logits"]
-    assert (rule.cap, rule.agreement) == (10.0, 0.1)
+    def of(cfg):
+        model = DistillationTrainer.build_model(cfg)
+        rule = model.boundary.balancer.rule
+        return model.names[1:], rule.cap, rule.agreement, rule.together
 
-    opts = ["MOKD.OBJECTIVES", ["outputs", "features"], "MOKD.BALANCING.LOSS_RATIO.CAP", 5.0]
-    rule = DistillationTrainer.build_model(make_cfg("mokd", opts)).boundary.balancer.rule
-    assert (rule.cap, rule.agreement) == (5.0, [0.0, 0.1])
-    rule = DistillationTrainer.build_model(
-        make_cfg("mokd", ["MOKD.BALANCING.LOSS_RATIO.AGREEMENT", 0.3])
-    )
-    assert rule.boundary.balancer.rule.agreement == 0.3
+    def detector(names, *opts):
+        free = ["MOKD.FEATURES.STUDENT", [], "MOKD.FEATURES.DIM", 0]
+        more = [f"MOKD.BALANCING.LOSS_RATIO.{x}" if i % 2 == 0 else x for i, x in enumerate(opts)]
+        return make_cfg("mokd", [*free, "MOKD.OBJECTIVES", names, *more])
 
-    script = make_cfg("mokd", [*free, "MOKD.TEACHER.TORCHSCRIPT.FILE", "teacher.ts"])
+    assert of(make_digits_cfg()) == (["features", "logits"], 10.0, 0.1, False)
+    assert of(detector(None)) == (["teacher_head", "outputs"], 2.0, 0.1, True)
+    assert of(detector(["teacher_head"])) == (["teacher_head"], 2.0, 0.0, False)
+    assert of(detector(["features"], "CAP", 5.0)) == (["features"], 5.0, 0.1, False)
+    assert of(detector(None, "AGREEMENT", 0.3)) == (["teacher_head", "outputs"], 2.0, 0.3, True)
+
+    script = detector(None)
+    script.MOKD.TEACHER.TORCHSCRIPT.FILE = "teacher.ts"  # has features only
     assert task_of(script).objectives(script) == ["features"]
 
 

@@ -1,8 +1,6 @@
 # Copyright (c) The mokd_det authors.
 """The default: each trusted distillation loss at a set multiple of the task's."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -34,30 +32,38 @@ class LossRatio(Rule):
     weighs_projectors = True
 
     def __init__(
-        self, ratio: float = 4.0, cap: float = 10.0, agreement: float | Sequence[float] = 0.1
+        self,
+        ratio: float = 4.0,
+        cap: float = 10.0,
+        agreement: float = 0.1,
+        together: bool = False,
     ):
         """
         Args:
             ratio: each weighted distillation loss over the task's, in the middle of the schedule.
             cap: largest norm of the weighted distillation gradients over the task gradient's,
                 before the schedule. It bounds the weight of a loss near zero.
-            agreement: cosine from which on a gradient is trusted in full, in [0, 1], or one for
-                each distillation objective. 0: always.
+            agreement: cosine from which on a gradient is trusted in full, in [0, 1]. 0: all are.
+            together: the distillation objectives are trusted as the most trusted one is. For
+                several that say what one teacher's heads say, of which some hardly agree at
+                feature maps even if they help.
         """
         self.ratio = positive("MOKD.BALANCING.LOSS_RATIO.RATIO", ratio)
         self.cap = positive("MOKD.BALANCING.LOSS_RATIO.CAP", cap)
-        each = agreement if isinstance(agreement, Sequence) else [agreement]
-        if not all(0 <= value <= 1 for value in each):
+        if not 0 <= agreement <= 1:
             raise ValueError(
                 f"MOKD.BALANCING.LOSS_RATIO.AGREEMENT is {agreement}: expected 0 (off) to 1."
             )
-        self.agreement = agreement
+        self.agreement, self.together = agreement, together
 
     def weights(self, gram: Tensor, losses: Tensor) -> Tensor:
         norms = gram.diagonal().sqrt()
-        cosines = (gram[0, 1:] / norms[1:] / norms[0]).clamp(0, 1)
-        agreement = gram.new_tensor(self.agreement)
-        trust = (2 * cosines / agreement - 1).clamp(0, 1).where(agreement > 0, 1.0)
+        trust = losses.new_ones(len(losses) - 1)
+        if self.agreement:
+            cosines = (gram[0, 1:] / norms[1:] / norms[0]).clamp(0, 1)
+            trust = (2 * cosines / self.agreement - 1).clamp(0, 1)
+        if self.together:
+            trust = trust.max().expand_as(trust)
         distillation = self.ratio * trust * losses[0] / losses[1:]
         norm = torch.sqrt((distillation @ gram[1:, 1:] @ distillation).clamp_min(0) / gram[0, 0])
         if norm > self.cap:
