@@ -30,7 +30,6 @@ PICTURES = (
 MAIN = {
     "Detection": (
         ("bccd_features_random", "BCCD, box AP", "default"),
-        ("bccd_torchvision", "BCCD with SSDlite, box AP", "default"),
         ("neon_features", "NEON trees, box AP50", "default"),
     ),
     "Classification": (
@@ -62,6 +61,7 @@ TABLES = (
             ("BCCD, random RetinaNet: ", "bccd_features_random", None),
             ("BCCD, R-CNN: ", "bccd_features_rcnn", None),
             ("BCCD, RetinaNet: ", "bccd_features", None),
+            ("BCCD, SSDlite: ", "bccd_torchvision", None),
         ),
         "features and outputs",
     ),
