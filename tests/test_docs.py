@@ -40,7 +40,7 @@ def test_examples_train(examples, make_cfg):
     opts = ["MODEL.META_ARCHITECTURE", "BottomUpRCNN", "INPUT.COLOR_JITTER", 0.1]
     opts += ["MOKD.BALANCING.RULE", "equal_norms", "MOKD.BALANCING.EQUAL_NORMS.POWER", 0.5]
     opts += ["MOKD.FEATURES.STUDENT", ["res4"], "MOKD.FEATURES.TEACHER", ["p4"]]
-    cfg = make_cfg("mokd", [*opts, "MOKD.OBJECTIVES", ["features"]])
+    cfg = make_cfg("mokd", [*opts, "MOKD.OBJECTIVES", None])
     assert validate(cfg).name == "bottom_up_detection"
     with EventStorage() as storage:
         build_trainer(cfg).run_step()
