@@ -25,11 +25,11 @@ The studies train shorter or at another learning rate than some configs: `studie
 PICTURES = (
     "Pictures of conflict, dominance and weights (*balance*), and of the last table (*axis*):"
 )
-# Task -> (study, data and measure, method) of today's default; the study's first baselines are the
-# student from scratch and, if there is another, fixed weights.
+# Task -> (study, data and measure, methods, the last of them today's default). The study's first
+# baselines are the student from scratch and, if there is another, fixed weights.
 MAIN = {
     "Detection": (
-        ("bccd_features_random", "BCCD, box AP", "default"),
+        ("bccd_features_random", "BCCD, box AP", "always trusted", "default"),
         ("neon_features", "NEON trees, box AP50", "default"),
     ),
     "Classification": (
@@ -105,8 +105,8 @@ class Notes:
         return f"\n\n{notes}" if notes else ""
 
 
-def rows_of_study(name, data, default, notes):
-    """Rows of a main table: teacher, from scratch, tuned fixed weights and today's default."""
+def rows_of_study(notes, name, data, *methods):
+    """Rows of a main table: teacher, from scratch, fixed weights, methods, today's default."""
     study, summary = load(name)
     scratch, fixed = [*study["baseline"], None][:2]
     file = link(f"studies/{name}.json")
@@ -114,7 +114,8 @@ def rows_of_study(name, data, default, notes):
     values = (records.metric_of(teacher["results"], metric) for metric in study["metrics"])
     result = " / ".join(f"{value:.1f}" for value in values)
     rows = [[link(teacher["config"]), f"{data}: teacher", "1", result, "", "", file]]
-    labels = {scratch: "from scratch", fixed: fixed, default: "**default**"}
+    labels = {scratch: "from scratch", fixed: fixed, **{method: method for method in methods}}
+    labels[methods[-1]] = "**default**"
     for method, label in labels.items():
         if method is None:
             continue
@@ -143,7 +144,7 @@ def main_table(task):
     notes = Notes()
     head = ["config", "data, measure", "seeds", "val / test", "- from scratch"]
     head += ["- fixed weights", "records"]
-    rows = [row for study in MAIN[task] for row in rows_of_study(*study, notes)]
+    rows = [row for study in MAIN[task] for row in rows_of_study(notes, *study)]
     rows += [row for group in RECIPES[task] for row in recipes(*group)]
     return f"## {task}\n\n{records.markdown(head, rows)}{notes.text()}\n"
 
