@@ -48,10 +48,7 @@ LONG = ["scratch, twice as long", "loss ratio, twice as long"]
 TABLES = (
     (
         "Twice the length",
-        (
-            ("MNIST: ", "mnist", ["loss ratio", *LONG]),
-            ("BCCD: ", "bccd_features_random", ["default", "scratch, twice as long"]),
-        ),
+        (("MNIST: ", "mnist", ["loss ratio", *LONG]),),
         "scratch, twice as long",
     ),
     (
