@@ -8,7 +8,7 @@ UV_VERSION := 0.13.9
 .PHONY: help env demo demo-classification test test-all test-reliability lint pins clean
 
 help:
-	@echo "make demo   from nothing to a distilled tree detector (about 6 minutes on 2 CPU cores)"
+	@echo "make demo   from nothing to a distilled tree detector (about 7 minutes on 2 CPU cores)"
 	@echo "make demo-classification   the same for MNIST and a classifier, three seeds (5 to 15 minutes)"
 	@echo "make test   the tests to run before every commit (5 minutes on 2 cores)"
 	@echo "make test-all   the rest of the suite (25 minutes)"
