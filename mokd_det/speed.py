@@ -23,6 +23,16 @@ def check_backend(backend: str, option: str) -> None:
         )
 
 
+def computes_bfloat16(device: torch.device) -> bool:
+    """Whether the device has instructions for bfloat16; without them it is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # No public function of torch says so of a CPU.
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    has = (getattr(torch.cpu, name, None) for name in names)
+    return device.type == "cpu" and any(function is not None and function() for function in has)
+
+
 # torchvision's decode boxes in the type of their outputs.
 HEADS = (RPNHead, FastRCNNPredictor, RetinaNetHead, FCOSHead, SSDHead)
 

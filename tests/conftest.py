@@ -93,6 +93,8 @@ TREE_OPTS = [
     False,
     "MOKD.OBJECTIVES",  # tests of others ask for them
     ["features"],
+    "MOKD.TEACHER.PRECISION",  # what "auto" chooses is the machine's
+    "",
 ]
 
 # For tests: overrides that choose objectives. An option that nobody reads is an error, so without
@@ -159,6 +161,8 @@ DIGIT_OPTS = [
     0,
     "SEED",
     7,
+    "MOKD.TEACHER.PRECISION",
+    "",
 ]
 
 

@@ -132,7 +132,7 @@ class SharedFeatures(NoBalancing):
         super().__init__()
         self.balancer = build_balancer("fixed", objectives=2)  # asked only what it needs
 
-    def split(self, features, parameters):
+    def _split(self, features, parameters):
         # Views, because a level may be made from another one (p6 from p5), and TorchJD's features
         # must not depend on each other.
         self.features = {name: feature.view_as(feature) for name, feature in features.items()}

@@ -2,7 +2,8 @@
 """The mathematics of balancing. Needs torch only; knows no detector."""
 
 from .balancer import Balancer, Decision
-from .boundary import Boundary, Branch, FeatureBoundary, Parameters
+from .boundary import Boundary, FeatureBoundary
+from .branches import Branch, Parameters
 from .build import build_balancer, build_boundary, check_measured
 from .gram import (
     cosine,

@@ -26,7 +26,7 @@ class Decision:
     Attributes:
         weights: (K,), the task first.
         gram: (K, K), of this batch's unweighted gradients; None where the weights were reused.
-        losses: (K,).
+        losses: (K,); empty until they are known.
         fallback: "" or why the rule was not asked: "non_finite", "vanished", "undefined".
         projector_weights: (K,), factors for parameters that only one objective uses; None: those
             are ``weights``.
@@ -68,7 +68,7 @@ class Balancer:
         rule: Rule,
         rescale: str = "none",
         smoothing: float | None = None,
-        interval: int = 1,
+        interval: int | None = None,
         schedule: Schedule | None = None,
         steps: int | None = None,
     ):
@@ -78,8 +78,9 @@ class Balancer:
         Args:
             rescale: a key of ``RESCALES``.
             smoothing: in [0, 1): the rule sees a :class:`RunningGram` with this share of the past
-                (and :class:`RunningLosses`, if it averages losses). None: the rule's own.
-            interval: compute weights at every k-th step and reuse them in between.
+                a step (and :class:`RunningLosses`, if it averages losses). None: the rule's own.
+            interval: compute weights in the first and then in every k-th step, and reuse them in
+                between. None: the rule's own.
             schedule: factors of all weights but the task's. Two numbers: at the first and at the
                 last step, a straight line in between. Pairs (share of the training, factor), from
                 share 0 to share 1: straight lines from one to the next, such as a warm-up, a
@@ -99,6 +100,7 @@ class Balancer:
         smoothing = rule.smoothing if smoothing is None else smoothing
         if not (isinstance(smoothing, (int, float)) and 0 <= smoothing < 1):
             raise ValueError(f"MOKD.BALANCING.SMOOTHING is {smoothing}: expected 0 <= s < 1.")
+        interval = rule.interval if interval is None else interval
         if not isinstance(interval, int) or interval < 1:
             raise ValueError(f"MOKD.BALANCING.INTERVAL is {interval}: expected 1 or more steps.")
         self.rule, self.rescale, self.smoothing, self.interval = rule, rescale, smoothing, interval
@@ -106,13 +108,16 @@ class Balancer:
         self.steps, self.step = steps, 0
         self.weights: Tensor | None = None
         self.projector_weights: Tensor | None = None
-        self._gram = RunningGram(smoothing) if smoothing and rule.reads_gradients else None
-        self._losses = RunningLosses(smoothing) if smoothing and rule.averages_losses else None
+        # Means over so many steps, however many of them are measured.
+        kept = smoothing**interval
+        self._gram = RunningGram(kept) if smoothing and rule.reads_gradients else None
+        self._losses = RunningLosses(kept) if smoothing and rule.averages_losses else None
 
     @property
     def due(self) -> bool:
         """Whether this step computes weights; else it reuses them."""
-        return self.weights is None or self.step % self.interval == 0
+        # The last of each interval, so that logs of every 20th step have measured ones.
+        return self.weights is None or (self.step + 1) % self.interval == 0
 
     @property
     def needs_second_forward(self) -> bool:
@@ -163,11 +168,11 @@ class Balancer:
         seen_other = None if seen is gram else seen
         return Decision(self._scheduled(weights), gram, losses, fallback, own, parts, seen_other)
 
-    def reuse(self, losses: Tensor) -> Decision:
-        """Return the latest weights again, with these (K,) losses for the record."""
+    def reuse(self) -> Decision:
+        """Return the latest weights again, under this step's schedule."""
         assert self.weights is not None, "[Balancer] there are no weights to reuse"
         weights = self._scheduled(self.weights)
-        return Decision(weights, None, losses.detach(), projector_weights=self.projector_weights)
+        return Decision(weights, None, torch.empty(0), projector_weights=self.projector_weights)
 
     def _ask(self, gram: Tensor, losses: Tensor) -> tuple[Tensor, Tensor | None, str]:
         """

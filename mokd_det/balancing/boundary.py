@@ -12,7 +12,7 @@ DistributedDataParallel, GradScaler or gradient accumulation would have to know.
 
 import abc
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,44 +22,17 @@ from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
 from .balancer import Balancer, Decision
+from .branches import Branch, Parameters
 from .gram import gram_by_part, outside_support
-
-
-@dataclasses.dataclass(frozen=True)
-class Parameters:
-    """
-    What an objective uses besides the shared features. It does not count in the measurement.
-
-    Attributes:
-        own: nothing else uses these (projectors); their gradient is multiplied by the objective's
-            ``Decision.projector_weights``.
-        borrowed: the task uses these, too (a head); what the objective adds to their gradient is
-            multiplied by its weight.
-    """
-
-    own: Sequence[Parameter] = ()
-    borrowed: Sequence[Parameter] = ()
-
-    def __iter__(self) -> Iterator[Parameter]:
-        yield from self.own
-        yield from self.borrowed
-
-
-@dataclasses.dataclass(frozen=True)
-class Branch:
-    """
-    One objective's copies, which share their memory with the originals; changing one in place is an
-    error of autograd's. They must lead to this objective's loss only.
-    """
-
-    features: dict[str, Tensor]
-    parameters: dict[Parameter, Tensor]
+from .weighted_sum import WeightedSum
 
 
 class Boundary(abc.ABC):
     """
     A step is ``start``, then for each micro-batch ``split`` (inside the model's forward) and
     ``accumulate``, then ``finish``; :meth:`backward` is all of it for a single batch.
+
+    A step in which the balancer is not due measures nothing: it is a :class:`WeightedSum`.
 
     Attributes:
         balancer: decides the weights, and holds all state. None: there is nothing to balance.
@@ -68,28 +41,43 @@ class Boundary(abc.ABC):
     """
 
     measured_at: str | None = None  # for logs
-    # The boundary averages the gradients over the ranks, not DistributedDataParallel.
-    reduces_gradients = False
 
     def __init__(self, balancer: Balancer | None):
         self.balancer = balancer
         self.names: list[str] = []
         self.last: Decision | None = None
+        self._has_started = False
         self.start()
 
     def start(self, micro_batches: int = 1, scale: Tensor | None = None) -> None:
         """
-        Begin a step of so many micro-batches. The gradients keep the ``scale`` of
-        ``torch.amp.GradScaler``, the Gram matrix does not.
+        Begin a step of so many micro-batches (without it, one of a single batch begins). The
+        gradients keep the ``scale`` of ``torch.amp.GradScaler``, the Gram matrix does not.
         """
-        self.last = None
+        self.last, self._has_started = None, True
         self._micro_batches = micro_batches
         # None, not one: at weights (1, 1) not a single operation is added to the plain sum.
         self._factor: float | Tensor | None = scale
         if micro_batches > 1:
             self._factor = (1.0 if scale is None else scale) / micro_batches
+        self._known: WeightedSum | None = None
+        self._seen: list[Tensor] = []  # losses of the micro-batches, if nothing is measured
+        if self.balancer is not None and not self.balancer.due:
+            decision = self.balancer.reuse()
+            if self._can_sum(decision):
+                self._known = WeightedSum(decision)
 
-    @abc.abstractmethod
+    @property
+    def measures(self) -> bool:
+        """Whether this step takes the objectives' gradients apart; else it only sums losses."""
+        self._begin()
+        return self._known is None
+
+    @property
+    def reduces_gradients(self) -> bool:
+        """Whether the boundary averages this step's gradients over the ranks, not DDP."""
+        return False
+
     def split(
         self, features: Mapping[str, Tensor], parameters: Mapping[str, Parameters]
     ) -> dict[str, Branch]:
@@ -101,26 +89,61 @@ class Boundary(abc.ABC):
                 layers): each counts with the gradient that reaches it directly.
             parameters: of each objective, the task first.
         """
+        self.names = list(features)
+        self._begin()
+        if self._known is not None:
+            return self._known.split(features, parameters)
+        return self._split(features, parameters)
 
-    @abc.abstractmethod
     def accumulate(self, losses: Mapping[str, Tensor]) -> None:
         """
         Run the backward pass of one micro-batch: of a scalar for each objective, the task first,
         from the branches of the latest :meth:`split`; RuntimeError if they do not depend on it.
         """
+        if self._known is None:
+            return self._accumulate(losses)
+        self._seen.append(stacked(losses))
+        self._run_backward(self._known.of(losses))
 
-    @abc.abstractmethod
     def finish(self, parameters: Iterable[Parameter] = ()) -> Decision | None:
         """
         End a step: now every ``.grad`` is that of the balanced step. Where ``reduces_gradients`` it
         needs all parameters of the model. What is returned is kept as ``last``.
         """
+        if self._known is None:
+            self.last = self._finish(parameters)
+        else:
+            losses = torch.stack(self._seen).mean(0)
+            self.last = dataclasses.replace(self._known.decision, losses=losses)
+        if self.balancer is not None:
+            self.balancer.end_step()
+        self._has_started = False
+        return self.last
+
+    def _begin(self) -> None:
+        # A forward pass without gradients looks at the step before once more.
+        if not self._has_started and torch.is_grad_enabled():
+            self.start()
+
+    def _can_sum(self, decision: Decision) -> bool:
+        return True
+
+    @abc.abstractmethod
+    def _split(
+        self, features: Mapping[str, Tensor], parameters: Mapping[str, Parameters]
+    ) -> dict[str, Branch]:
+        """The parts of a step that measures."""
+
+    @abc.abstractmethod
+    def _accumulate(self, losses: Mapping[str, Tensor]) -> None: ...
+
+    @abc.abstractmethod
+    def _finish(self, parameters: Iterable[Parameter]) -> Decision | None: ...
 
     def backward(
         self, losses: Mapping[str, Tensor], parameters: Iterable[Parameter] = ()
     ) -> Decision | None:
-        """A whole step of one batch: see :meth:`accumulate` and :meth:`finish`."""
-        self.start()
+        """A step of one batch, which was split: see :meth:`accumulate` and :meth:`finish`."""
         self.accumulate(losses)
         return self.finish(parameters)
 
@@ -139,6 +162,9 @@ class Boundary(abc.ABC):
     def _backward(self, losses: Mapping[str, Tensor]) -> None:
         total = sum(losses.values())
         assert isinstance(total, Tensor), "[Boundary] there is no loss"
+        self._run_backward(total)
+
+    def _run_backward(self, total: Tensor) -> None:
         (total if self._factor is None else total * self._factor).backward()
 
 
@@ -158,49 +184,43 @@ class FeatureBoundary(Boundary):
         super().start(micro_batches, scale)
         self._decisions: list[Decision] = []
 
-    def split(
+    def _split(
         self, features: Mapping[str, Tensor], parameters: Mapping[str, Parameters]
     ) -> dict[str, Branch]:
-        self.names = list(features)
         uses = uses_of(parameters)
         count, size = len(parameters), len(features)
         copies = _Split.apply(self, count, uses, *features.values(), *(use.of for use in uses))
         parts = [copies[i * size : (i + 1) * size] for i in range(count)]
         return self._branches(parameters, parts, dict(zip(uses, copies[count * size :])))
 
-    def accumulate(self, losses: Mapping[str, Tensor]) -> None:
+    def _accumulate(self, losses: Mapping[str, Tensor]) -> None:
         self._losses = stacked(losses)
         before = len(self._decisions)
         self._backward(losses)
         if len(self._decisions) == before:
             raise RuntimeError(MISSED)
 
-    def finish(self, parameters: Iterable[Parameter] = ()) -> Decision:
-        self.last = _mean_decision(self._decisions)
-        self.balancer.end_step()
-        return self.last
+    def _finish(self, parameters: Iterable[Parameter]) -> Decision:
+        return _mean_decision(self._decisions)
 
     def decide(self, gradients: Sequence[Sequence[Tensor | None]]) -> Decision:
         """Called in the backward pass of each micro-batch, with K lists of gradients."""
-        if self.balancer.due:
-            parts, losses = gram_by_part(gradients), self._losses
-            outside = losses.new_zeros(0)
-            if self.balancer.rule.reads_support:
-                outside = outside_support(gradients).to(parts)
-            if self._factor is not None:
-                parts, outside = parts / self._factor**2, outside / self._factor**2
-            if ranks() > 1:
-                # Of the ranks' mean loss a rank's features get 1 / ranks of the local gradient;
-                # ranks hold different samples, so the squares add up.
-                squares = torch.cat([parts.flatten(), outside.to(parts)]) / ranks() ** 2
-                packed = torch.cat([squares, losses.to(parts) / ranks()])
-                dist.all_reduce(packed)
-                sizes = [parts.numel(), outside.numel(), losses.numel()]
-                squares, outside, losses = packed.split(sizes)
-                parts = squares.view_as(parts)
-            decision = self.balancer.weigh(parts, losses, outside=outside if len(outside) else None)
-        else:
-            decision = self.balancer.reuse(self._losses)
+        parts, losses = gram_by_part(gradients), self._losses
+        outside = losses.new_zeros(0)
+        if self.balancer.rule.reads_support:
+            outside = outside_support(gradients).to(parts)
+        if self._factor is not None:
+            parts, outside = parts / self._factor**2, outside / self._factor**2
+        if ranks() > 1:
+            # Of the ranks' mean loss a rank's features get 1 / ranks of the local gradient;
+            # ranks hold different samples, so the squares add up.
+            squares = torch.cat([parts.flatten(), outside.to(parts)]) / ranks() ** 2
+            packed = torch.cat([squares, losses.to(parts) / ranks()])
+            dist.all_reduce(packed)
+            sizes = [parts.numel(), outside.numel(), losses.numel()]
+            squares, outside, losses = packed.split(sizes)
+            parts = squares.view_as(parts)
+        decision = self.balancer.weigh(parts, losses, outside=outside if len(outside) else None)
         self._decisions.append(decision)
         return decision
 

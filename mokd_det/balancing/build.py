@@ -34,7 +34,7 @@ def build_balancer(
     objectives: int,
     rescale: str = "none",
     smoothing: float | None = None,
-    interval: int = 1,
+    interval: int | None = None,
     schedule: Schedule | None = None,
     steps: int | None = None,
 ) -> Balancer:

@@ -6,6 +6,7 @@ One backward pass of all losses stops at the features, as with the heads and pro
 there; then each objective's gradient is taken on through the shared part for itself.
 """
 
+import dataclasses
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -15,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from .balancer import Balancer, Decision
-from .boundary import MISSED, Boundary, Branch, Parameters, Use, combine
+from .boundary import MISSED, Boundary, Use, combine
 from .boundary import ranks, stacked, uses_of, weighted_use
+from .branches import Branch, Parameters
 from .gram import gram_matrix
 
 Gradients = list[Tensor | None]
@@ -36,7 +38,6 @@ class ParameterBoundary(Boundary):
     """
 
     measured_at = "parameters"
-    reduces_gradients = True
     balancer: Balancer
 
     def __init__(self, balancer: Balancer, shared: nn.Module | None, layers: Sequence[str] = ()):
@@ -83,10 +84,18 @@ class ParameterBoundary(Boundary):
         self._extra: dict[Use, Tensor | None] = {}
         self._decision: Decision | None = None
 
-    def split(
+    @property
+    def reduces_gradients(self) -> bool:
+        return self.measures
+
+    def _can_sum(self, decision: Decision) -> bool:
+        # The task's gradient may also reach shared parameters around the features, where a weight
+        # besides one could not be put on it alone.
+        return decision.weights[0] == 1
+
+    def _split(
         self, features: Mapping[str, Tensor], parameters: Mapping[str, Parameters]
     ) -> dict[str, Branch]:
-        self.names = list(features)
         if not torch.is_grad_enabled():  # a forward pass for its losses only
             return {n: Branch(dict(features), {p: p for p in x}) for n, x in parameters.items()}
         self._features = list(features.values())
@@ -94,7 +103,7 @@ class ParameterBoundary(Boundary):
         self._uses = {use: _leaf(use.of) for use in uses_of(parameters)}
         return self._branches(parameters, self._copies, self._uses)
 
-    def accumulate(self, losses: Mapping[str, Tensor]) -> None:
+    def _accumulate(self, losses: Mapping[str, Tensor]) -> None:
         shared, measured = self._parameters()
         # What reaches shared parameters around the features' copies, where the backward pass stops:
         # the task's gradient of layers behind the last tapped feature.
@@ -113,7 +122,7 @@ class ParameterBoundary(Boundary):
         if all(gradient is None for part in cotangents for gradient in part):
             raise RuntimeError(MISSED)
         if not self.balancer.due:
-            self._decision = self.balancer.reuse(self._mean_losses())
+            self._decision = dataclasses.replace(self.balancer.reuse(), losses=self._mean_losses())
         elif self.layers and self._micro_batches == 1:
             layers = [shared[i] for i in measured]
             gradients = [_gradients(features, part, layers, retain=True) for part in cotangents]
@@ -135,7 +144,7 @@ class ParameterBoundary(Boundary):
         around = combine(weights[:1], [around])
         self._set(shared, _sums([p.grad for p in shared], around))
 
-    def finish(self, parameters: Iterable[Parameter] = ()) -> Decision:
+    def _finish(self, parameters: Iterable[Parameter]) -> Decision:
         shared, measured = self._parameters()
         is_shared = {id(p) for p in shared}
         others = [p for p in parameters if p.requires_grad and id(p) not in is_shared]
@@ -154,9 +163,7 @@ class ParameterBoundary(Boundary):
         for use, gradient in zip(self._extra, rest[len(others) :]):
             use.of.grad = _sum(use.of.grad, weighted_use(self._decision, use, gradient))
         self._extra = {}
-        self.last = self._decision
-        self.balancer.end_step()
-        return self.last
+        return self._decision
 
     def _mean_losses(self) -> Tensor:
         return torch.stack(self._losses).mean(0)

@@ -249,10 +249,13 @@ def add_mokd_config(cfg: CN) -> None:
     # outputs. A RetinaNet student is compared at the anchors nearest to them.
     cfg.MOKD.TEACHER.PROPOSALS = 256
     # The teacher at speed; what each may change is a test of ours (docs/distillation.md).
-    # Autocast: "float16", "bfloat16", "float32", or "": as the student's (SOLVER.AMP).
-    cfg.MOKD.TEACHER.PRECISION = ""
-    # Memory format of images and convolution weights; what GPUs like in half precision.
-    cfg.MOKD.TEACHER.CHANNELS_LAST = False
+    # Autocast: "float16", "bfloat16", "float32", or "": as the student's (SOLVER.AMP). "auto":
+    # "bfloat16" on a device that has instructions for it, unless the teacher's features then differ
+    # by more than 5 % of their standard deviation; else, and with SOLVER.AMP, as "".
+    cfg.MOKD.TEACHER.PRECISION = "auto"
+    # Memory format of images and convolution weights, which half precision likes. None: True where
+    # PRECISION "auto" has chosen "bfloat16".
+    cfg.MOKD.TEACHER.CHANNELS_LAST = None
     # A backend of torch.compile for its backbone, "inductor" being the usual one. "": off.
     cfg.MOKD.TEACHER.COMPILE = ""
     # torch.inference_mode instead of no_grad.
@@ -379,12 +382,14 @@ def add_mokd_config(cfg: CN) -> None:
     # For MEASURE_AT "parameters": on these submodules of the backbone only, e.g.
     # ["fpn_output3", "bottom_up.res5"]. The nearer to its output, the cheaper. Empty: all.
     cfg.MOKD.BALANCING.LAYERS = []
-    # EMA decay of what the rule sees, in [0, 1): of the ratios of norms (geometric), of the cosines
-    # (arithmetic, from 0), and with "loss_ratio" of the ratios of losses (geometric). None: the
-    # rule's own, 0.98 for "loss_ratio" and 0 for the others.
+    # EMA decay a step of what the rule sees, in [0, 1): of the ratios of norms (geometric), of the
+    # cosines (arithmetic, from 0), and with "loss_ratio" of the ratios of losses (geometric). None:
+    # the rule's own, 0.98 for "loss_ratio" and 0 for the others.
     cfg.MOKD.BALANCING.SMOOTHING = None
-    # Compute weights at every k-th step only, and reuse them in between.
-    cfg.MOKD.BALANCING.INTERVAL = 1
+    # Measure gradients and compute weights at every k-th step (and the first), and reuse the
+    # weights in between: those steps are one weighted sum, which costs less. None: the rule's own,
+    # 10 for "loss_ratio" (its means span about 50 steps) and "fixed" (for the logs), 1 for others.
+    cfg.MOKD.BALANCING.INTERVAL = None
     # Factor of the distillation objectives' weights, whatever the rule: [first, last] is a straight
     # line over the training; pairs [share of the training, factor] are joined by straight lines.
     # [0.0, 1.0] is a ramp, [1.0, 0.0] leaves the end to the task, and [[0.0, 0.0], [0.1, 1.0],

@@ -27,7 +27,8 @@ from detectron2.solver.build import GradientClipType
 from PIL import Image
 from torchvision.models import list_models
 
-from ..config.bounds import TEXT, Bound, exactly, increasing, integer, interval, number, one_of
+from ..config.bounds import TEXT, Bound, exactly, increasing, integer, interval, like, number
+from ..config.bounds import one_of
 from ..config.bounds import rows
 from ..data import BROKEN_IMAGES, SAMPLERS, UNITS, classification
 from ..modeling import CLASSIFIERS, TIMM_PREFIX
@@ -301,6 +302,7 @@ BOUNDS: dict[str, Bound] = {
     "MOKD.TEACHER.IMAGE_SIZE": integer(0),
     "MOKD.TEACHER.PROPOSALS": COUNT,
     "MOKD.TEACHER.PRECISION": one_of(TEACHER_PRECISIONS),
+    "MOKD.TEACHER.CHANNELS_LAST": like(True) | NULL,
     "MOKD.TEACHER.TORCHSCRIPT.INPUT_FORMAT": one_of(FORMATS),
     "MOKD.TEACHER.TORCHSCRIPT.PIXEL_MEAN": PIXELS,
     "MOKD.TEACHER.TORCHSCRIPT.PIXEL_STD": rows(POSITIVE, least=1),
@@ -329,7 +331,7 @@ BOUNDS: dict[str, Bound] = {
     "MOKD.FEATURES.FOREGROUND_UNIT": one_of(FOREGROUND_UNITS),
     "MOKD.FEATURES.FOREGROUND_SHARE": SHARE,
     "MOKD.FEATURES.FOREGROUND_SCORE": SHARE,
-    "MOKD.BALANCING.INTERVAL": COUNT,
+    "MOKD.BALANCING.INTERVAL": COUNT | NULL,
     "MOKD.BALANCING.LAYERS": NAMES,
     "MOKD.BALANCING.SMOOTHING": BELOW_ONE | NULL,
     "MOKD.BALANCING.SCHEDULE": rows(FACTOR, 2) | rows(rows(FACTOR, 2), least=2) | NULL,

@@ -167,11 +167,6 @@ OF_TRAINING: Rows = (
 
 OF_DISTILLATION: Rows = (
     (
-        lambda c: c.MOKD.BALANCING.RULE == "fixed" and c.MOKD.BALANCING.INTERVAL != 1,
-        "MOKD.BALANCING.INTERVAL is {c.MOKD.BALANCING.INTERVAL}, but MOKD.BALANCING.RULE 'fixed' "
-        "has the same weights at every step: set it to 1.",
-    ),
-    (
         lambda c: c.MODEL.META_ARCHITECTURE in DENSE and c.MOKD.OUTPUTS.RPN_WEIGHT not in (0, 1),
         "MOKD.OUTPUTS.RPN_WEIGHT is {c.MOKD.OUTPUTS.RPN_WEIGHT}, but MODEL.META_ARCHITECTURE "
         "'{c.MODEL.META_ARCHITECTURE}' has no RPN: set it to 1.",

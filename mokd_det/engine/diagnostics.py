@@ -38,7 +38,10 @@ class BalanceDiagnostics:
     def scalars(
         self, names: Sequence[str], decision: Decision, parts: Sequence[str] = ()
     ) -> dict[str, float]:
-        """Return scalars of one step, of these objectives, by name; ``parts``: their names."""
+        """
+        Return scalars of one step, of these objectives, by name; ``parts``: their names. Of a step
+        that measured nothing there are the weights only.
+        """
         self.non_finite += decision.fallback == "non_finite"
         self.degenerate += decision.fallback in ("vanished", "undefined")
         counts = (self.degenerate, self.non_finite)
@@ -47,7 +50,9 @@ class BalanceDiagnostics:
             values[f"weight_{name}"] = float(decision.weights[i])
             if i > 0:
                 self._count_idle(name, values[f"weight_{name}"] == 0)
-        if decision.gram is not None and decision.gram.isfinite().all():
+        if decision.gram is None:  # what was measured last stands, in windows of steps
+            self.starved.extend(list(self.starved)[-1:])
+        elif decision.gram.isfinite().all():
             values |= self._measured(names, decision, decision.gram, parts)
         return {f"{self.prefix}/{name}": value for name, value in values.items()}
 

@@ -62,26 +62,27 @@ class SkippedSteps:
         self.total, self.in_a_row = state["total"], state["in_a_row"]
 
 
-def non_finite_gradients(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[str]:
-    """Return the names of parameters whose gradients are not finite."""
+def gradient_norm(optimizer: torch.optim.Optimizer) -> Tensor:
+    """
+    Return the norm of all gradients, without waiting for it. If it is finite, all elements are;
+    else squares of finite ones may have overflowed: see :func:`non_finite_gradients`.
+    """
     # The optimizer has a list of them; that of a module is made each time, which takes longer than
     # the norm.
     parameters = (p for group in optimizer.param_groups for p in group["params"])
-    if _norm_is_finite([p.grad for p in parameters if p.grad is not None]):
-        return []
+    return get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+
+def non_finite_gradients(model: nn.Module) -> list[str]:
+    """Return the names of parameters whose gradients are not finite."""
     return non_finite({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
 
 
 def non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     """Return the names of tensors that have an infinite or NaN element."""
-    if _norm_is_finite(list(tensors.values())):
+    if math.isfinite(get_total_norm(list(tensors.values()))):
         return []
     return [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
-
-
-def _norm_is_finite(tensors: list[Tensor]) -> bool:
-    """If so, all elements are finite; else squares of finite ones may have overflowed. One wait."""
-    return math.isfinite(get_total_norm(tensors))
 
 
 def raise_before_steps(
@@ -94,7 +95,9 @@ def raise_before_steps(
     """
 
     def check(*_: Any) -> None:
-        if names := non_finite_gradients(optimizer, model):
+        if math.isfinite(gradient_norm(optimizer)):
+            return
+        if names := non_finite_gradients(model):
             SkippedSteps().add(describe(names))
 
     optimizer.register_step_pre_hook(check)

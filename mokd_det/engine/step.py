@@ -20,7 +20,8 @@ from ..data import ResumableLoader
 from ..modeling import RestoredState, module_numbers, shortened, uncompiled_focal_loss
 from .average import WeightAverage
 from .diagnostics import BalanceDiagnostics
-from .finite import REMEDY, SkippedSteps, describe, non_finite_gradients, origin_of
+from .finite import REMEDY, SkippedSteps, describe, gradient_norm
+from .finite import non_finite_gradients, origin_of
 from .identity import NEW_RUN
 from .replay import Replay
 
@@ -92,15 +93,15 @@ class BalancedTrainer(SimpleTrainer):
         decision = self.boundary.finish(self.model.parameters())
 
         # Before anything is updated; all ranks have the same gradients. Scaled ones may overflow.
-        names = []
-        if self.grad_scaler is None:
-            names = non_finite_gradients(self.optimizer, self.inner)
+        norm = gradient_norm(self.optimizer) if self.grad_scaler is None else torch.zeros(())
+        losses, norm = _on_cpu(_mean_losses(passes), norm)
+        names = [] if norm.isfinite() else non_finite_gradients(self.inner)
         if names:
-            self.skipped.add(self._describe(names, passes, decision))
+            self.skipped.add(self._describe(names, losses, decision))
             undo()
         else:
             # Raises if the plain sum of the losses is not finite.
-            self._write_metrics(_mean_losses(passes), data_time)
+            self._write_metrics(losses, data_time)
             if decision is not None:
                 self._write_balance(list(passes[0]), decision)
             if self._optimizer_step():
@@ -149,10 +150,12 @@ class BalancedTrainer(SimpleTrainer):
             undo.append(state.restore)
         return lambda: [function() for function in undo]
 
-    def _describe(self, names: list[str], passes: list, decision: Decision | None) -> str:
-        losses = {name: loss.item() for name, loss in _mean_losses(passes).items()}
+    def _describe(
+        self, names: list[str], losses: dict[str, Tensor], decision: Decision | None
+    ) -> str:
+        values = {name: loss.item() for name, loss in losses.items()}
         levels = self.boundary.names if self.boundary.measured_at == "features" else []
-        return describe(names, losses, self.iter, origin_of(decision, self.inner.names, levels))
+        return describe(names, values, self.iter, origin_of(decision, self.inner.names, levels))
 
     @contextlib.contextmanager
     def forward_context(self) -> Iterator[None]:
@@ -293,6 +296,13 @@ def _mean_losses(passes):
     if len(flat) == 1:
         return flat[0]
     return {name: sum(losses[name].detach() for losses in flat) / len(flat) for name in flat[0]}
+
+
+def _on_cpu(losses: dict[str, Tensor], norm: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Both on the CPU, in one copy: each makes it wait for a GPU."""
+    given = [*losses.values(), norm]
+    *values, norm = torch.stack([x.detach().float().to(given[0].device) for x in given]).cpu()
+    return dict(zip(losses, values)), norm
 
 
 def _mean_over_ranks(values: Tensor) -> Tensor:

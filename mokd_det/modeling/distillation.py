@@ -10,10 +10,11 @@ from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
 from torch import Tensor, nn
 
-from ..balancing import TORCHJD_PREFIX, Boundary, Parameters
+from ..balancing import TORCHJD_PREFIX, Boundary, Branch, Parameters
 from ..balancing import build_balancer, build_boundary, check_measured
 from ..objectives import OBJECTIVES, Objective
 from ..teachers import Teacher, TeacherOutputs
+from .once import run_once
 
 if TYPE_CHECKING:
     from ..tasks import Task
@@ -121,27 +122,44 @@ class DistillationModel(nn.Module):
         assert self.boundary.balancer is not None
         self.teacher_outputs = outputs if self.boundary.balancer.needs_second_forward else None
         objectives: dict[str, Any] = dict(self.objectives.items())
+        branches: dict[str, Branch] = {}
         losses: dict[str, dict[str, Tensor]] = {}
 
         def on_features(features: dict[str, Tensor]) -> dict[str, Tensor]:
-            self.teacher.wait(outputs)
             uses = {name: objective.used_parameters() for name, objective in objectives.items()}
-            branches = self.boundary.split(features, {TASK: Parameters(), **uses})
-            # Before the heads run: autograd then adds the distillation's gradient after theirs,
-            # in the order of a plain sum.
-            for name, objective in objectives.items():
-                branch = branches[name]
-                parts = objective.on_branch(branch.features, branch.parameters, batch, outputs)
-                _check_losses(name, parts)
-                if (weight := self.loss_weights[name]) != 1:
-                    parts = {key: weight * loss for key, loss in parts.items()}
-                losses[name] = parts
+            branches.update(self.boundary.split(features, {TASK: Parameters(), **uses}))
+            if not heads:
+                # Before the heads run: autograd then adds the distillation's gradient after theirs,
+                # in the order of a plain sum.
+                losses.update(self._match(branches, batch, outputs))
             return branches[TASK].features
 
         taps = [tap for objective in objectives.values() for tap in objective.taps]
-        with self.task.replace_features(self.student, list(dict.fromkeys(taps)), on_features):
-            task_losses = self.student(batch)
+        # A step that measures nothing asks the task's heads first, and what they said again.
+        heads = [h for o in objectives.values() for h in o.heads() if not self.boundary.measures]
+        with run_once(heads):
+            with self.task.replace_features(self.student, list(dict.fromkeys(taps)), on_features):
+                task_losses = self.student(batch)
+            if heads:
+                losses.update(self._match(branches, batch, outputs))
         return _checked({TASK: task_losses, **losses})
+
+    def _match(
+        self, branches: dict[str, Branch], batch: Any, outputs: TeacherOutputs
+    ) -> dict[str, dict[str, Tensor]]:
+        """Return the losses of each objective, on its branch."""
+        self.teacher.wait(outputs)
+        losses = {}
+        objectives: dict[str, Any] = dict(self.objectives.items())
+        for name, objective in objectives.items():
+            branch, weight = branches[name], self.loss_weights[name]
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not branch.is_idle):
+                parts = objective.on_branch(branch.features, branch.parameters, batch, outputs)
+            _check_losses(name, parts)
+            if weight != 1:
+                parts = {key: weight * loss for key, loss in parts.items()}
+            losses[name] = parts
+        return losses
 
 
 def _check_losses(objective: str, losses: Any) -> None:

@@ -37,13 +37,13 @@ class NoBalancing(Boundary):
     def __init__(self):
         super().__init__(balancer=None)
 
-    def split(
+    def _split(
         self, features: Mapping[str, Tensor], parameters: Mapping[str, Parameters]
     ) -> dict[str, Branch]:
         return {name: Branch(dict(features), {}) for name in parameters}
 
-    def accumulate(self, losses: Mapping[str, Tensor]) -> None:
+    def _accumulate(self, losses: Mapping[str, Tensor]) -> None:
         self._backward(losses)
 
-    def finish(self, parameters: Iterable[nn.Parameter] = ()) -> None:
+    def _finish(self, parameters: Iterable[nn.Parameter]) -> None:
         return None

@@ -119,6 +119,13 @@ class Objective(nn.Module):
         self.__dict__.setdefault("_borrowed", []).append(module)
         return module
 
+    def heads(self) -> Sequence[nn.Module]:
+        """
+        Return modules of the student that this objective runs on the very features that the task
+        runs them on, so that they may run once.
+        """
+        return ()
+
     def used_parameters(self) -> Parameters:
         """Return the trained parameters that it has for itself, and those that it borrows."""
         borrowed = [p for m in self.__dict__.get("_borrowed", ()) for p in m.parameters()]

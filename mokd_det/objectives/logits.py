@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 class LogitObjective(Objective):
     """
     Distance of the student's class probabilities from the teacher's, at a temperature and times its
-    square: Kullback-Leibler divergence (Hinton et al. 2015), DKD or DIST. The head runs a second
-    time for it, on copies of features and parameters, so that the boundary can weigh what it adds
-    to each.
+    square: Kullback-Leibler divergence (Hinton et al. 2015), DKD or DIST. The head, a layer or two,
+    runs a second time for it, on copies of features and parameters, so that the boundary can weigh
+    what it adds to each.
     """
 
     tasks = ("classification",)

@@ -2,6 +2,7 @@
 """The objective that matches what both detectors say about the same boxes and anchors."""
 
 import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from detectron2.config import CfgNode
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
 class OutputObjective(Objective):
     """
     Classes and boxes of both sides at the teacher's proposals, and what their RPNs say at each
-    anchor. The student's heads run a second time for it, on copies of features and parameters, so
-    that the boundary can weigh what it adds to each.
+    anchor. In steps that measure the student's heads run a second time for it, on copies of
+    features and parameters, so that the boundary can weigh what it adds to each.
     """
 
     tasks = ("detection",)
@@ -97,6 +98,10 @@ class OutputObjective(Objective):
             options.LOSS,
             options.DKD_BETA,
         )
+
+    def heads(self) -> Sequence[nn.Module]:
+        student_reader, *rpn_readers = self._readers
+        return [module for reader in (student_reader, *rpn_readers[:1]) for module in reader.heads]
 
     def forward(self, student: StudentOutputs, teacher: Any) -> dict[str, Tensor]:
         """

@@ -45,15 +45,27 @@ class AnchorOutputs:
 class RPNReader(nn.Module):
     """Reads an RPN at some of its levels. Its parameters are those of the RPN's head."""
 
-    def __init__(self, rpn: RPN, levels: Sequence[int]):
-        """``levels``: indices of the RPN's ``in_features``."""
+    def __init__(self, rpn: RPN, levels: Sequence[int], runs_all: bool = False):
+        """
+        ``levels``: indices of the RPN's ``in_features``. ``runs_all``: the head is run on all of
+        these, as the RPN itself runs it, though only ``levels`` are returned.
+        """
         super().__init__()
         self.rpn_head = rpn.rpn_head
         self.in_features = [rpn.in_features[i] for i in levels]
+        self._run_on = list(rpn.in_features) if runs_all else self.in_features
+        self._returned = levels if runs_all else range(len(levels))
+
+    @property
+    def heads(self) -> list[nn.Module]:
+        return [self.rpn_head]
 
     def forward(self, features: dict[str, Tensor]) -> AnchorOutputs:
-        logits, deltas = self.rpn_head([features[name] for name in self.in_features])
-        return AnchorOutputs(list(logits), [x.unflatten(1, (-1, 4)) for x in deltas])
+        logits, deltas = self.rpn_head([features[name] for name in self._run_on])
+        return AnchorOutputs(
+            [logits[i] for i in self._returned],
+            [deltas[i].unflatten(1, (-1, 4)) for i in self._returned],
+        )
 
 
 class TorchvisionRPN:
@@ -104,10 +116,8 @@ def build_rpn_readers(student: nn.Module, teacher: nn.Module) -> tuple[RPNReader
             common[i] = j
     if not common:
         return None
-    first, second = (
-        RPNReader(rpn, levels) for rpn, levels in zip(rpns, (list(common), list(common.values())))
-    )
-    return first, second
+    # Of the student on all levels, so that its own run can be used again.
+    return RPNReader(rpns[0], list(common), True), RPNReader(rpns[1], list(common.values()))
 
 
 def _anchors(rpn: Any) -> Iterator[tuple]:

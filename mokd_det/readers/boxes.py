@@ -80,6 +80,11 @@ class BoxReader(nn.Module, metaclass=abc.ABCMeta):
         """
         return self.at(self.run(features), boxes, image_sizes)
 
+    @property
+    def heads(self) -> list[nn.Module]:
+        """Modules that it runs on all of ``in_features``, as the detector itself does."""
+        return []
+
     def run(self, features: Features) -> Any:
         """Return what :meth:`at` and :meth:`propose` need of the feature maps."""
         return features

@@ -13,7 +13,7 @@ from detectron2.layers import nonzero_tuple
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
 from detectron2.structures import Boxes, ImageList
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.ops import nms
 
 from .boxes import BoxOutputs, BoxReader, Features, Sizes, indices_of
@@ -57,6 +57,11 @@ class DenseReader(BoxReader):
 
     # Of an anchor's side when it is compared with boxes: a location has no size of its own.
     scale = 1.0
+    head: nn.Module
+
+    @property
+    def heads(self) -> list[nn.Module]:
+        return [self.head]
 
     @abc.abstractmethod
     def anchors_of(self, maps: list[Tensor]) -> tuple[Tensor, list[Grid]]:

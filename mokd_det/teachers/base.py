@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -13,9 +14,14 @@ import torch
 from detectron2.config import CfgNode
 from torch import Tensor, nn
 
-from ..speed import check_backend
+from ..speed import check_backend, computes_bfloat16
 
+logger = logging.getLogger(__name__)
+
+AUTO = "auto"
+MOST_DIFFERENCE = 0.05  # of features in bfloat16, in standard deviations, for "auto"
 PRECISIONS = {
+    AUTO: None,  # replaced
     "": None,
     "float32": torch.float32,
     "float16": torch.float16,
@@ -58,16 +64,18 @@ class Teacher:
         self,
         model: nn.Module,
         body: nn.Module,
+        look: Callable[[], Any] | None = None,
         *,
         precision: str = "",
-        channels_last: bool = False,
+        channels_last: bool | None = False,
         compile: str = "",
         inference_mode: bool = False,
         stream: bool = False,
     ):
         """
         ``body`` is the part of the model that is compiled and whose memory format changes; options
-        are those of ``MOKD.TEACHER``. ValueError for one that this model or machine does not have.
+        are those of ``MOKD.TEACHER``. ``look``: its features of some image, for "auto"; None: that
+        is float32. ValueError for an option that this model or machine does not have.
         """
         # Any: what else it has is its task's to know, and Detectron2 has no types.
         self.model: Any = model.eval().requires_grad_(False)
@@ -76,9 +84,12 @@ class Teacher:
                 f"MOKD.TEACHER.PRECISION is '{precision}': expected one of "
                 f"{', '.join(map(repr, PRECISIONS))}."
             )
-        self.precision = PRECISIONS[precision]
         # A frozen TorchScript module has neither parameters nor buffers, but its detector has.
         device = next(itertools.chain(model.parameters(), model.buffers())).device
+        if precision == AUTO:
+            precision = _fast_precision(device, look)
+            channels_last = precision != "" if channels_last is None else channels_last
+        self.precision = PRECISIONS[precision]
         self._autocast: Callable[[], AbstractContextManager] = contextlib.nullcontext
         if self.precision is not None:
             enabled = self.precision != torch.float32
@@ -143,7 +154,40 @@ class Teacher:
 def speed_options(cfg: CfgNode) -> dict[str, Any]:
     """Return those keyword arguments of :class:`Teacher` that ``cfg.MOKD.TEACHER`` has."""
     names = ("precision", "channels_last", "compile", "inference_mode", "stream")
-    return {name: cfg.MOKD.TEACHER[name.upper()] for name in names}
+    options = {name: cfg.MOKD.TEACHER[name.upper()] for name in names}
+    if options["precision"] == AUTO and cfg.SOLVER.AMP.ENABLED:
+        options["precision"] = ""
+    return options
+
+
+def noise_image(channels: int, side: int) -> Tensor:
+    """Return (channels, side, side) uint8, always the same."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(256, (channels, side, side), generator=generator, dtype=torch.uint8)
+
+
+@torch.no_grad()
+def _fast_precision(device: torch.device, look: Callable[[], Any] | None) -> str:
+    """
+    What "auto" stands for. By what the device has and by a fixed image, not by a clock or a batch:
+    a resumed run and all ranks choose the same.
+    """
+    if look is None or not computes_bfloat16(device):
+        return ""
+    wanted = _tensors(look())
+    with torch.autocast(device.type, torch.bfloat16):
+        found = _tensors(look())
+    pairs = [(x.float(), y.float()) for x, y in zip(wanted, found) if x.is_floating_point()]
+    errors = [float((x - y).square().mean().sqrt() / x.std()) for x, y in pairs]
+    # A comparison with NaN is False: features that do not vary stay in float32.
+    fits = bool(errors) and all(error <= MOST_DIFFERENCE for error in errors)
+    logger.info(
+        "MOKD.TEACHER.PRECISION auto: %s (features in bfloat16 differ by %.1f %% of their standard "
+        "deviation)",
+        "bfloat16" if fits else "float32",
+        100 * max(errors, default=float("nan")),
+    )
+    return "bfloat16" if fits else ""
 
 
 def _changed(value: Any, function: Callable[[Tensor], Any]) -> Any:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Teacher, TeacherOutputs
+from .base import Teacher, TeacherOutputs, noise_image
 
 if TYPE_CHECKING:
     from ..data.classification import Batch
@@ -36,8 +36,8 @@ class ClassifierTeacher(Teacher):
         ``image_size``: side of the images that it sees, in pixels; ``is_resized``: the student's
         images have another. Options and errors are :class:`Teacher`'s.
         """
-        super().__init__(model, model.network, **options)
         self.image_size, self.is_resized = image_size, is_resized
+        super().__init__(model, model.network, self._logits_of_noise, **options)
         self._found: dict[str, Tensor] = {}
         self._tapped: set[str] = set()
 
@@ -56,6 +56,10 @@ class ClassifierTeacher(Teacher):
                 self.model.network.get_submodule(name).register_forward_hook(
                     lambda _module, _args, output, name=name: self._keep(name, output)
                 )
+
+    def _logits_of_noise(self) -> Tensor:
+        image = noise_image(3, self.image_size)[None].to(self.model.device, torch.float32)
+        return self.model.network(self.model.preprocess(image))
 
     def _keep(self, name: str, feature: Tensor) -> Tensor:
         self._found[name] = feature

@@ -2,6 +2,7 @@
 """The frozen detector: its own weights, its own preprocessing."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from ..readers import AnchorOutputs, BoxOutputs, BoxReader, RPNReader, build_box_reader
 from ..readers import feature_shapes
 from ..speed import pool_in_float32
-from .base import Teacher, TeacherOutputs
+from .base import Teacher, TeacherOutputs, noise_image
 from .scripted import ScriptedDetector
 
 
@@ -72,7 +73,10 @@ class DetectorTeacher(Teacher):
                 f"MOKD.TEACHER.COMPILE is '{options['compile']}', but a TorchScript file is "
                 "compiled already: set it to ''."
             )
-        super().__init__(model, model.backbone, **options)
+        # A script may have a precision written into it.
+        is_script = isinstance(model, ScriptedDetector)
+        look = None if is_script else functools.partial(_features_of_noise, model)
+        super().__init__(model, model.backbone, look, **options)
         self.input_format, self.proposals = input_format, proposals
         self.reader: BoxReader | None = None
         if self.precision != torch.float32:  # else it may run under the student's autocast
@@ -112,3 +116,8 @@ class DetectorTeacher(Teacher):
     def ask(self, function: Callable[..., Any], *args: Any) -> Any:
         """Return ``function(*args)`` of a part of the teacher, run as the teacher is."""
         return self._run(function, *args)
+
+
+def _features_of_noise(model: Any) -> dict[str, Tensor]:
+    image = noise_image(getattr(model, "pixel_mean", torch.zeros(3)).numel(), 256)
+    return model.backbone(model.preprocess_image([{"image": image}]).tensor)

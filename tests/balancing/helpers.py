@@ -18,7 +18,7 @@ BLIND = ["cosine_gate", "famo", "fixed"]
 SEEING = [name for name in RULE_NAMES if name not in BLIND]
 MEASURED_AT = ["features", "parameters"]
 # With these, `loss_ratio` gives both objectives of Net positive weights from its first step on.
-UNSMOOTHED = {"smoothing": 0, "schedule": (1.0, 1.0)}
+UNSMOOTHED = {"smoothing": 0, "schedule": (1.0, 1.0), "interval": 1}
 
 
 class EqualLengths(Rule):

@@ -49,13 +49,15 @@ def cases():
             options = {"rule": rule, "options": with_weights(rule, [0.5, 2.0])}
             result[f"{measure_at} {rule}"] = ({"measure_at": measure_at, **options}, 1, 1, True)
         options = {"measure_at": measure_at, "rule": "min_norm"}
-        result[f"{measure_at} interval"] = ({**options, "interval": 2}, 1, 1, True)
+        result[f"{measure_at} interval"] = ({**options, "interval": 3}, 1, 1, True)
         # It has running means of the losses as well, and wants features that agree.
         options["rule"] = "loss_ratio"
-        result[f"{measure_at} smoothed"] = ({**options, "smoothing": 0.5}, 1, 1, False)
+        smoothed = {**options, "smoothing": 0.5}
+        result[f"{measure_at} smoothed"] = ({**smoothed, "interval": 1}, 1, 1, False)
+        result[f"{measure_at} smoothed interval"] = ({**smoothed, "interval": 3}, 1, 1, False)
     options = {"measure_at": "parameters", "rule": "min_norm"}
     result["parameters layers"] = ({**options, "layers": ["stem"]}, 1, 1, True)
-    options = {"measure_at": "parameters", "rule": "loss_ratio", "smoothing": 0}
+    options = {"measure_at": "parameters", "rule": "loss_ratio", "smoothing": 0, "interval": 1}
     # One rank's two micro-batches are the two ranks' batches.
     result["parameters halves"] = (options, 1, 2, False)
     # Four groups of samples on both sides: 2 ranks x 2 and 1 x 4, in the same order.

@@ -8,6 +8,8 @@ from mokd_det.balancing import Balancer, RunningGram, RunningLosses, build_rule,
 
 from .helpers import EqualLengths, agreeing_gradients, random_gradients, weigh
 
+EVERY_STEP = {"schedule": (1.0, 1.0), "interval": 1}
+
 
 def test_running_losses_are_the_geometric_mean_of_ratios_to_the_tasks():
     running = RunningLosses(0.5)
@@ -24,8 +26,8 @@ def test_running_losses_are_the_geometric_mean_of_ratios_to_the_tasks():
 
 
 def test_a_rule_may_see_running_losses_and_what_is_recorded_is_the_batchs():
-    balancer = Balancer(build_rule("loss_ratio"), smoothing=0.5, schedule=(1.0, 1.0))
-    raw = Balancer(build_rule("loss_ratio"), smoothing=0.0, schedule=(1.0, 1.0))
+    balancer = Balancer(build_rule("loss_ratio"), smoothing=0.5, **EVERY_STEP)
+    raw = Balancer(build_rule("loss_ratio"), smoothing=0.0, **EVERY_STEP)
     gram = torch.tensor([[[1.0, 0.9], [0.9, 1.0]]], dtype=torch.float64)
     for losses in ([1.0, 1.0], [1.0, 8.0]):
         found, plain = (
@@ -38,14 +40,14 @@ def test_a_rule_may_see_running_losses_and_what_is_recorded_is_the_batchs():
     zero = torch.tensor([1.0, 0.0], dtype=torch.float64)
     again = balancer.weigh(gram, zero)
     assert torch.equal(again.weights, found.weights) and again.losses.tolist() == [1.0, 0.0]
-    late = Balancer(build_rule("loss_ratio"), smoothing=0.5, schedule=(1.0, 1.0))
+    late = Balancer(build_rule("loss_ratio"), smoothing=0.5, **EVERY_STEP)
     late.weigh(gram, zero)
     found = late.weigh(gram, torch.tensor([1.0, 8.0], dtype=torch.float64))
     assert found.weights.tolist() == pytest.approx([1.0, 4 / 8])
 
 
 def test_a_running_loss_stays_its_objectives_while_another_has_vanished():
-    balancer = Balancer(build_rule("loss_ratio"), smoothing=0.5, schedule=(1.0, 1.0))
+    balancer = Balancer(build_rule("loss_ratio"), smoothing=0.5, **EVERY_STEP)
     gradients, losses = torch.eye(3, 3).double() + 0.5, torch.tensor([1.0, 2.0, 16.0]).double()
     for _ in range(60):  # until nothing is left of what the means start from
         first = weigh(balancer, gradients, losses)
@@ -59,7 +61,7 @@ def test_a_running_loss_stays_its_objectives_while_another_has_vanished():
 
 def test_running_losses_are_undone_and_resumed():
     def make():
-        return Balancer(build_rule("loss_ratio"), smoothing=0.5, steps=10)
+        return Balancer(build_rule("loss_ratio"), smoothing=0.5, steps=10, interval=1)
 
     def weights(balancer, seed):
         found = weigh(balancer, *agreeing_gradients(seed)).weights
@@ -154,7 +156,9 @@ def test_a_running_gram_leaves_a_vanishing_gradient_as_it_is():
 @pytest.mark.parametrize("power", [-5, 4])
 def test_running_means_do_not_round_otherwise_in_other_units(power):
     """Losses in units that differ by a power of two: the same weights times that, exactly."""
-    first, second = (Balancer(build_rule("loss_ratio"), smoothing=0.5, steps=10) for _ in range(2))
+    first, second = (
+        Balancer(build_rule("loss_ratio"), smoothing=0.5, steps=10, interval=1) for _ in range(2)
+    )
     factor = torch.tensor([1.0, 2.0**power, 2.0 ** (-2 * power)], dtype=torch.float64)
     for seed in range(20):
         gradients, losses = agreeing_gradients(seed)

@@ -156,7 +156,7 @@ def test_second_forward_is_the_first_one_again(make_cfg, name, opts):
 
 
 def test_famo_learns_from_the_same_batch(make_cfg):
-    trainer = build(make_cfg("mokd", [*FAMO, "MOKD.BALANCING.INTERVAL", 2]))
+    trainer = build(make_cfg("mokd", [*FAMO, "MOKD.BALANCING.INTERVAL", 3]))
     rule = trainer._trainer.boundary.balancer.rule
     run_steps(trainer)
     first = rule.xi.detach().clone()

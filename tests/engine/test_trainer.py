@@ -74,15 +74,15 @@ class PlainSum(Boundary):
 
     measured_at = "none"
 
-    def split(self, features, parameters):
+    def _split(self, features, parameters):
         return {
             name: Branch(dict(features), {p: p for p in used}) for name, used in parameters.items()
         }
 
-    def accumulate(self, losses):
+    def _accumulate(self, losses):
         sum(losses.values()).backward()
 
-    def finish(self, parameters=()):
+    def _finish(self, parameters):
         return None
 
 

@@ -98,6 +98,7 @@ class NoSplit:
     """In the boundary's place: all objectives use the same features."""
 
     balancer = type("B", (), {"needs_second_forward": False})
+    measures = True
 
     def split(self, features, parameters):
         return {

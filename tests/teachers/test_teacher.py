@@ -115,7 +115,7 @@ def test_options_that_this_machine_does_not_have(make_cfg, opts, message):
 
 
 def test_an_unknown_precision(make_cfg):
-    message = "MOKD.TEACHER.PRECISION is 'int8': expected one of '', 'float32'"
+    message = "MOKD.TEACHER.PRECISION is 'int8': expected one of 'auto', '', 'float32'"
     with pytest.raises(ValueError, match=message):
         validate(make_cfg("mokd", ["MOKD.TEACHER.PRECISION", "int8"]))
 
@@ -186,3 +186,43 @@ def test_a_stream_waits_for_the_teacher(make_cfg, monkeypatch):
     assert calls == order
     kept = {id(t) for t in recorded}
     assert {id(t) for t in [*outputs.features.values(), *outputs.proposals]} <= kept
+
+
+@pytest.mark.parametrize(
+    "has_instructions, error, precision",
+    [
+        (True, 0.04, torch.bfloat16),
+        (True, 0.06, None),
+        (True, float("nan"), None),
+        (False, 0.0, None),
+    ],
+)
+def test_auto_is_bfloat16_where_it_is_fast_and_close(
+    monkeypatch, has_instructions, error, precision
+):
+    monkeypatch.setattr("mokd_det.teachers.base.computes_bfloat16", lambda _: has_instructions)
+    features = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    features /= features.std()
+
+    def look():
+        return features + (error if torch.is_autocast_enabled("cpu") else 0)
+
+    teacher = Teacher(torch.nn.Conv2d(3, 4, 1), torch.nn.Conv2d(3, 4, 1), look, precision="auto")
+    assert teacher.precision == precision
+    alone = Teacher(torch.nn.Conv2d(3, 4, 1), torch.nn.Conv2d(3, 4, 1), precision="auto")
+    assert alone.precision is None
+
+
+def test_auto_of_real_teachers(make_cfg, make_digits_cfg, monkeypatch):
+    """It has looked at their features, and with SOLVER.AMP it is the student's precision."""
+    monkeypatch.setattr("mokd_det.teachers.base.computes_bfloat16", lambda _: True)
+    monkeypatch.setattr("mokd_det.teachers.base.MOST_DIFFERENCE", 10.0)
+    for make in (lambda opts: make_cfg("mokd", opts), make_digits_cfg):
+        opts = ["MOKD.TEACHER.PRECISION", "auto"]
+        teacher = build_teacher(make(opts))
+        assert teacher.precision == torch.bfloat16
+        assert teacher.memory_format == torch.channels_last
+        assert build_teacher(make([*opts, "SOLVER.AMP.ENABLED", True])).precision is None
+        monkeypatch.setattr("mokd_det.teachers.base.MOST_DIFFERENCE", 0.0)
+        assert build_teacher(make(opts)).precision is None
+        monkeypatch.setattr("mokd_det.teachers.base.MOST_DIFFERENCE", 10.0)

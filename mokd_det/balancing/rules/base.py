@@ -46,6 +46,8 @@ class Rule(abc.ABC):
     # RunningGram and with `averages_losses` RunningLosses.
     smoothing: ClassVar[float] = 0.0
     averages_losses: ClassVar[bool] = False
+    # Default of MOKD.BALANCING.INTERVAL: only a rule whose weights change slowly may skip steps.
+    interval: ClassVar[int] = 1
     schedule: ClassVar[tuple[float, float]] = (1.0, 1.0)  # default of MOKD.BALANCING.SCHEDULE
     reads_gradients: bool = True  # the Gram matrix; else SMOOTHING would change nothing
     # Cosines with the task's gradient as they are on its support, where features have one.

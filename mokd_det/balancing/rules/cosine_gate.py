@@ -15,6 +15,7 @@ class CosineGate(FixedWeights):
     """
 
     reads_gradients = True
+    interval = 1
 
     def weights(self, gram: Tensor, losses: Tensor) -> Tensor:
         weights = super().weights(gram, losses)

@@ -14,6 +14,7 @@ class FixedWeights(Rule):
     """The weighted sum of the losses."""
 
     reads_gradients = False
+    interval = 10  # for the logs only
     takes_vanishing_gradients = True
 
     def __init__(self, weights: Sequence[float] = ()):

@@ -25,6 +25,7 @@ class LossRatio(Rule):
     """
 
     smoothing = 0.98
+    interval = 10
     averages_losses = True
     reads_support = True
     schedule = (0.2, 1.8)
