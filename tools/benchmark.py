@@ -24,6 +24,13 @@ are needed: images and boxes are random, and all weights stay as they are (learn
 
   python tools/benchmark.py --config-file ... --variants "objective features" "objective outputs"
 
+A balanced variant is timed over MOKD.BALANCING.INTERVAL steps, of which one measures, and a step's
+seconds are their mean.
+
+  python tools/benchmark.py --config-file ... --profile
+
+shows where a step's time goes instead, part by part, in steps that measure and in the others.
+
 "x student" is what a step costs beside the student's own, "x fixed" beside plain distillation.
 
 Several processes, each with --batch images (the figures are those of the first one):
@@ -67,6 +74,7 @@ from mokd_det.engine import (
 )
 from mokd_det.engine.launch import TIMEOUT
 from mokd_det.engine.optimizer import build_optimizer
+from mokd_det.engine.profile import parts_of, profile_steps
 from mokd_det.engine.trainer import wrap_distributed
 from mokd_det.modeling.distillation import boundary_of
 from mokd_det.modeling.supervised_model import NoBalancing
@@ -190,8 +198,20 @@ def stepper(trainer):
     return step
 
 
+def whole_interval(trainer):
+    """A function that runs the steps from one measurement to the next; ``steps`` says how many."""
+    step = stepper(trainer)
+
+    def run():
+        for _ in range(run.steps):
+            step()
+
+    run.steps = trainer.boundary.balancer.interval
+    return run
+
+
 def build_steps(cfg, model, batch):
-    """Return {variant: function that runs one step, or the reason why it cannot}."""
+    """Return {variant: function that runs steps, or the reason why it cannot}."""
     loader, optimizer = Constant(batch), build_optimizer(cfg, model)
     distributed_model = wrap_distributed(model)
     plain = SharedFeatures()
@@ -202,6 +222,7 @@ def build_steps(cfg, model, batch):
             step()
             plain.features = None  # not to be held, and counted, between steps
 
+        run.steps = getattr(step, "steps", 1)
         return run
 
     def balanced(*opts):
@@ -212,7 +233,7 @@ def build_steps(cfg, model, batch):
         except ValueError as error:
             return str(error)
         trainer = BalancedTrainer(distributed_model, loader, optimizer, 0)
-        return with_boundary(model.boundary, stepper(trainer))
+        return with_boundary(model.boundary, whole_interval(trainer))
 
     def simple(model, optimizer):
         return stepper(SimpleTrainer(wrap_distributed(model), loader, optimizer))
@@ -247,7 +268,8 @@ def build_objective_step(cfg, name, batch):
     except ValueError as error:
         return None, str(error)
     optimizer = build_optimizer(cfg, model)
-    return model, stepper(BalancedTrainer(wrap_distributed(model), Constant(batch), optimizer, 0))
+    trainer = BalancedTrainer(wrap_distributed(model), Constant(batch), optimizer, 0)
+    return model, whole_interval(trainer)
 
 
 def torchjd_step(model, batch, optimizer, plain, with_boundary):
@@ -289,7 +311,7 @@ def synchronise(device):
 
 
 def time_rounds(steps, rounds, device):
-    """Return {name: seconds of each round}; all steps take turns, after two runs to warm up."""
+    """Return {name: seconds a step in each round}; all take turns, after two runs to warm up."""
     for step in steps.values():
         step()
         step()
@@ -300,7 +322,7 @@ def time_rounds(steps, rounds, device):
             start = time.perf_counter()
             step()
             synchronise(device)
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append((time.perf_counter() - start) / getattr(step, "steps", 1))
     return seconds
 
 
@@ -373,7 +395,9 @@ def compare_variants(cfg, model, batch, rounds, names):
     ratios = {}
     if "teacher" in seconds:
         parts = [a + b for a, b in zip(seconds["student"], seconds["teacher"])]
-        ratios["fixed / (student + teacher)"] = ratio(seconds["fixed"], parts)
+        for name in ("fixed", "features"):
+            if name in seconds:
+                ratios[f"{name} / (student + teacher)"] = ratio(seconds[name], parts)
     if {"torchjd", "features"} <= set(seconds):
         ratios["torchjd / features"] = ratio(seconds["torchjd"], seconds["features"])
     return {"variants": variants | errors, "ratios": ratios, "seconds_of_rounds": seconds}
@@ -409,6 +433,28 @@ def compare_teachers(cfg, batch, rounds):
     return result
 
 
+def compare_parts(cfg, batch, count):
+    """Return {"measuring" or "in between": {part: {seconds, share, gflops}}} of a step."""
+    result = {}
+    for name, interval in (("measuring", 1), ("in between", 10**9)):
+        changed = cfg.clone()
+        changed.MOKD.BALANCING.INTERVAL = interval
+        seed_all_rng(0)
+        model = random_model(changed)
+        optimizer = build_optimizer(changed, model)
+        step = stepper(BalancedTrainer(model, Constant(batch), optimizer, 0))
+        balancer = model.boundary.balancer
+        with EventStorage():
+            step()
+            # An objective that is not trusted yet would cost less than it does later.
+            balancer.weights = torch.ones(len(model.names), dtype=torch.float64)
+            step()
+            parts = profile_steps(step, parts_of(model), count, model.device)
+        total = sum(entry["seconds"] for entry in parts.values())
+        result[name] = {k: {**v, "share": v["seconds"] / total} for k, v in parts.items()}
+    return result
+
+
 def use_cpu_if_there_is_no_gpu(cfg):
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
@@ -427,12 +473,12 @@ def machine(device):
 
 def print_table(title, columns, entries):
     """``columns``: {heading: (width, function from an entry to its text)}."""
-    print(f"{title:<23}", *(f"{name:>{width}}" for name, (width, _) in columns.items()))
+    print(f"{title:<40}", *(f"{name:>{width}}" for name, (width, _) in columns.items()))
     for name, entry in entries.items():
         if "error" in entry:
-            print(f"{name:<23} {entry['error']}")
+            print(f"{name:<40} {entry['error']}")
         else:
-            print(f"{name:<23}", *(f"{text(entry):>{width}}" for width, text in columns.values()))
+            print(f"{name:<40}", *(f"{text(entry):>{width}}" for width, text in columns.values()))
 
 
 VARIANT_COLUMNS = {
@@ -452,6 +498,13 @@ TEACHER_COLUMNS = {
 }
 
 
+PART_COLUMNS = {
+    "seconds": (8, lambda e: f"{e['seconds']:.3f}"),
+    "share": (7, lambda e: f"{e['share']:.1%}"),
+    "GFLOP": (8, lambda e: f"{e['gflops']:.1f}"),
+}
+
+
 def argument_parser():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -465,6 +518,9 @@ def argument_parser():
     )
     parser.add_argument(
         "--teacher-options", action="store_true", help="compare those of the teacher"
+    )
+    parser.add_argument(
+        "--profile", action="store_true", help="the share of each part of a step instead"
     )
     parser.add_argument("--output", default="", help="JSON file to write")
     parser.add_argument("--trust", action="store_true", help="run the code in config files")
@@ -482,9 +538,9 @@ def read_config(args):
         raise ValueError(f"--rounds is {args.rounds}: expected 2 or more.")
     if unknown := [name for name in args.variants if name not in VARIANTS]:
         raise ValueError(f"--variants has {unknown}: expected some of {', '.join(VARIANTS)}.")
-    if args.teacher_options and comm.get_world_size() > 1:
+    if (args.teacher_options or args.profile) and comm.get_world_size() > 1:
         raise ValueError(
-            "--teacher-options compares within one process: start it without torchrun."
+            "--teacher-options and --profile look at one process: start it without torchrun."
         )
     cfg = load_config(args.config_file, args.opts)
     if not cfg.MOKD.ENABLED or task_of(cfg).name != "detection":
@@ -512,6 +568,8 @@ def benchmark(args):
     }
     if args.teacher_options:
         result["teacher_options"] = compare_teachers(cfg, batch, args.rounds)
+    elif args.profile:
+        result["parts"] = compare_parts(cfg, batch, args.rounds)
     else:
         model = random_model(cfg)
         result |= compare_variants(cfg, model, batch, args.rounds, args.variants)
@@ -520,6 +578,9 @@ def benchmark(args):
     print(f"{result['machine']}; {args.batch} images of {args.size[0]} x {args.size[1]}")
     if args.teacher_options:
         print_table("option", TEACHER_COLUMNS, result["teacher_options"])
+    elif args.profile:
+        for name, parts in result["parts"].items():
+            print_table(f"steps {name}", PART_COLUMNS, parts)
     else:
         print_table("variant", VARIANT_COLUMNS, result["variants"])
         for name, value in result["ratios"].items():

@@ -91,7 +91,7 @@ class ParameterBoundary(Boundary):
     def _can_sum(self, decision: Decision) -> bool:
         # The task's gradient may also reach shared parameters around the features, where a weight
         # besides one could not be put on it alone.
-        return decision.weights[0] == 1
+        return bool(decision.weights[0] == 1)
 
     def _split(
         self, features: Mapping[str, Tensor], parameters: Mapping[str, Parameters]

@@ -31,10 +31,10 @@ HEADS = {
 
 def parts_of(model: Any) -> dict[str, list[nn.Module]]:
     """Return the parts of a distillation model whose cost is told apart, by name."""
-    parts: dict[str, list[nn.Module]] = defaultdict(list)
+    parts: dict[str, list[Any]] = defaultdict(list)
     for who, side in (("student", model.student), ("teacher", model.teacher.model)):
-        modules = dict(side.named_modules())
-        backbone = modules.get("backbone", modules.get("network"))
+        modules: dict[str, Any] = dict(side.named_modules())
+        backbone = modules["backbone"] if "backbone" in modules else modules["network"]
         bottom_up = getattr(backbone, "bottom_up", getattr(backbone, "body", None))
         if bottom_up is None:
             parts[f"{who}: backbone"].append(backbone)
