@@ -52,9 +52,10 @@ class RPNReader(nn.Module):
         """
         super().__init__()
         self.rpn_head = rpn.rpn_head
+        self.levels = list(levels)
         self.in_features = [rpn.in_features[i] for i in levels]
         self._run_on = list(rpn.in_features) if runs_all else self.in_features
-        self._returned = levels if runs_all else range(len(levels))
+        self._returned = self.levels if runs_all else range(len(levels))
 
     @property
     def heads(self) -> list[nn.Module]:
@@ -62,10 +63,19 @@ class RPNReader(nn.Module):
 
     def forward(self, features: dict[str, Tensor]) -> AnchorOutputs:
         logits, deltas = self.rpn_head([features[name] for name in self._run_on])
-        return AnchorOutputs(
-            [logits[i] for i in self._returned],
-            [deltas[i].unflatten(1, (-1, 4)) for i in self._returned],
-        )
+        return _at_levels(logits, deltas, self._returned)
+
+    def of_whole(self, said: tuple[Sequence[Tensor], Sequence[Tensor]]) -> AnchorOutputs:
+        """As :meth:`forward`, from what the RPN's head has said on all of its levels."""
+        return _at_levels(said[0], said[1], self.levels)
+
+
+def _at_levels(
+    logits: Sequence[Tensor], deltas: Sequence[Tensor], levels: Sequence[int]
+) -> AnchorOutputs:
+    return AnchorOutputs(
+        [logits[i] for i in levels], [deltas[i].unflatten(1, (-1, 4)) for i in levels]
+    )
 
 
 class TorchvisionRPN:

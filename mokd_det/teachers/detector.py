@@ -1,18 +1,19 @@
 # Copyright (c) The mokd_det authors.
 """The frozen detector: its own weights, its own preprocessing."""
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from detectron2.layers import ShapeSpec
 from detectron2.structures import ImageList
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..readers import AnchorOutputs, BoxOutputs, BoxReader, RPNReader, build_box_reader
-from ..readers import feature_shapes
+from ..readers import feature_shapes, stock_rpn
 from ..speed import pool_in_float32
 from .base import Teacher, TeacherOutputs, noise_image
 from .scripted import ScriptedDetector
@@ -27,12 +28,14 @@ class DetectorTeacherOutputs(TeacherOutputs):
         image_sizes: (height, width) of each image before padding.
         proposals: for each image (P_i, 4) boxes, XYXY in pixels; None unless asked for before.
         state: what the teacher's reader needs to say more.
+        rpn: what its RPN's head said on all of its levels when it proposed; None: it did not.
     """
 
     image_sizes: list[tuple[int, int]]
     teacher: "DetectorTeacher"
     proposals: list[Tensor] | None = None
     state: Any = None
+    rpn: Any = None
 
     def at(self, boxes: list[Tensor]) -> BoxOutputs:
         """Return what it says at boxes, for each image (R_i, 4) XYXY in pixels."""
@@ -47,6 +50,8 @@ class DetectorTeacherOutputs(TeacherOutputs):
 
     def anchors(self, reader: RPNReader) -> AnchorOutputs:
         """Return what its RPN says at every anchor, by a reader of this teacher's."""
+        if self.rpn is not None:
+            return reader.of_whole(self.rpn)
         question = ("at anchors", *reader.in_features)
         return self.remember(question, lambda: self.teacher.ask(reader, self.features))
 
@@ -107,7 +112,10 @@ class DetectorTeacher(Teacher):
         outputs = DetectorTeacherOutputs(features, images.image_sizes, self)
         if self.reader is not None:
             outputs.state = self.reader.run(features)
-            outputs.proposals = self.reader.propose(outputs.state, images, self.proposals)
+            rpn = stock_rpn(self.model)
+            with _said_by(rpn.rpn_head if rpn else None) as said:
+                outputs.proposals = self.reader.propose(outputs.state, images, self.proposals)
+            outputs.rpn = said[0] if said else None
         if self.precision is not None:
             # The student's side may have another precision, and no autocast to bridge it.
             outputs.features = {name: x.float() for name, x in features.items()}
@@ -116,6 +124,20 @@ class DetectorTeacher(Teacher):
     def ask(self, function: Callable[..., Any], *args: Any) -> Any:
         """Return ``function(*args)`` of a part of the teacher, run as the teacher is."""
         return self._run(function, *args)
+
+
+@contextlib.contextmanager
+def _said_by(module: nn.Module | None) -> Iterator[list[Any]]:
+    """Collect what a module returns while this is open."""
+    said: list[Any] = []
+    if module is None:
+        yield said
+        return
+    handle = module.register_forward_hook(lambda _module, _inputs, output: said.append(output))
+    try:
+        yield said
+    finally:
+        handle.remove()
 
 
 def _features_of_noise(model: Any) -> dict[str, Tensor]:

@@ -23,6 +23,12 @@ CASES = {
     "parameters": [
         *("MOKD.BALANCING.MEASURE_AT", "parameters", "MOKD.BALANCING.RULE", "min_norm"),
     ],
+    "features at each step": ["MOKD.BALANCING.INTERVAL", 1],
+    # Measured, summed, summed: heads run once then.
+    "outputs in between": [
+        *("MOKD.BALANCING.RULE", "fixed", "MOKD.BALANCING.FIXED.WEIGHTS", [1.0, 0.5, 2.0]),
+        *OUTPUTS,
+    ],
     "features with outputs": ["MOKD.BALANCING.RULE", "min_norm", *OUTPUTS],
     # A random teacher's heads say next to nothing: only with a large weight does it matter.
     "teacher_head": [

@@ -10,6 +10,7 @@ from detectron2.modeling import build_model
 
 from mokd_det.config import find_config, load_config
 from mokd_det.engine import DistillationTrainer
+from mokd_det.readers import build_rpn_reader
 from mokd_det.tasks import task_of
 
 from ..conftest import CONFIGS, OUTPUTS
@@ -176,3 +177,21 @@ class TestMistakes:
         cfg = make_cfg("mokd", ["MOKD.TEACHER.CLASSIFIER", "resnet18"])
         with pytest.raises(ValueError, match="CLASSIFIER is 'resnet18', but the student is no cla"):
             task_of(cfg).teacher_config(cfg)
+
+
+@pytest.mark.parametrize("opts", [[], ["MOKD.TEACHER.INFERENCE_MODE", True]])
+def test_its_rpn_runs_once_for_proposals_and_for_what_it_says_at_anchors(make_cfg, opts):
+    cfg = make_cfg("mokd", [*OUTPUTS, *opts])
+    teacher = build_teacher(cfg)
+    reader = build_rpn_reader(teacher.model, ["p3", "p5"])
+    runs = []
+    teacher.model.proposal_generator.rpn_head.conv.register_forward_hook(lambda *_: runs.append(1))
+    outputs = teacher.run(batch_of(cfg), "BGR")
+    count = len(runs)
+    found = outputs.anchors(reader)
+    assert len(runs) == count > 0
+    with torch.no_grad():
+        wanted = reader(outputs.features)
+    for ours, theirs in zip((*found.logits, *found.deltas), (*wanted.logits, *wanted.deltas)):
+        assert torch.equal(ours, theirs)
+    assert len(found.logits) == 2
