@@ -206,7 +206,8 @@ def whole_interval(trainer):
         for _ in range(run.steps):
             step()
 
-    run.steps = trainer.boundary.balancer.interval
+    balancer = trainer.boundary.balancer
+    run.steps = balancer.interval if balancer else 1
     return run
 
 

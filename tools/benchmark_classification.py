@@ -39,9 +39,9 @@ from benchmark import (
     print_table,
     random_model,
     ratio,
-    stepper,
     time_rounds,
     use_cpu_if_there_is_no_gpu,
+    whole_interval,
 )
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
@@ -59,8 +59,8 @@ FIXED = ["MOKD.BALANCING.RULE", "fixed"]
 
 
 def step_of(cfg, model, batch):
-    """A function that makes one step of our trainer."""
-    return stepper(BalancedTrainer(model, Constant(batch), build_optimizer(cfg, model), 0))
+    """A function that makes the steps of our trainer from one measurement to the next."""
+    return whole_interval(BalancedTrainer(model, Constant(batch), build_optimizer(cfg, model), 0))
 
 
 def with_options(cfg, *opts):
@@ -147,7 +147,7 @@ def torchdistill_step(cfg, model, batch):
 
 
 def compare_steps(cfg, size, count, rounds):
-    """Return {variant: {seconds, images_per_second, vs_torchdistill} or {error}}."""
+    """Return {variant: {seconds, images_per_second, vs_student, vs_torchdistill} or {error}}."""
     cfg.SOLVER.BASE_LR = 0.0
     cfg.SOLVER.OPTIMIZER = "SGD"
     cfg.INPUT.CLASSIFICATION.SIZE_TRAIN = size
@@ -155,6 +155,8 @@ def compare_steps(cfg, size, count, rounds):
     images = torch.randint(256, (count, 3, size, size), generator=generator, dtype=torch.uint8)
     classes = torch.randint(cfg.MODEL.CLASSIFIER.NUM_CLASSES, (count,), generator=generator)
     batch = Batch(images, classes)
+    if cfg.MOKD.TEACHER.PRECISION == "auto":  # torchdistill's teacher has the student's
+        cfg.MOKD.TEACHER.PRECISION = ""
     logits = with_options(cfg, "MOKD.OBJECTIVES", ["logits"])
     every = with_options(cfg, "MOKD.OBJECTIVES", ["features", "logits"])
     model = random_model(with_options(logits, *FIXED))
@@ -180,6 +182,7 @@ def compare_steps(cfg, size, count, rounds):
     for name, values in seconds.items():
         median = statistics.median(values)
         result[name] = {"seconds": median, "images_per_second": count / median}
+        result[name]["vs_student"] = ratio(values, seconds["student"])
         if "torchdistill" in seconds:
             result[name]["vs_torchdistill"] = ratio(values, seconds["torchdistill"])
     return result
@@ -215,6 +218,7 @@ def measure_loader(cfg, rounds):
 COLUMNS = {
     "seconds": (8, lambda e: f"{e['seconds']:.3f}"),
     "images/s": (9, lambda e: f"{e['images_per_second']:.1f}"),
+    "x student": (9, lambda e: f"{e.get('vs_student', float('nan')):.3f}"),
     "x torchdistill": (14, lambda e: f"{e.get('vs_torchdistill', float('nan')):.3f}"),
 }
 
