@@ -151,6 +151,7 @@ def compare_steps(cfg, size, count, rounds):
     cfg.SOLVER.BASE_LR = 0.0
     cfg.SOLVER.OPTIMIZER = "SGD"
     cfg.INPUT.CLASSIFICATION.SIZE_TRAIN = size
+    cfg.MOKD.BALANCING.LOSS_RATIO.AGREEMENT = 0.0  # as benchmark.py
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (count, 3, size, size), generator=generator, dtype=torch.uint8)
     classes = torch.randint(cfg.MODEL.CLASSIFIER.NUM_CLASSES, (count,), generator=generator)

@@ -108,10 +108,9 @@ class Balancer:
         self.steps, self.step = steps, 0
         self.weights: Tensor | None = None
         self.projector_weights: Tensor | None = None
-        # Means over so many steps, however many of them are measured.
-        kept = smoothing**interval
-        self._gram = RunningGram(kept) if smoothing and rule.reads_gradients else None
-        self._losses = RunningLosses(kept) if smoothing and rule.averages_losses else None
+        self._gram = RunningGram(smoothing) if smoothing and rule.reads_gradients else None
+        self._losses = RunningLosses(smoothing) if smoothing and rule.averages_losses else None
+        self._measured, self._measures = -1, False  # the latest such step before this one; this one
 
     @property
     def due(self) -> bool:
@@ -125,6 +124,8 @@ class Balancer:
         return self.due and self.rule.needs_second_forward
 
     def end_step(self) -> None:
+        if self._measures:
+            self._measured, self._measures = self.step, False
         self.step += 1
 
     def weigh(
@@ -149,14 +150,16 @@ class Balancer:
         pieces = packed.split([x.numel() for x in pack])
         parts, losses = pieces[0].view_as(parts), pieces[1]
         gram = parts.sum(0)
+        self._measures = True
+        steps = self.step - self._measured  # a measurement stands for those since the one before
         seen, seen_losses = gram, losses
         if gram.isfinite().all() and losses.isfinite().all():
             if outside is not None:
                 seen = on_support(gram, pieces[2])
             if self._gram is not None:
-                seen = self._gram.update(seen)
+                seen = self._gram.update(seen, steps)
             if self._losses is not None:
-                seen_losses = self._losses.update(losses)
+                seen_losses = self._losses.update(losses, steps)
         weights, own, fallback = self._ask(seen, seen_losses)
         usual = torch.full_like(weights, not fallback)
         if agree:  # do not branch on local state before
@@ -239,6 +242,7 @@ class Balancer:
         return {
             "rule_name": self.rule.name,
             "step": self.step,
+            "measured": self.step if self._measures else self._measured,
             "weights": self.weights,
             "projector_weights": self.projector_weights,
             "gram": self._gram.state_dict() if self._gram else None,
@@ -255,6 +259,7 @@ class Balancer:
                 "OUTPUT_DIR) with the checkpoint as MODEL.WEIGHTS."
             )
         self.step, self.weights = state["step"], state["weights"]
+        self._measured, self._measures = state.get("measured", self.step - 1), False
         self.projector_weights = state["projector_weights"]
         # One side has none where SMOOTHING was or is 0.
         for mean, values in ((self._gram, state["gram"]), (self._losses, state["losses"])):

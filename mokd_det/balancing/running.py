@@ -21,7 +21,7 @@ class _RunningRatios:
         first: (K,) the first step's ratios.
         logs: (K,) mean logarithm of the ratios in units of ``first``: factors of two between
             objectives do not even change the rounding.
-        count: steps in the mean.
+        count: steps in the mean; a value may stand for several.
     """
 
     state: tuple[str, ...] = ("first", "logs", "count")
@@ -32,13 +32,13 @@ class _RunningRatios:
         self.logs: Tensor | None = None
         self.count = 0
 
-    def _add(self, ratios: Tensor) -> None:
+    def _add(self, ratios: Tensor, steps: int) -> None:
         if self.first is None or self.logs is None:
             self.first, self.logs = ratios, torch.zeros_like(ratios)
         # New tensors: a step that mixed precision skips is undone by putting the old ones back.
-        new = 1 - self.smoothing
-        self.logs = self.smoothing * self.logs + new * (ratios / self.first).log()
-        self.count += 1
+        kept = self.smoothing**steps
+        self.logs = kept * self.logs + (1 - kept) * (ratios / self.first).log()
+        self.count += steps
 
     def _times_mean(self, unit: Tensor) -> Tensor:
         assert self.first is not None and self.logs is not None, "[RunningGram] no step yet"
@@ -70,16 +70,19 @@ class RunningGram(_RunningRatios):
         super().__init__(smoothing)
         self.cosines: Tensor | None = None
 
-    def update(self, gram: Tensor) -> Tensor:
-        """Take in this step's (K, K); return the mean, whose first gradient has this norm."""
+    def update(self, gram: Tensor, steps: int = 1) -> Tensor:
+        """
+        Take in a (K, K) that stands for so many steps; return the mean, whose first gradient has
+        this one's norm.
+        """
         norms = gram.diagonal().sqrt()
         if self.cosines is None:
             self.cosines = torch.eye(len(gram)).to(gram)
         vanished = vanishing(gram)
         if not vanished.any():
-            new = 1 - self.smoothing
-            self.cosines = self.smoothing * self.cosines + new * gram / torch.outer(norms, norms)
-            self._add(norms / norms[0])
+            kept = self.smoothing**steps
+            self.cosines = kept * self.cosines + (1 - kept) * gram / torch.outer(norms, norms)
+            self._add(norms / norms[0], steps)
         sizes = norms if self.first is None else self._times_mean(norms[0])
         sizes = torch.where(vanished, torch.zeros_like(sizes), sizes)
         return self.cosines * torch.outer(sizes, sizes)
@@ -91,8 +94,11 @@ class RunningLosses(_RunningRatios):
     is not positive is not averaged: the logarithm of nothing would decide for many steps.
     """
 
-    def update(self, losses: Tensor) -> Tensor:
-        """Take in this step's (K,), the task first; return the mean, with this task's loss."""
+    def update(self, losses: Tensor, steps: int = 1) -> Tensor:
+        """
+        Take in (K,), the task first, that stand for so many steps; return the mean, with this
+        task's loss.
+        """
         if (losses > LOSS_FLOOR).all():
-            self._add(losses / losses[0])
+            self._add(losses / losses[0], steps)
         return losses if self.first is None else self._times_mean(losses[0])
