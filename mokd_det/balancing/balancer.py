@@ -151,7 +151,7 @@ class Balancer:
         parts, losses = pieces[0].view_as(parts), pieces[1]
         gram = parts.sum(0)
         self._measures = True
-        steps = self.step - self._measured  # a measurement stands for those since the one before
+        steps = max(self.step - self._measured, 1)  # this stands for those since the one before
         seen, seen_losses = gram, losses
         if gram.isfinite().all() and losses.isfinite().all():
             if outside is not None:
