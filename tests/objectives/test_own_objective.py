@@ -25,9 +25,10 @@ MOKD:
   ENABLED: True
   OBJECTIVES: ["features", "attention"]
   ATTENTION: {{STUDENT: ["{level}"], TEACHER: ["{other}"], LOSS_WEIGHT: 2.0}}
-  BALANCING: {{RULE: "fixed", FIXED: {{WEIGHTS: [1.0, 1.0, 0.5]}}}}
+  BALANCING: {{RULE: "fixed", INTERVAL: 1, FIXED: {{WEIGHTS: [1.0, 1.0, 0.5]}}}}
 """
 FIXED = ["MOKD.BALANCING.RULE", "fixed", "MOKD.BALANCING.FIXED.WEIGHTS", [1.0, 1.0, 0.5]]
+FIXED += ["MOKD.BALANCING.INTERVAL", 2]  # the second step measures as well
 
 
 class HintObjective(Objective):
