@@ -16,11 +16,23 @@ from collections.abc import Iterator
 # Everything else is a bug, and keeps its traceback.
 USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
 EXIT_CODE = 2  # as argparse's
+TIMEOUT = 10.0
 
 
 def add_debug(parser: argparse.ArgumentParser) -> None:
     """Add the option that every command has."""
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def add_timeout(parser: argparse.ArgumentParser) -> None:
+    """Add the option of :func:`mokd_det.engine.launch`."""
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=TIMEOUT,
+        metavar="MINUTES",
+        help="of several processes: end when one has not answered for so long (%(default)s)",
+    )
 
 
 def positive(text: str) -> int:
