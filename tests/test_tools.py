@@ -491,8 +491,8 @@ def test_tiny_coco_trains_evaluates_and_prints_its_zoo_row(tmp_path):
 
 @pytest.mark.parametrize(
     "script",
-    ["train_net", "export_model", "run_exported", "visualize_predictions", "plot_balance"]
-    + ["benchmark", "benchmark_classification", "quick_start", "quick_start_classification"],
+    ["run_exported", "benchmark", "benchmark_classification"]
+    + ["quick_start", "quick_start_classification"],
 )
 def test_every_tool_has_help_with_an_example(script):
     assert f"python tools/{script}.py" in run_here(f"tools/{script}.py", "--help")

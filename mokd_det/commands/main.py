@@ -12,6 +12,7 @@ from ..command_line import EXIT_CODE, errors_as_messages
 # Each is a module of this folder (with "_" for "-") that has ``argument_parser()`` and
 # ``run(args)``, which returns the exit code.
 COMMANDS = {
+    "doctor": "check the installation and, with a config, whether its training would run",
     "train": "train or evaluate a model, with distillation if its config says so",
     "export": "write the plain student for deployment, and compare the file with it",
     "check-data": "check data sets before training",

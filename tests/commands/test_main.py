@@ -46,7 +46,7 @@ def mokd(monkeypatch, *args):
     "args, message",
     [
         (["trian"], "there is no command 'trian': did you mean 'train'?"),
-        (["xyz"], "there is no command 'xyz': there are train, "),
+        (["xyz"], "there is no command 'xyz': there are "),
         ([], "the following arguments are required: COMMAND"),
         (["train", "--config-file", "no.yaml"], "mokd train: --config-file 'no.yaml' does not"),
         (["export", "--output", "x"], "arguments are required: --config-file"),
@@ -55,6 +55,12 @@ def mokd(monkeypatch, *args):
 def test_what_is_wrong_is_one_message(monkeypatch, capsys, args, message):
     assert mokd(monkeypatch, *args) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", main.COMMANDS)
+def test_each_has_help_with_an_example(monkeypatch, capsys, name):
+    assert mokd(monkeypatch, name, "--help") == 0
+    assert f"\n  mokd {name} " in capsys.readouterr().out
 
 
 def test_the_help_names_each_command(monkeypatch, capsys):
