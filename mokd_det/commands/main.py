@@ -13,6 +13,7 @@ from ..command_line import EXIT_CODE, errors_as_messages
 # ``run(args)``, which returns the exit code.
 COMMANDS = {
     "doctor": "check the installation and, with a config, whether its training would run",
+    "init": "write the configs of a distillation on your own data, ready to train",
     "train": "train or evaluate a model, with distillation if its config says so",
     "export": "write the plain student for deployment, and compare the file with it",
     "check-data": "check data sets before training",
