@@ -15,6 +15,7 @@ COMMANDS = {
     "doctor": "check the installation and, with a config, whether its training would run",
     "init": "write the configs of a distillation on your own data, ready to train",
     "train": "train or evaluate a model, with distillation if its config says so",
+    "predict": "find objects in photos, or name their classes, with a trained model",
     "export": "write the plain student for deployment, and compare the file with it",
     "check-data": "check data sets before training",
     "visualize": "draw ground truth and predictions of several detectors side by side",
