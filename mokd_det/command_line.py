@@ -55,10 +55,12 @@ def errors_as_messages(debug: bool) -> Iterator[None]:
             if debug:
                 raise
             _log_traceback()
-            from .untrusted import printable  # here, because it needs torch
+            text = message_of(error)
+            with contextlib.suppress(ImportError):  # of torch, which is what the error is about
+                from .untrusted import printable
 
-            # Parts of it may come from a file: no control characters for the terminal.
-            text = "\n".join(map(printable, message_of(error).splitlines()))
+                # Parts of it may come from a file: no control characters for the terminal.
+                text = "\n".join(map(printable, text.splitlines()))
             if _is_first_to_say(text):
                 who = os.path.basename(sys.argv[0])
                 print(f"{who}: {text}\n(--debug shows where)", file=sys.stderr, flush=True)
