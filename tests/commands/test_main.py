@@ -23,7 +23,7 @@ for argv in {commands!r}:
 """
 MOKD = "mokd_det/__main__.py"
 TOOLS = ["train_net", "export_model", "check_data", "visualize_predictions", "plot_balance"]
-TOOLS += ["quick_start", "quick_start_classification"]
+TOOLS += ["quick_start", "quick_start_classification", "run_exported"]
 
 
 def test_help_waits_for_no_library():
