@@ -16,11 +16,23 @@ from collections.abc import Iterator
 # Everything else is a bug, and keeps its traceback.
 USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
 EXIT_CODE = 2  # as argparse's
+TIMEOUT = 10.0
 
 
 def add_debug(parser: argparse.ArgumentParser) -> None:
     """Add the option that every command has."""
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def add_timeout(parser: argparse.ArgumentParser) -> None:
+    """Add the option of :func:`mokd_det.engine.launch`."""
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=TIMEOUT,
+        metavar="MINUTES",
+        help="of several processes: end when one has not answered for so long (%(default)s)",
+    )
 
 
 def positive(text: str) -> int:
@@ -43,10 +55,12 @@ def errors_as_messages(debug: bool) -> Iterator[None]:
             if debug:
                 raise
             _log_traceback()
-            from .untrusted import printable  # here, because it needs torch
+            text = message_of(error)
+            with contextlib.suppress(ImportError):  # of torch, which is what the error is about
+                from .untrusted import printable
 
-            # Parts of it may come from a file: no control characters for the terminal.
-            text = "\n".join(map(printable, message_of(error).splitlines()))
+                # Parts of it may come from a file: no control characters for the terminal.
+                text = "\n".join(map(printable, text.splitlines()))
             if _is_first_to_say(text):
                 who = os.path.basename(sys.argv[0])
                 print(f"{who}: {text}\n(--debug shows where)", file=sys.stderr, flush=True)

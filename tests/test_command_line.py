@@ -58,6 +58,13 @@ def test_errors_of_users_are_messages(error, capsys):
         raise error
 
 
+def test_an_error_about_torch_needs_none(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "mokd_det.untrusted", None)
+    with pytest.raises(SystemExit), errors_as_messages(debug=False):
+        raise ImportError("No module named 'torch'")
+    assert capsys.readouterr().err.endswith(": No module named 'torch'\n(--debug shows where)\n")
+
+
 def test_bugs_keep_their_traceback():
     with pytest.raises(KeyError), errors_as_messages(debug=False):
         raise KeyError("x")

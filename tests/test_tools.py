@@ -21,6 +21,7 @@ from detectron2.config import get_cfg as get_detectron2_cfg
 from detectron2.modeling import build_model
 from PIL import Image
 
+from mokd_det.commands import plotting, train, training, visualize, visualizing
 from mokd_det.config import load_config
 from mokd_det.data import register_datasets
 from mokd_det.evaluation.results import set_aside
@@ -329,50 +330,49 @@ def test_pictures(trained, tmp_path):
     printed = run_here("tools/plot_balance.py", output, output, "--output", plot)
     assert printed.splitlines()[-1] == str(plot)
     single = tmp_path / "single.png"
-    load_script("tools/plot_balance.py").plot_balance([str(output)], str(single))
+    plotting.plot_balance([str(output)], str(single))
     wide, narrow = cv2.imread(str(plot)), cv2.imread(str(single))
     assert wide.shape[1] > 1.9 * narrow.shape[1] > 500
     assert (narrow != 255).any(axis=-1).mean() > 0.02  # not an empty page
 
     register_datasets(load_config(CONFIGS["mokd"], TREE_OPTS))
-    tool = load_script("tools/visualize_predictions.py")
     grid = tmp_path / "grid.png"
     model = ("mokd", CONFIGS["mokd"], str(output / "model_final.pth"))
-    tool.visualize("tests_trees_val", [model], str(grid), count=2, score=0.0)
+    visualizing.visualize("tests_trees_val", [model], str(grid), count=2, score=0.0)
     picture = cv2.imread(str(grid))
     assert picture.shape[0] > 2 * 192 and picture.shape[1] > 2 * 192
-    assert (picture == tool.GROUND_TRUTH_COLOUR).all(axis=-1).sum() > 500
+    assert (picture == visualizing.GROUND_TRUTH_COLOUR).all(axis=-1).sum() > 500
 
 
-def test_pictures_take_overrides_for_every_model(tmp_path, monkeypatch, capsys):
-    tool = load_script("tools/visualize_predictions.py")
+def test_pictures_take_overrides_for_every_model(tmp_path, monkeypatch):
     register_datasets(load_config(CONFIGS["mokd"], TREE_OPTS))
     seen = []
 
     def predict(cfg, elements, score):
         seen.append((os.path.basename(cfg.MODEL.WEIGHTS), cfg.INPUT.MIN_SIZE_TEST))
-        return [tool.ground_truth(element) for element in elements]
+        return [visualizing.ground_truth(element) for element in elements]
 
-    monkeypatch.setattr(tool, "predict", predict)
-    args = ["visualize", "--dataset", "tests_trees_val", "--output", str(tmp_path / "grid.png")]
+    monkeypatch.setattr(visualizing, "predict", predict)
+    args = ["--dataset", "tests_trees_val", "--output", str(tmp_path / "grid.png")]
     for name in ("mokd", "teacher"):
         (tmp_path / f"{name}.pth").touch()
         args += ["--model", name, CONFIGS[name], str(tmp_path / f"{name}.pth")]
-    monkeypatch.setattr(sys, "argv", [*args, "INPUT.MIN_SIZE_TEST", "128"])
-    tool.main()
+
+    def draw(*opts):
+        visualize.run(visualize.argument_parser().parse_args([*args, *opts]))
+
+    draw("INPUT.MIN_SIZE_TEST", "128")
     assert seen == [("mokd.pth", 128), ("teacher.pth", 128)]
 
-    monkeypatch.setattr(tool.torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(sys, "argv", [*args, "MODEL.DEVICE", "cuda"])
-    with pytest.raises(SystemExit, match="2"):
-        tool.main()
-    assert "torch sees no GPU. Add the override: MODEL.DEVICE cpu" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="torch sees no GPU. Add the override: MODEL.DEVICE cpu"):
+        draw("MODEL.DEVICE", "cuda")
     assert len(seen) == 2
 
 
 def test_plot_of_a_run_without_distillation_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="not the OUTPUT_DIR of a run with MOKD.ENABLED"):
-        load_script("tools/plot_balance.py").plot_balance([str(tmp_path)], "x.png")
+        plotting.plot_balance([str(tmp_path)], "x.png")
 
 
 def test_plot_takes_the_later_of_two_lines_for_a_step(tmp_path):
@@ -381,7 +381,7 @@ def test_plot_takes_the_later_of_two_lines_for_a_step(tmp_path):
     ]
     text = "\n".join(json.dumps(line) for line in lines)
     (tmp_path / "balance.json").write_text('{"iteration": 3, "bal\n' + text)  # killed, resumed
-    series = load_script("tools/plot_balance.py").read_balance(str(tmp_path))
+    series = plotting.read_balance(str(tmp_path))
     iterations, values = series["balance/features/cosine_features"]
     assert iterations.tolist() == [0, 1] and values.tolist() == [1, 2]
 
@@ -426,22 +426,21 @@ def test_flags_that_do_not_fit_are_refused(name, flags, opts, message):
 def test_teacher_without_a_config_is_evaluated_at_its_size(
     make_digits_cfg, monkeypatch, size, teacher_opts, expected
 ):
-    tool = load_script("tools/train_net.py")
     opts = ["MOKD.TEACHER.CONFIG_FILE", "", "MOKD.TEACHER.CLASSIFIER", "resnet18"]
     opts += ["MOKD.TEACHER.OPTS", teacher_opts]
     cfg = make_digits_cfg([*opts, "MOKD.TEACHER.IMAGE_SIZE", size])
     register_datasets(cfg)
-    build = tool.Trainer.build_test_loader
+    build = training.Trainer.build_test_loader
     images = []
 
     def test(cfg, model):
         images.append(next(iter(build(cfg, "tests_digits_val"))).images[0])
         return {"classification": {"top1": 1.0}}
 
-    monkeypatch.setattr(tool.Trainer, "test", test)
-    monkeypatch.setattr(tool.task_of(cfg).__class__, "load_trained", lambda *args: None)
+    monkeypatch.setattr(training.Trainer, "test", test)
+    monkeypatch.setattr(training.task_of(cfg).__class__, "load_trained", lambda *args: None)
     args = ["--eval-only", "--with-teacher"]
-    tool.evaluate(tool.argument_parser().parse_args(args), cfg)
+    training.evaluate(train.argument_parser().parse_args(args), cfg)
     student, teacher = (x.shape[-1] for x in images)
     assert student == 32 and teacher == expected
     assert size or torch.equal(*images)
@@ -492,8 +491,8 @@ def test_tiny_coco_trains_evaluates_and_prints_its_zoo_row(tmp_path):
 
 @pytest.mark.parametrize(
     "script",
-    ["train_net", "export_model", "run_exported", "visualize_predictions", "plot_balance"]
-    + ["benchmark", "benchmark_classification", "quick_start", "quick_start_classification"],
+    ["run_exported", "benchmark", "benchmark_classification"]
+    + ["quick_start", "quick_start_classification"],
 )
 def test_every_tool_has_help_with_an_example(script):
     assert f"python tools/{script}.py" in run_here(f"tools/{script}.py", "--help")

@@ -64,7 +64,7 @@ from detectron2.utils.events import EventStorage, get_event_storage
 from torch import nn
 
 from mokd_det.balancing import Branch, build_balancer
-from mokd_det.command_line import add_debug, errors_as_messages, positive
+from mokd_det.command_line import TIMEOUT, add_debug, errors_as_messages, positive
 from mokd_det.config import load_config, split_overrides, trust_files
 from mokd_det.engine import (
     BalancedTrainer,
@@ -72,7 +72,6 @@ from mokd_det.engine import (
     launch,
     validate,
 )
-from mokd_det.engine.launch import TIMEOUT
 from mokd_det.engine.optimizer import build_optimizer
 from mokd_det.engine.profile import parts_of, profile_steps
 from mokd_det.engine.trainer import wrap_distributed

@@ -22,12 +22,31 @@ import re
 import sys
 import warnings
 
-import torch
-import torchvision  # noqa: F401  (registers operators of detectors: NMS and ROIAlign)
-from PIL import Image, ImageOps
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms import functional as F
-from torchvision.utils import draw_bounding_boxes, draw_keypoints, draw_segmentation_masks
+
+def argument_parser():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", help="model.ts of tools/export_model.py")
+    parser.add_argument("images", nargs="+", metavar="image")
+    parser.add_argument("--score", type=float, default=0.0, help="smallest score (%(default)s)")
+    parser.add_argument("--top", type=int, default=5, help="classes shown (%(default)s)")
+    parser.add_argument("--picture", help="PNG or JPEG to write, of one image")
+    parser.add_argument("--device", default="cpu", help="a traced model's is that of its export")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+if __name__ == "__main__":  # before torch, which --help is not to wait for
+    ARGUMENTS = argument_parser().parse_args()
+
+import torch  # noqa: E402
+import torchvision  # noqa: E402, F401  (registers operators of detectors: NMS and ROIAlign)
+from PIL import Image, ImageOps  # noqa: E402
+from torchvision.transforms import InterpolationMode  # noqa: E402
+from torchvision.transforms import functional as F  # noqa: E402
+from torchvision.utils import draw_bounding_boxes, draw_keypoints, draw_segmentation_masks  # noqa: E402
+
 
 METADATA_FILE = "metadata.json"
 METADATA = f"extra/{METADATA_FILE}"
@@ -245,18 +264,7 @@ def draw(image, outputs, metadata):
     return F.to_pil_image(canvas)
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("model", help="model.ts of tools/export_model.py")
-    parser.add_argument("images", nargs="+", metavar="image")
-    parser.add_argument("--score", type=float, default=0.0, help="smallest score (%(default)s)")
-    parser.add_argument("--top", type=int, default=5, help="classes shown (%(default)s)")
-    parser.add_argument("--picture", help="PNG or JPEG to write, of one image")
-    parser.add_argument("--device", default="cpu", help="a traced model's is that of its export")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    args = parser.parse_args()
+def main(args):
     for path in (args.model, *args.images):
         if not os.path.isfile(path):
             raise ValueError(f"'{path}' does not exist.")
@@ -294,9 +302,9 @@ def main():
 
 if __name__ == "__main__":
     try:
-        main()
+        main(ARGUMENTS)
     except (ValueError, OSError, RuntimeError, Image.DecompressionBombError) as error:
-        if "--debug" in sys.argv:
+        if ARGUMENTS.debug:
             raise
         print(f"run_exported.py: {error}\n(--debug shows where)", file=sys.stderr)
         sys.exit(2)

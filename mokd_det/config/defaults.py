@@ -27,7 +27,8 @@ def add_mokd_config(cfg: CN) -> None:
     # ---------------------------------------------------------------------------------------- #
     # Data sets in COCO format, by name, without writing Python: a list of
     # [name, JSON file, image folder]. DATASETS.TRAIN and DATASETS.TEST then use the names.
-    # "datasets://" in a path is $DETECTRON2_DATASETS, ./datasets by default.
+    # "datasets://" in a path is $DETECTRON2_DATASETS, ./datasets by default. Here and wherever a
+    # config names a file: what lies beside the config comes first, then what lies where one stands.
     cfg.DATASETS.COCO = []
 
     # Data sets for classification, by name: a list of [name, path]. The path is a folder with a
@@ -217,8 +218,8 @@ def add_mokd_config(cfg: CN) -> None:
 
     cfg.MOKD.TEACHER = CN()
     # The teacher's own config file (.yaml, or Detectron2's .py), or its name in Detectron2's model
-    # zoo, e.g. "COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml". It brings its own MODEL and
-    # INPUT.FORMAT.
+    # zoo, e.g. "COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml", or "mokd://..." of the configs that
+    # come with mokd_det. It brings its own MODEL and INPUT.FORMAT.
     cfg.MOKD.TEACHER.CONFIG_FILE = ""
     # The teacher's weights: a file or anything that Detectron2's MODEL.WEIGHTS resolves. Loading
     # is strict. Empty: those of the model zoo, or MODEL.WEIGHTS of the teacher's config.

@@ -4,7 +4,6 @@
 import difflib
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from detectron2.utils.file_io import PathManager
 
 from ..untrusted import printable
 from .defaults import add_mokd_config
+from .paths import SHIPPED, LocatedConfig, shipped_config
 
 # Options of version 0.1 and what became of them.
 MOVED = {
@@ -51,7 +51,8 @@ def load_config(
     """
     Args:
         config_file: a YAML file, with any prefix that Detectron2 resolves, or the name of one that
-            comes with mokd_det, "COCO-Detection/...". Empty: defaults.
+            comes with mokd_det, "COCO-Detection/..." or "mokd://COCO-Detection/...". What lies
+            beside it is found from any folder. Empty: defaults.
         opts: overrides [KEY, VALUE, ...].
         option, overrides: where the file name and ``opts`` were given, for messages.
 
@@ -63,8 +64,9 @@ def load_config(
     """
     cfg = get_cfg()
     if config_file:
-        if "://" not in config_file and not PathManager.isfile(config_file):
-            shipped = _shipped_config(config_file)
+        is_shipped = config_file.startswith(SHIPPED)
+        if is_shipped or ("://" not in config_file and not PathManager.isfile(config_file)):
+            shipped = shipped_config(config_file)
             if shipped is None:
                 raise FileNotFoundError(f"{option} '{config_file}' does not exist.")
             config_file = shipped
@@ -91,7 +93,7 @@ def _merge_file(cfg: CfgNode, config_file: str, source: str) -> None:
 def _read_yaml(config_file: str, source: str) -> dict[str, Any]:
     """Return what a file and its bases hold."""
     try:
-        loaded = CfgNode.load_yaml_with_base(config_file, allow_unsafe=False)
+        loaded = LocatedConfig.load_yaml_with_base(config_file, allow_unsafe=False)
     except yaml.constructor.ConstructorError as error:
         raise ValueError(
             f"{source} (or its _BASE_) holds YAML that runs Python code, which is never loaded: "
@@ -205,16 +207,20 @@ def find_config(name: str, option: str) -> tuple[str, str]:
 
     FileNotFoundError: neither.
     """
-    if "://" in name or PathManager.isfile(name):
+    if (not name.startswith(SHIPPED) and "://" in name) or PathManager.isfile(name):
         return name, ""
     try:
-        weights = model_zoo.get_checkpoint_url(name)
+        weights = model_zoo.get_checkpoint_url(name.removeprefix(SHIPPED))
     except RuntimeError:  # no such name, or one without weights
         weights = ""
+    if name.startswith(SHIPPED):
+        if (shipped := shipped_config(name)) is None:
+            raise FileNotFoundError(f"{option} '{name}' is no config that comes with mokd_det.")
+        return shipped, weights
     try:
         return model_zoo.get_config_file(name), weights
     except RuntimeError as error:
-        if shipped := _shipped_config(name):
+        if shipped := shipped_config(name):
             return shipped, weights
         raise FileNotFoundError(
             f"{option} '{name}' does not exist"
@@ -225,16 +231,6 @@ def find_config(name: str, option: str) -> tuple[str, str]:
                 else f" (looked in {os.getcwd()} and in Detectron2's model zoo)."
             )
         ) from error
-
-
-def _shipped_config(name: str) -> str | None:
-    """Return the file of a config that comes with mokd_det, by its name, also after "configs/"."""
-    package = Path(__file__).parent.parent
-    for folder in (package / "configs", package.parent / "configs"):  # a wheel's; a checkout's
-        file = folder / name.removeprefix("configs/")
-        if file.is_file():
-            return str(file)
-    return None
 
 
 def stock_config(cfg: CfgNode, keep: Sequence[str] = ()) -> CfgNode:

@@ -95,7 +95,7 @@ def _check_set(cfg: CfgNode, option: str, name: str, names: Sequence[str] | None
                 f"{what} has to be completed: {'; '.join(report.warnings)}. A function of yours "
                 "loads it, which would not read what is completed. Register it by "
                 "register_coco_instances or in DATASETS.COCO, where that is done, or correct "
-                "the file: tools/check_data.py --write"
+                "the file: mokd check-data --write"
             )
         _register_completed(cfg, name, data, source, root)
     MetadataCatalog.get(name).thing_classes = class_names(data)

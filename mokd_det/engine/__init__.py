@@ -2,10 +2,10 @@
 """The custom training step, Detectron2's default trainer around it, checks, and launching."""
 
 from .. import compat  # first: patches Detectron2 where it needs it
-from ..command_line import errors_as_messages
+from ..command_line import add_timeout, errors_as_messages
 from .checkpoints import checkpoints_in, find_checkpoint
 from .folder import claim_folder, output_errors, release_folder, replacing_run
-from .launch import add_timeout, launch, on_main_process
+from .launch import launch, on_main_process
 from .step import BalancedTrainer
 from .trainer import DistillationTrainer, Trainer, build_trainer, prepare_datasets
 from .validate import validate

@@ -21,22 +21,10 @@ from ..config import load_config
 
 T = TypeVar("T")
 
-TIMEOUT = 10.0
 RESTARTS = "TORCHELASTIC_RESTART_COUNT"
 MOST_MINUTES = 1_000_000
 # Of gloo and NCCL, where another process is dead or silent.
 LOST = ("Timed out waiting", "timed out", "Connection closed by peer", "Connection reset by peer")
-
-
-def add_timeout(parser: argparse.ArgumentParser) -> None:
-    """Add the option of :func:`launch`."""
-    parser.add_argument(
-        "--timeout",
-        type=float,
-        default=TIMEOUT,
-        metavar="MINUTES",
-        help="of several processes: end when one has not answered for so long (%(default)s)",
-    )
 
 
 def launch(main: Callable[[Any], Any], args: argparse.Namespace) -> Any:

@@ -302,7 +302,7 @@ def check_weights_exist(weights: str, options: CfgNode) -> None:
     if "://" not in weights and not PathManager.isfile(weights):
         raise FileNotFoundError(
             f"MOKD.TEACHER.WEIGHTS '{weights}' does not exist (looked in {os.getcwd()}). Train the "
-            f"teacher first: tools/train_net.py --config-file {options.CONFIG_FILE or 'FILE'}"
+            f"teacher first: mokd train --config-file {options.CONFIG_FILE or 'FILE'}"
         )
 
 

@@ -4,6 +4,7 @@ import yaml
 from detectron2.config import get_cfg as get_detectron2_cfg
 
 from mokd_det.config import (
+    find_config,
     get_cfg,
     load_config,
     split_overrides,
@@ -174,3 +175,46 @@ def test_integers_are_numbers(tmp_path):
     assert found == (1.0, 10.0, 1.0) and all(isinstance(x, float) for x in found)
     with pytest.raises(ValueError, match="override: SOLVER.MAX_ITER is '5.0': expected an integer"):
         load_config("", ["SOLVER.MAX_ITER", "5.0"])
+
+
+def test_what_lies_beside_a_config_is_found_from_any_folder(tmp_path, monkeypatch):
+    """Also beside a base in another folder; what does not is as before: where one stands."""
+    (tmp_path / "base").mkdir()
+    (tmp_path / "stand").mkdir()
+    for name in ("base/a.json", "base/t.pth", "student.pth", "stand/other.yaml", "x.npz"):
+        (tmp_path / name).touch()
+    (tmp_path / "base/images").mkdir()
+    base = "DATASETS: {COCO: [[a.json, a.json, images], [b, datasets://a.json, 'no']]}\n"
+    base += "MOKD: {TEACHER: {WEIGHTS: t.pth, CONFIG_FILE: other.yaml}}\n"
+    write(tmp_path / "base", base, "base.yaml")
+    text = "_BASE_: base/base.yaml\nMODEL: {WEIGHTS: student.pth}\nOUTPUT_DIR: base\n"
+    path = write(tmp_path, text + "DATASETS: {CLASSIFICATION: [[x, x.npz]]}\n")
+    monkeypatch.chdir(tmp_path / "stand")
+    for name in (path, "../config.yaml"):
+        cfg = load_config(name)
+        assert cfg.MODEL.WEIGHTS == f"{tmp_path}/student.pth" and cfg.OUTPUT_DIR == "base"
+        assert cfg.MOKD.TEACHER.WEIGHTS == f"{tmp_path}/base/t.pth"
+        assert cfg.MOKD.TEACHER.CONFIG_FILE == "other.yaml"
+        assert cfg.DATASETS.CLASSIFICATION == [["x", f"{tmp_path}/x.npz"]]
+        assert cfg.DATASETS.COCO == [
+            ["a.json", f"{tmp_path}/base/a.json", f"{tmp_path}/base/images"],
+            ["b", "datasets://a.json", "no"],
+        ]
+    monkeypatch.chdir(tmp_path)  # the same file: as it is written
+    assert load_config(path).MODEL.WEIGHTS == "student.pth"
+
+
+def test_a_base_of_the_package(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = "mokd://COCO-Detection/retinanet_R_18_FPN_1x.yaml"
+    path = write(tmp_path, f'_BASE_: "{name}"\nSEED: 3\n')
+    expected = load_config(name, ["SEED", 3])
+    assert load_config(path) == expected and expected.MODEL.TORCHVISION.NAME == "resnet18"
+    assert find_config(name, "x")[0].endswith("configs/COCO-Detection/retinanet_R_18_FPN_1x.yaml")
+    with pytest.raises(FileNotFoundError, match="x 'mokd://no.yaml' is no config that comes with"):
+        find_config("mokd://no.yaml", "x")
+    path = write(tmp_path, '_BASE_: "mokd://no.yaml"\n')
+    with pytest.raises(ValueError, match="its _BASE_ is missing or does not fit: 'mokd://no.yaml'"):
+        load_config(path)
+    with pytest.raises(FileNotFoundError, match="--config-file 'mokd://no.yaml' does not exist"):
+        load_config("mokd://no.yaml")

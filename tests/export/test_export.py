@@ -3,6 +3,7 @@
 
 import hashlib
 import json
+import runpy
 import sys
 from pathlib import Path
 
@@ -29,7 +30,6 @@ from mokd_det.export.torchscript import _scripted_nms, load_torchscript, save_to
 from mokd_det.tasks import task_of
 
 from ..conftest import CONFIGS, ROOT
-from ..test_tools import load_script
 from .models import TILE, TORCHVISION, detector, export, load, three_sizes, tile
 
 IMAGES = [str(TILE)]
@@ -324,9 +324,9 @@ def run_tool(monkeypatch, path, *args):
     """Run a tool in this process: its exit code (or message)."""
     monkeypatch.setattr(sys, "argv", [path, *map(str, args)])
     try:
-        load_script(path).main()
+        runpy.run_path(str(ROOT / path), run_name="__main__")
     except SystemExit as error:
-        return error.code
+        return error.code or 0
     return 0
 
 
@@ -360,7 +360,7 @@ def test_the_tools_on_the_command_line(rcnn, tmp_path, monkeypatch, capsys):
     assert (found["width"], found["height"]) == (192, 160) and picture.stat().st_size > 1000
     assert found["detections"] and set(found["detections"][0]) == {"box", "score", "class", "name"}
     with pytest.raises(ValueError, match="'none.jpg' does not exist"):
-        run_tool(monkeypatch, use, model, "none.jpg")
+        run_tool(monkeypatch, use, model, "none.jpg", "--debug")
 
 
 def test_a_trace_of_another_device_is_refused(tmp_path, monkeypatch):
@@ -370,12 +370,12 @@ def test_a_trace_of_another_device_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="traced on 'cuda' and cannot run on 'cpu': export it"):
         load_torchscript(path)
     with pytest.raises(ValueError, match="traced on 'cuda' and cannot run on 'cpu': give --device"):
-        run_tool(monkeypatch, "tools/run_exported.py", path, TILE)
+        run_tool(monkeypatch, "tools/run_exported.py", path, TILE, "--debug")
     save_torchscript(module, path, {})
     assert load_torchscript(path)[1] == {}
     torch.jit.save(module, path)
     with pytest.raises(ValueError, match="has no metadata.json inside"):
-        run_tool(monkeypatch, "tools/run_exported.py", path, TILE)
+        run_tool(monkeypatch, "tools/run_exported.py", path, TILE, "--debug")
 
 
 def test_traced_nms_rounds_as_torchvision_does_for_many_boxes():

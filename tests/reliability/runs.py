@@ -13,10 +13,10 @@ from unittest import mock
 import torch
 
 from mokd_det import files
+from mokd_det.commands import train
 from mokd_det.engine import BalancedTrainer
 
 from ..conftest import CONFIGS, DIGIT_OPTS, TREE_OPTS
-from ..test_tools import load_script
 
 SMALL = ["MOKD.FEATURES.DIM", 32, "INPUT.CLASSIFICATION.SIZE_TRAIN", 32]
 STUDENT = "configs/Digits/student_mokd.yaml"
@@ -52,10 +52,9 @@ class Runs:
             sys.stderr = io.TextIOWrapper(io.FileIO(2, "w"), write_through=True)
             torch.set_num_threads(1)
             prepare()
-            tool = load_script("tools/train_net.py")
             with mock.patch.object(sys, "argv", ["train_net.py"]):
-                args = tool.argument_parser().parse_args(self.arguments(name, *flags))
-                tool.launch(tool.main, args)
+                args = train.argument_parser().parse_args(self.arguments(name, *flags))
+                train.run(args)
             code = 0
         except SystemExit as stop:
             if isinstance(stop.code, str):

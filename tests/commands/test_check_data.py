@@ -1,17 +1,15 @@
 # Copyright (c) The mokd_det authors.
-"""tools/check_data.py, in this process."""
+"""`mokd check-data`, in this process."""
 
 import json
-import sys
 
 import pytest
 from PIL import Image
 
-from .conftest import ROOT
-from .data.test_coco import GOOD, changed, photos  # noqa: F401  (a fixture)
+from mokd_det.commands.check_data import argument_parser, run
 
-sys.path.insert(0, str(ROOT / "tools"))
-import check_data
+from ..conftest import ROOT
+from ..data.test_coco import GOOD, changed, photos  # noqa: F401  (a fixture)
 
 NAN = changed(("annotations", 0, "bbox"), [float("nan"), 5, 8, 6])
 NO_AREA = changed(("annotations", 0, "area"), None)
@@ -21,14 +19,12 @@ NO_AREA = changed(("annotations", 0, "area"), None)
 def check(tmp_path, capsys):
     """Call the tool with a JSON file and others of its arguments; its exit code and its output."""
 
-    def run(data, *args):
+    def check_file(data, *args):
         (tmp_path / "a.json").write_text(json.dumps(data))
-        code = check_data.check(
-            check_data.argument_parser().parse_args([str(tmp_path / "a.json"), *args])
-        )
+        code = run(argument_parser().parse_args([str(tmp_path / "a.json"), *args]))
         return code, capsys.readouterr().out
 
-    return run
+    return check_file
 
 
 def test_a_good_file(check, photos):  # noqa: F811
@@ -56,9 +52,9 @@ def test_what_can_be_completed_is_written(check, photos, tmp_path):  # noqa: F81
 def test_class_folders_and_packed_files(capsys, tmp_path):
     digits = str(ROOT / "tests" / "data" / "digits" / "train.npz")
     for path, expected in ((digits, 0), (str(tmp_path), 1)):
-        assert check_data.check(check_data.argument_parser().parse_args([path])) == expected
+        assert run(argument_parser().parse_args([path])) == expected
     with pytest.raises(FileNotFoundError, match="does not exist"):
-        check_data.check(check_data.argument_parser().parse_args([str(tmp_path / "no")]))
+        run(argument_parser().parse_args([str(tmp_path / "no")]))
 
 
 @pytest.mark.parametrize(
@@ -81,7 +77,7 @@ def test_options_that_nobody_reads(args, message, tmp_path):
     (tmp_path / "a.xml").touch()
     args = [arg.format(voc=tmp_path) for arg in args]
     with pytest.raises(ValueError, match=message):
-        check_data.check(check_data.argument_parser().parse_args(args))
+        run(argument_parser().parse_args(args))
 
 
 def test_sets_of_a_config(check, photos, tmp_path, capsys):  # noqa: F811
@@ -97,7 +93,7 @@ def test_sets_of_a_config(check, photos, tmp_path, capsys):  # noqa: F811
 
     def check_config(*opts):
         arguments = ["--config-file", str(config), *opts]
-        code = check_data.check(check_data.argument_parser().parse_args(arguments))
+        code = run(argument_parser().parse_args(arguments))
         return code, capsys.readouterr().out
 
     code, output = check_config()
@@ -132,5 +128,5 @@ def test_images_of_a_config_are_decoded(tmp_path, capsys):
     for pixels, expected in ((whole, 0), (whole[:-40], 1)):
         (tmp_path / "photos" / "a" / "1.png").write_bytes(pixels)
         for args in (detector, classifier):
-            args = check_data.argument_parser().parse_args(["--images", *args])
-            assert check_data.check(args) == expected, capsys.readouterr().out
+            args = argument_parser().parse_args(["--images", *args])
+            assert run(args) == expected, capsys.readouterr().out

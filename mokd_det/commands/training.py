@@ -1,0 +1,141 @@
+# Copyright (c) The mokd_det authors.
+"""``mokd train``: one run, from its arguments to its results."""
+
+import json
+
+from .. import compat  # noqa: F401  (first: patches Detectron2 where it needs it)
+from detectron2.engine import default_setup
+from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
+from detectron2.utils.logger import setup_logger
+
+from ..command_line import errors_as_messages
+from ..config import check_device, load_config, trust_files
+from ..data import check_teacher_classes
+from ..engine import (
+    DistillationTrainer,
+    Trainer,
+    build_trainer,
+    checkpoints_in,
+    claim_folder,
+    find_checkpoint,
+    on_main_process,
+    output_errors,
+    prepare_datasets,
+    replacing_run,
+    validate,
+)
+from ..evaluation import finite, format_comparison, format_zoo_row, write_results, zoo_row
+from ..tasks import task_of
+
+
+def check_arguments(args, cfg):
+    """Raise ValueError or FileNotFoundError for what the command line alone decides."""
+    if args.zoo_row and not cfg.DATASETS.TEST:
+        raise ValueError("--zoo-row needs DATASETS.TEST, which is empty: name a data set.")
+    if args.with_teacher and not args.eval_only:
+        raise ValueError("--with-teacher evaluates: use it together with --eval-only.")
+    if args.with_teacher and not cfg.MOKD.ENABLED:
+        raise ValueError("--with-teacher needs a config with MOKD.ENABLED True, which names one.")
+    if args.with_teacher and cfg.MOKD.TEACHER.TORCHSCRIPT.FILE:
+        raise ValueError(
+            "--with-teacher needs a detector: MOKD.TEACHER.TORCHSCRIPT.FILE gives features only."
+        )
+    if cfg.TEST.AUG.ENABLED:
+        raise ValueError(
+            "TEST.AUG.ENABLED True is not supported: set it to False, or evaluate the exported "
+            "checkpoint with Detectron2's own tools/train_net.py."
+        )
+    if args.overwrite and (args.resume or args.eval_only):
+        other = "--resume" if args.resume else "--eval-only"
+        raise ValueError(f"--overwrite starts a new run: leave it out, or {other}.")
+    weights = cfg.MODEL.WEIGHTS
+    goes_on = args.resume and checkpoints_in(cfg.OUTPUT_DIR)
+    if not goes_on and weights and "://" not in weights and not PathManager.isfile(weights):
+        raise FileNotFoundError(f"MODEL.WEIGHTS '{weights}' does not exist.")
+
+
+def setup(args):
+    """Read the config, check all that can be checked before data and weights, start logging."""
+    trust_files(args.trust)
+    cfg = load_config(args.config_file, args.opts)
+    check_arguments(args, cfg)
+    # To evaluate the student, neither the teacher nor the training's options matter.
+    task = validate(cfg, is_training=args.with_teacher or not args.eval_only)
+    prepare_datasets(cfg, task, is_training=not args.eval_only)
+    check_device(cfg)
+    cfg.freeze()
+    if not args.eval_only:
+        claim_folder(cfg, args.resume, args.overwrite)
+    default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="mokd_det", abbrev_name="mokd")
+    return cfg
+
+
+def with_weights(cfg, weights):
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.WEIGHTS = weights
+    return cfg
+
+
+def evaluate(args, cfg):
+    """Evaluate the plain model of ``cfg`` on DATASETS.TEST (with --resume: its last weights)."""
+    task = task_of(cfg)
+    if args.resume and (last := on_main_process(find_checkpoint, cfg.OUTPUT_DIR)):
+        cfg = with_weights(cfg, last)
+    student = task.load_trained(cfg)
+    task.check_model(cfg, student, ["TEST"])
+    if args.with_teacher:  # what may be wrong with it is found before the student is evaluated
+        teacher_cfg = task.teacher_config(cfg)
+        check_teacher_classes(cfg, teacher_cfg, "--with-teacher")
+        teacher_cfg.DATASETS = cfg.DATASETS
+        teacher_cfg.OUTPUT_DIR = f"{cfg.OUTPUT_DIR}/teacher"
+        PathManager.mkdirs(teacher_cfg.OUTPUT_DIR)
+        teacher_task = task_of(teacher_cfg)
+        teacher = teacher_task.load_trained(teacher_cfg, "MOKD.TEACHER.WEIGHTS")
+        teacher_task.check_model(teacher_cfg, teacher, ["TEST"])
+    results = Trainer.test(cfg, student)
+    if args.with_teacher:
+        teacher_results = Trainer.test(teacher_cfg, teacher)
+        if comm.is_main_process():
+            print(f"Results: {write_results(teacher_results, teacher_cfg.OUTPUT_DIR)}")
+            print(format_comparison({"teacher": teacher_results, "student": results}))
+    return results, cfg
+
+
+def train(args, cfg):
+    """Train, and evaluate as the config says."""
+    with replacing_run(cfg.OUTPUT_DIR, args.overwrite):
+        trainer = build_trainer(cfg)
+        trainer.resume_or_load(resume=args.resume)
+    if comm.is_main_process() and isinstance(trainer, DistillationTrainer):
+        # What stock Detectron2 needs to use the student.
+        with PathManager.open(f"{cfg.OUTPUT_DIR}/student.yaml", "w") as f:
+            f.write(task_of(cfg).stock_config(trainer.cfg).dump())
+    trainer.train()
+    results = getattr(trainer, "_last_eval_results", {})
+    return results, with_weights(cfg, f"{cfg.OUTPUT_DIR}/model_final.pth")
+
+
+def write_zoo_row(args, cfg, results):
+    one_by_one = cfg.clone()
+    one_by_one.defrost()
+    one_by_one.TEST.BATCH_SIZE = 1
+    loader = Trainer.build_test_loader(one_by_one, cfg.DATASETS.TEST[0])
+    row = zoo_row(cfg, task_of(cfg).load_trained(cfg), results, args.config_file, loader)
+    with PathManager.open(f"{cfg.OUTPUT_DIR}/zoo_row.json", "w") as f:
+        json.dump(finite(row), f, indent=2)
+    print(format_zoo_row(row))
+
+
+def main(args):
+    with errors_as_messages(args.debug):
+        cfg = setup(args)
+    with errors_as_messages(args.debug), output_errors(cfg.OUTPUT_DIR):  # with the run's logs
+        results, cfg = evaluate(args, cfg) if args.eval_only else train(args, cfg)
+        if comm.is_main_process() and results:
+            print(f"Results: {write_results(results, cfg.OUTPUT_DIR)}")
+            if args.zoo_row:
+                write_zoo_row(args, cfg, results)
+    return results

@@ -1,0 +1,140 @@
+# Copyright (c) The mokd_det authors.
+"""``mokd init``, in this process: what it writes is read and checked as training does."""
+
+import json
+import os
+
+import pytest
+import torch
+
+from mokd_det.commands import init, new_project
+from mokd_det.config import load_config
+from mokd_det.engine import prepare_datasets, validate
+from mokd_det.tasks import task_of
+
+from ..conftest import CONFIGS, ROOT, TREES
+
+TRAIN, VAL = ([f"{TREES}/{split}.json", f"{TREES}/{split}"] for split in ("train", "val"))
+
+
+@pytest.fixture
+def create(tmp_path, monkeypatch, capsys):
+    """From arguments, beside a student and data, to what is printed; in a folder of its own."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*args, student="r18-retinanet", data=TRAIN, output="cells"):
+        given = ["--student", student, "--data", *map(str, data), "--output", output, *args]
+        init.run(init.argument_parser().parse_args(given))
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def own_teacher(tmp_path):
+    """The arguments of one that is trained."""
+    (tmp_path / "t.pth").touch()
+    return ["--teacher", str(ROOT / CONFIGS["teacher"]), "--teacher-weights", "t.pth"]
+
+
+@pytest.mark.parametrize("student", new_project.STUDENTS)
+def test_students_with_a_teacher_that_is_trained(create, own_teacher, tmp_path, student):
+    said = create(*own_teacher, "--val", *VAL, student=student, output=student)
+    assert "6 images, 1 classes; 1500 steps of 4 images (1000 epochs) on 1 CPU" in said
+    assert "mokd train --config-file " + f"{student}/student_mokd.yaml" in said
+    assert "teacher.yaml" not in said
+    os.chdir("/")
+    for name in ("scratch", "mokd"):
+        cfg = load_config(str(tmp_path / student / f"student_{name}.yaml"))
+        task = validate(cfg)
+        prepare_datasets(cfg, task)  # also that the number of classes is right
+        assert cfg.MOKD.ENABLED == (name == "mokd") and cfg.SOLVER.MAX_ITER == 1500
+        assert cfg.OUTPUT_DIR == str(tmp_path / student / "runs" / name)
+    assert cfg.MOKD.TEACHER.WEIGHTS == str(tmp_path / "t.pth")
+
+
+NAMES = [*new_project.TEACHERS, "retinanet_resnet50_fpn_v2", "ssd300_vgg16"]
+
+
+@pytest.mark.parametrize("teacher", NAMES)
+def test_teachers_by_name_are_tuned_first(create, tmp_path, teacher):
+    """From any folder, and with paths that were given relative to this one."""
+    (tmp_path / "train.json").write_text((TREES / "train.json").read_text())
+    (tmp_path / "train").symlink_to(TREES / "train")
+    said = create("--teacher", teacher, data=["train.json", "train"], output=f"my-{teacher}")
+    assert "Without --val nothing is evaluated" in said
+    commands = [line.split()[1::2] for line in said.splitlines() if line.startswith("  mokd ")]
+    assert [os.path.basename(file) for _, file in commands] == [
+        *["teacher.yaml"] * 2,
+        *["student_scratch.yaml", "student_mokd.yaml"],
+    ]
+    os.chdir("/")
+    folder = tmp_path / f"my-{teacher}"
+    cfg = load_config(str(folder / "teacher.yaml"))
+    prepare_datasets(cfg, validate(cfg))
+    student = load_config(str(folder / "student_mokd.yaml"))
+    assert student.MOKD.TEACHER.WEIGHTS == f"{cfg.OUTPUT_DIR}/model_final.pth"
+    with pytest.raises(FileNotFoundError, match="Train the teacher first"):
+        validate(student)
+    os.makedirs(cfg.OUTPUT_DIR)
+    open(student.MOKD.TEACHER.WEIGHTS, "w").close()
+    validate(student)
+    assert task_of(student).teacher_config(student).MODEL.META_ARCHITECTURE == (
+        cfg.MODEL.META_ARCHITECTURE
+    )
+
+
+@pytest.mark.parametrize(
+    "gpus, images, expected", [(0, 100, (4, 1500)), (1, 1000, (4, 3000)), (8, 118_287, (32, 44358))]
+)
+def test_the_schedule_grows_with_data_and_devices(monkeypatch, gpus, images, expected):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    args = init.argument_parser().parse_args(
+        ["--teacher", "x", "--student", "x", "--data", "a.json", "a"]
+    )
+    common, batch = new_project._common(args, "x", images)
+    assert (batch, common["SOLVER.MAX_ITER"]) == expected
+    assert common["MODEL.DEVICE"] == ("cuda" if gpus else "cpu")
+
+
+def write(path, **changes):
+    path.write_text(json.dumps({**json.loads((TREES / "train.json").read_text()), **changes}))
+    return [str(path), str(TREES / "train")]
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    "args, changes, message",
+    [
+        (
+            [],
+            {"student": "r18-retinanett"},
+            "--student 'r18-retinanett' is unknown: did you mean r",
+        ),
+        ([], {"student": "xyz"}, "--student 'xyz' is unknown: expected r18-retinanet, "),
+        (["--teacher", "r50-retinant"], {}, "no known name: did you mean r50-retinanet"),
+        (["--teacher", "no.yaml"], {}, "--teacher 'no.yaml' does not exist"),
+        (["--teacher-weights", "no.pth"], {}, "train it first: mokd train --config-file"),
+        (["--teacher", str(ROOT / "configs/Digits/teacher.yaml")], {}, "is no detector's config"),
+        (["--teacher", "r50-retinanet", "--teacher-weights", "t.pth"], {}, "has its own"),
+        ([], {"data": ["no.json", TRAIN[1]]}, "--data 'no.json' does not exist"),
+        ([], {"data": [TRAIN[0], "no"]}, "--data: the folder of images 'no' does not exist"),
+        ([], {"data": [TRAIN[0], str(TREES)]}, "(?s)--data '.*/train.json'.*6.* 0.jpg"),
+        ([], {"data": "empty"}, "(?s)--data '.*/empty.json'.* no images"),
+        (["--val", *VAL[:1], "no"], {}, "--val: the folder of images 'no' does not exist"),
+        (["--val", "other"], {}, "--val '.*/other.json' has the classes .'pear'., but --data .'"),
+        ([], {"output": "."}, "--output '.' is there already: name a new folder"),
+    ],
+)
+def test_what_is_wrong_is_found_before_anything_is_written(
+    create, own_teacher, tmp_path, args, changes, message
+):
+    if changes.get("data") == "empty":
+        changes = {"data": write(tmp_path / "empty.json", images=[], annotations=[])}
+    if args[-1:] == ["other"]:
+        args = ["--val", *write(tmp_path / "other.json", categories=[{"id": 1, "name": "pear"}])]
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        create(*own_teacher, *args, **changes)
+    assert not (tmp_path / "cells").exists()
