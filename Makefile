@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 UV := $(BIN)/uv
 UV_VERSION := 0.13.9
 
-.PHONY: help env demo demo-classification test test-all test-reliability lint pins clean
+.PHONY: help env demo demo-classification test test-all test-reliability lint docs pins clean
 
 help:
 	@echo "make demo   from nothing to a distilled tree detector (about 7 minutes on 2 CPU cores)"
@@ -15,6 +15,7 @@ help:
 	@echo "make test-reliability   runs that are killed, stopped, damaged (30 minutes at most)"
 	@echo "make env    only the set-up, in $(VENV)"
 	@echo "make lint   ruff (rules and format) and mypy over the code"
+	@echo "make docs   the documentation as a site in build/docs, strictly (half a minute)"
 	@echo "make pins   resolve the newest versions into requirements.txt"
 	@echo "make clean  delete $(VENV) and output/, all runs in it included"
 
@@ -51,10 +52,13 @@ lint: env
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: env
+	$(BIN)/python docs/build.py
+
 pins: env
 	$(UV) pip compile --universal --python-version 3.10 --upgrade --no-annotate --no-header --quiet \
-	    --extra detectron2 --extra balancers --extra studies --extra timm --extra onnx --extra dev pyproject.toml -o requirements.txt
+	    --extra detectron2 --extra balancers --extra studies --extra timm --extra onnx --extra docs --extra dev pyproject.toml -o requirements.txt
 	sed -i.bak "1i # Pinned environment of 'make env'. Remade by: make pins" requirements.txt && rm requirements.txt.bak
 
 clean:
-	rm -rf $(VENV) output
+	rm -rf $(VENV) output build

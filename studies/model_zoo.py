@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 # Copyright (c) The mokd_det authors.
 """
-Write MODEL_ZOO.md from the records in studies/ and the configs.
+Write MODEL_ZOO.md and docs/chart.svg from the records in studies/ and the configs.
 
 Example:
   python studies/model_zoo.py
@@ -11,6 +11,7 @@ import argparse
 from pathlib import Path
 
 from mokd_det.command_line import add_debug, errors_as_messages
+import plots
 import records
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,6 +44,8 @@ RECIPES = {
 }
 ENDS = ("_3x_LSJ", "_3x", "_1x")  # schedules of one recipe
 FIXED = [f"fixed 1:{features}:{logits}" for features in (0.1, 1, 10) for logits in (0.1, 0.3, 1, 3)]
+# Below this the chart has no interval, and takes the default's predecessor if that has more seeds.
+FEW_SEEDS = 3
 LONG = ["scratch, twice as long", "loss ratio, twice as long"]
 # Title, rows as (prefix, study, methods), and a column more: its baseline.
 TABLES = (
@@ -125,6 +128,35 @@ def rows_of_study(notes, name, data, *methods):
     return rows
 
 
+def gains():
+    """
+    Return what the chart shows, on test: data -> "fixed weights" and "default" -> difference
+    to from scratch, half of its interval or None, and both as a label.
+    """
+    found = {}
+    for name, data, *methods in (study for task in MAIN.values() for study in task):
+        study, summary = load(name)
+        scratch, fixed = study["baseline"][:2]
+        enough = [m for m in methods if records.seeds_of(summary[m]) >= FEW_SEEDS]
+        method = (enough or methods)[-1]
+        row = data if method == methods[-1] else f"{data}\n({method})"
+        found[row] = {
+            label: _gain(summary[of], scratch)
+            for label, of in (("fixed weights", fixed), ("default", method))
+        }
+    return found
+
+
+def _gain(row, scratch):
+    of = row[list(row)[-1]]  # the last metric is of test
+    mean, half = of["differences"][scratch]
+    seeds = len(of["values"])
+    label = f"{records.rounded(mean):+.1f}"
+    if seeds < FEW_SEEDS or half is None:
+        return mean, None, f"{label} ({seeds} seed{'s' if seeds > 1 else ''})"
+    return mean, half, f"{label} ± {records.rounded(half):.1f}"
+
+
 def recipes(folder, data):
     """Rows of the configs of a folder, one for each pair of teacher and student."""
     found = {}
@@ -184,7 +216,8 @@ def main():
     add_debug(parser)
     with errors_as_messages(parser.parse_args().debug):
         (ROOT / "MODEL_ZOO.md").write_text(model_zoo())
-    print("MODEL_ZOO.md")
+        plots.plot_gains(gains(), ROOT / "docs/chart.svg")
+    print("MODEL_ZOO.md, docs/chart.svg")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ PANELS = (
     ("the task's share of the update", "linear", "share_task", 0.5),
 )
 
+COLORS = ("#9e9e9e", "#00796b")  # fixed weights, the default
+
 
 def plot_balance(records, path):
     """
@@ -82,6 +84,43 @@ def plot_axis(lines, reference, label, metric, path):
     axis.set_ylabel(metric)
     axis.legend(fontsize=8)
     _save(figure, path)
+
+
+def plot_gains(gains, path):
+    """
+    Differences to training from scratch, with their intervals; a row for each data set.
+
+    Args:
+        gains (dict[str, dict[str, tuple]]): row -> method -> mean, half of the interval (None if
+            there are too few seeds for one) and label.
+        path (Path): SVG to write. Its text is text, so a test can read it.
+    """
+    methods = list(dict.fromkeys(method for row in gains.values() for method in row))
+    with plt.rc_context({"svg.fonttype": "none", "svg.hashsalt": "mokd_det", "font.size": 10}):
+        figure, axis = plt.subplots(figsize=(8, 0.8 + 0.72 * len(gains)))
+        for place, row in enumerate(gains.values()):
+            for method, (mean, half, label) in row.items():
+                number = methods.index(method)
+                y = place + 0.36 * (number - (len(methods) - 1) / 2)
+                filled = COLORS[number] if half is not None else "white"
+                axis.errorbar(
+                    *(mean, y, None, half or 0),
+                    **dict(fmt="o", color=COLORS[number], markerfacecolor=filled, capsize=3),
+                    label=None if place else method,
+                )
+                axis.text(mean + (half or 0) + 0.5, y, label, va="center", fontsize=9)
+        axis.axvline(0, color="black", linewidth=1)
+        axis.text(0, -0.62, "from scratch", ha="center", fontsize=9)
+        axis.set_yticks(range(len(gains)), gains)
+        axis.set_ylim(len(gains) - 0.5, -0.5)
+        axis.margins(x=0.14)
+        axis.set_xlabel("points above training from scratch, on test, with 95 % interval")
+        axis.spines[["top", "right", "left"]].set_visible(False)
+        axis.tick_params(left=False)
+        axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)
+        figure.tight_layout()
+        figure.savefig(path, metadata={"Date": None})
+        plt.close(figure)
 
 
 def _mean_over(series):
