@@ -40,8 +40,9 @@ LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\(([^()\s]+)\)")
 
 
 def all_pages() -> dict[str, str]:
-    """Return file of the repository -> file of the site, Markdown and pictures."""
-    files = (path for path in (ROOT / "docs").rglob("*") if path.suffix in (".md", ".svg", ".jpg"))
+    """Return file of the repository -> file of the site: Markdown, pictures and style."""
+    kinds = (".md", ".svg", ".jpg", ".png", ".css")
+    files = (path for path in (ROOT / "docs").rglob("*") if path.suffix in kinds)
     own = {path.relative_to(ROOT).as_posix(): path.relative_to(ROOT / "docs") for path in files}
     return {file: page.as_posix() for file, page in own.items()} | PAGES
 
@@ -64,7 +65,7 @@ def relinked(text: str, file: str, pages: dict[str, str]) -> str:
         if path not in pages and not (ROOT / path).exists():
             raise FileNotFoundError(f"{file} links to '{target}', which does not exist.")
         if path not in pages:
-            return label if "`" in label or label == path else f"{label} (`{path}`)"
+            return label if Path(path).stem in label else f"{label} (`{path}`)"
         to = posixpath.relpath(pages[path], posixpath.dirname(pages[file]) or ".")
         return f"{mark}[{label}]({to}{'#' + anchor if anchor else ''})"
 

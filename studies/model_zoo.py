@@ -23,9 +23,6 @@ Numbers are val / test, means over seeds. Differences are paired seed by seed, Â
 The studies train shorter or at another learning rate than some configs: `studies/NAME.yaml` has the overrides. `studies/NAME.json` has every run: results, commit, checksums of weights, and the overrides as they were run, with the option names of that time.
 `python studies/run.py studies/NAME.yaml --run --only "METHOD" --output FOLDER` runs a row again. The same seed trains another teacher on another kind of processor, so only runs with the same teacher are compared.
 """  # noqa: E501
-PICTURES = (
-    "Pictures of conflict, dominance and weights (*balance*), and of the last table (*axis*):"
-)
 # Task -> (study, data and measure, methods, the last of them today's default). The study's first
 # baselines are the student from scratch and, if there is another, fixed weights.
 MAIN = {
@@ -204,9 +201,7 @@ def small_table(title, groups, extra):
 def model_zoo():
     """The whole text."""
     tables = [main_table(task) for task in MAIN] + [small_table(*table) for table in TABLES]
-    files = sorted((ROOT / "studies").glob("*.png"))
-    links = ", ".join(link(file.relative_to(ROOT), file.stem) for file in files)
-    return "\n".join([HEAD, *tables, f"{PICTURES} {links}.\n"])
+    return "\n".join([HEAD, *tables])
 
 
 def main():

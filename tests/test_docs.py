@@ -1,12 +1,14 @@
 # Copyright (c) The mokd_det authors.
-"""The examples of docs/architecture.md and docs/torchvision_detectors.md, as they stand there."""
+"""The examples of README.md and docs/, as they stand there."""
 
 import re
 import shutil
 
+import numpy as np
 import pytest
 import supported
 import torch
+import yaml
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils.events import EventStorage
 
@@ -17,15 +19,22 @@ from mokd_det.engine import build_trainer, validate
 from mokd_det.objectives import OBJECTIVES
 from mokd_det.tasks import TASKS
 
-from .conftest import ROOT, TREES
+from .conftest import DIGITS, ROOT, TREES
 
 TORCHVISION = ROOT / "docs/torchvision_detectors.md"
+TUTORIALS = ROOT / "docs/tutorials"
+CONFIG = re.compile(
+    r"`(configs/my_\w+\.yaml)`[^`]*(?:`\w+`[^`]*)?:\n\n```yaml\n(.*?)```", re.DOTALL
+)
+
+
+def code_of(page, language="python"):
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
 
 
 @pytest.fixture
 def examples():
-    text = (ROOT / "docs/architecture.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    blocks = code_of(TUTORIALS / "extend.md")
     for block in blocks:
         exec(block, {})
     yield len(blocks)
@@ -77,35 +86,98 @@ def test_table_of_torchvisions_detectors_is_what_the_code_says():
     assert len(TORCHVISION.read_text().splitlines()) <= 120
 
 
-def test_torchvision_examples_hold(tmp_path, monkeypatch):
-    """Both configs, on a set with their number of classes, and the checkpoint without mokd_det."""
-    page = TORCHVISION.read_text()
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder like a checkout, with the configs that others begin with."""
     (tmp_path / "configs").mkdir()
-    shutil.copy(ROOT / "configs/Base-TorchvisionDetector.yaml", tmp_path / "configs")
+    for base in (ROOT / "configs").glob("Base-*.yaml"):
+        shutil.copy(base, tmp_path / "configs")
     monkeypatch.chdir(tmp_path)
-    files = re.findall(r"`(configs/my_tv_\w+\.yaml)`:\n\n```yaml\n(.*?)```", page, re.DOTALL)
-    assert [name for name, _ in files] == [
-        "configs/my_tv_teacher.yaml",
-        "configs/my_tv_ssdlite.yaml",
-    ]
+    return tmp_path
+
+
+def validated(folder, page, *replaced):
+    """
+    Write the configs of a page, teacher first, with some paths replaced; validate them on their
+    data, and return those that were read. The teacher's weights are an empty file.
+    """
+    files = CONFIG.findall(page.read_text())
     for name, text in files:
-        sets = rf'"{TREES}/\1.json", "{TREES}/\1"'
-        (tmp_path / name).write_text(
-            re.sub(r'"/data/my/(\w+)\.json", "/data/my/images"', sets, text)
-        )
+        for pattern, other in replaced:
+            text = re.sub(pattern, other, text)
+        (folder / name).write_text(text)
+    cfgs = []
     for name, _ in files:
         cfg = load_config(name, ["MODEL.DEVICE", "cpu"])
         task = validate(cfg)  # also that the teacher's weights are there
-        weights = tmp_path / cfg.OUTPUT_DIR / "model_final.pth"
+        weights = folder / cfg.OUTPUT_DIR / "model_final.pth"
         weights.parent.mkdir(parents=True)
         weights.touch()
-        cfg.MODEL.TORCHVISION_DETECTOR.NUM_CLASSES = 1  # the trees
+        cfgs.append(cfg.clone())
+        if cfg.MODEL.META_ARCHITECTURE == "TorchvisionDetector":
+            cfg.MODEL.TORCHVISION_DETECTOR.NUM_CLASSES = 1  # the trees
         register_datasets(cfg)
         task.check_data(cfg)
-    student = task.build_student(task.untrained_config(load_config(name, ["MODEL.DEVICE", "cpu"])))
-    torch.save({"model": student.state_dict()}, weights)
-    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    return cfgs
+
+
+def save_student(cfg, weights):
+    """Write a checkpoint of the student with random weights, and return its state."""
+    task = validate(cfg)
+    state = task.build_student(task.untrained_config(cfg)).state_dict()
+    torch.save({"model": state}, weights)
+    return state
+
+
+def loads_in_its_library(block, name, state):
+    """Run a block, and compare the model of that name with the state."""
     found = {}
     exec(block, found)
-    state = found["model"].state_dict()
-    assert all(torch.equal(value, state[key]) for key, value in student.state_dict().items())
+    loaded = found[name].state_dict()
+    return all(torch.equal(value, loaded[key]) for key, value in state.items())
+
+
+def test_torchvision_examples_hold(folder):
+    """Both configs, on a set with their number of classes, and the checkpoint without mokd_det."""
+    sets = r'"/data/my/(\w+)\.json", "/data/my/images"', rf'"{TREES}/\1.json", "{TREES}/\1"'
+    teacher, student = validated(folder, TORCHVISION, sets)
+    assert student.MOKD.TEACHER.CONFIG_FILE == "configs/my_tv_teacher.yaml"
+    state = save_student(student, "output/my_tv_ssdlite/model_final.pth")
+    assert loads_in_its_library(code_of(TORCHVISION)[0], "model", state)
+
+
+def test_detector_tutorial_holds(folder):
+    data = r"datasets/neon_trees/", f"{TREES}/"
+    weights = r'"datasets/pretrained/.*?"', '""'
+    teacher, student = validated(folder, TUTORIALS / "detector.md", data, weights)
+    assert student.MOKD.ENABLED and not teacher.MOKD.ENABLED
+    *_, backbone = code_of(TUTORIALS / "detector.md", "yaml")
+    (folder / "backbone.yaml").write_text(backbone)
+    assert load_config("backbone.yaml").MODEL.TORCHVISION.NAME == "resnet18"
+
+
+def test_classifier_tutorial_holds(folder):
+    """Also the script that makes files of the packed digits."""
+    (folder / "datasets/mnist").mkdir(parents=True)
+    for split in ("train", "val"):
+        shutil.copy(DIGITS / f"{split}.npz", folder / "datasets/mnist")
+    make_files, load = code_of(TUTORIALS / "classifier.md")
+    exec(make_files, {})
+    files = list((folder / "datasets/photos/train").glob("*/*.png"))
+    assert len(files) == len(np.load(DIGITS / "train.npz")["labels"])
+    teacher, student = validated(folder, TUTORIALS / "classifier.md")
+    assert student.SOLVER.MAX_ITER == teacher.SOLVER.MAX_ITER
+    state = save_student(student, "output/my_student_net/model_final.pth")
+    assert loads_in_its_library(load, "network", state)
+
+
+def test_readme_is_a_page_and_its_configs_are_read(folder):
+    readme = ROOT / "README.md"
+    assert len(readme.read_text().split()) <= 700
+    mokd, *students = map(yaml.safe_load, code_of(readme, "yaml"))
+    tables = re.findall(r"(?:^\|.*\n)+", readme.read_text(), re.MULTILINE)
+    assert len(students) == 2 and all(table.count("\n") <= 6 for table in tables)
+    for student in students:
+        (folder / "configs/my_student.yaml").write_text(yaml.dump({**student, **mokd}))
+        cfg = load_config("configs/my_student.yaml")
+        assert cfg.MOKD.ENABLED and cfg.MOKD.TEACHER.WEIGHTS
