@@ -102,12 +102,10 @@ def plot_gains(gains, path):
             for method, (mean, half, label) in row.items():
                 number = methods.index(method)
                 y = place + 0.36 * (number - (len(methods) - 1) / 2)
-                filled = "white" if half is None else COLORS[number]
                 shown = None if place else method  # in the legend, once
-                bar = axis.errorbar(mean, y, xerr=half or 0, fmt="o", capsize=3, label=shown)
-                for part in bar.get_children():
-                    part.set_color(COLORS[number])
-                bar.lines[0].set_markerfacecolor(filled)
+                style = {"fmt": "o", "capsize": 3, "color": COLORS[number]}
+                style["markerfacecolor"] = "white" if half is None else COLORS[number]
+                axis.errorbar(mean, y, xerr=half or 0, label=shown, **style)
                 axis.text(mean + (half or 0) + 0.5, y, label, va="center", fontsize=9)
         axis.axvline(0, color="black", linewidth=1)
         axis.text(0, -0.62, "from scratch", ha="center", fontsize=9)

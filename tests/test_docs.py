@@ -153,7 +153,7 @@ def test_detector_tutorial_holds(folder):
     assert student.MOKD.ENABLED and not teacher.MOKD.ENABLED
     *_, backbone = code_of(TUTORIALS / "detector.md", "yaml")
     (folder / "backbone.yaml").write_text(backbone)
-    assert load_config("backbone.yaml").MODEL.TORCHVISION.NAME == "resnet18"
+    assert load_config("backbone.yaml").MODEL.TORCHVISION.NORM == "FrozenBN"
 
 
 def test_classifier_tutorial_holds(folder):
