@@ -41,7 +41,7 @@ RECIPES = {
 }
 ENDS = ("_3x_LSJ", "_3x", "_1x")  # schedules of one recipe
 FIXED = [f"fixed 1:{features}:{logits}" for features in (0.1, 1, 10) for logits in (0.1, 0.3, 1, 3)]
-# Below this the chart has no interval, and takes the default's predecessor if that has more seeds.
+# Below this the chart has no interval.
 FEW_SEEDS = 3
 LONG = ["scratch, twice as long", "loss ratio, twice as long"]
 # Title, rows as (prefix, study, methods), and a column more: its baseline.
@@ -125,23 +125,43 @@ def rows_of_study(notes, name, data, *methods):
     return rows
 
 
-def gains():
+def main_studies():
     """
-    Return what the chart shows, on test: data -> "fixed weights" and "default" -> difference
-    to from scratch, half of its interval or None, and both as a label.
+    Yield, of each main study: data, summary, from scratch, fixed weights, and the method that
+    stands for the default: the last one, or with too few seeds its predecessor.
     """
-    found = {}
     for name, data, *methods in (study for task in MAIN.values() for study in task):
         study, summary = load(name)
-        scratch, fixed = study["baseline"][:2]
         enough = [m for m in methods if records.seeds_of(summary[m]) >= FEW_SEEDS]
         method = (enough or methods)[-1]
-        row = data if method == methods[-1] else f"{data}\n({method})"
-        found[row] = {
+        shown = data if method == methods[-1] else f"{data}\n({method})"
+        yield shown, summary, *study["baseline"][:2], method
+
+
+def gains():
+    """
+    Return what the chart shows, on test: data -> "fixed weights" and "default" -> difference to
+    from scratch, half of its interval or None, and both as a label.
+    """
+    return {
+        data: {
             label: _gain(summary[of], scratch)
             for label, of in (("fixed weights", fixed), ("default", method))
         }
-    return found
+        for data, summary, scratch, fixed, method in main_studies()
+    }
+
+
+def readme_rows():
+    """Return the cells of README's table of results after the first: seeds and numbers on test."""
+    rows = []
+    for _, summary, scratch, fixed, method in main_studies():
+        of = {name: dict([list(row.items())[-1]]) for name, row in summary.items()}  # on test
+        cells = [str(records.seeds_of(of[method])), records.means_cell(of[scratch])]
+        cells += [records.means_cell(of[method])]
+        cells += [records.difference_cell(of[method], baseline) for baseline in (scratch, fixed)]
+        rows.append(cells)
+    return rows
 
 
 def _gain(row, scratch):

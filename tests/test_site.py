@@ -103,6 +103,14 @@ def test_chart_is_what_the_records_say():
             assert f">{label}</text>" in chart, "run studies/model_zoo.py"
 
 
+def test_results_of_the_readme_are_what_the_records_say():
+    readme = (ROOT / "README.md").read_text()
+    missing = [
+        row for row in map(" | ".join, model_zoo.readme_rows()) if f"| {row} |" not in readme
+    ]
+    assert not missing
+
+
 @pytest.mark.slow
 def test_site_builds_strictly():
     pytest.importorskip("material")
