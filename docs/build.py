@@ -88,16 +88,21 @@ def assemble(folder: Path) -> None:
             shutil.copy(ROOT / file, target)
 
 
+def generate() -> int:
+    """Make the site of what is in SOURCE, and return 0 if there was not even a warning."""
+    # Not --quiet: it keeps warnings from --strict, too. The variable silences an advertisement.
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--clean"]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment).returncode
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.parse_args()
     assemble(SOURCE)
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--clean", "--quiet"]
-    # The variable silences an advertisement at every build.
-    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
-    sys.exit(subprocess.run(command, cwd=ROOT, env=environment).returncode)
+    sys.exit(generate())
 
 
 if __name__ == "__main__":
