@@ -245,7 +245,8 @@ def _print_next(
     steps, batch = common["SOLVER.MAX_ITER"], common["SOLVER.IMS_PER_BATCH"]
     print(
         f"{folder}: {images} images, {len(classes)} classes; {steps} steps of {batch} images "
-        f"({steps * batch / images:.0f} epochs) on {max(gpus, 1)} {'GPU' if gpus else 'CPU'}"
+        f"({steps * batch / images:.0f} epochs) on {max(gpus, 1)} {'GPU' if gpus else 'CPU'}\n"
+        f"Schedule: {EPOCHS} epochs, but at least {LEAST_STEPS} steps; change it in common.yaml."
     )
     if not common["DATASETS.TEST"]:
         print("Without --val nothing is evaluated: add a set to DATASETS.TEST in common.yaml.")

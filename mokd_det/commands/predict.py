@@ -28,7 +28,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--weights", required=True, help="its checkpoint")
     parser.add_argument("--output", default="predictions", help="folder to write (%(default)s)")
     parser.add_argument(
-        "--threshold", type=float, default=0.5, help="smallest score of a box (%(default)s)"
+        "--threshold", type=float, help="of detectors: smallest score of a box (0.5)"
     )
     parser.add_argument("--trust", action="store_true", help="run the code in config files")
     add_debug(parser)

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +31,7 @@ from ..tasks import Task
 from ..untrusted import printable
 
 PHOTOS = "photos_to_predict"  # the name under which they are registered
+USUAL_THRESHOLD = 0.5
 TOP = 5  # classes of a photo
 FEW = 32  # photos for which no processes are started
 
@@ -47,7 +49,7 @@ def predict(args: argparse.Namespace) -> None:
     fit, an image that cannot be read.
     """
     paths, opts = split_overrides(args.paths)
-    if not 0 <= args.threshold <= 1:
+    if args.threshold is not None and not 0 <= args.threshold <= 1:
         raise ValueError(f"--threshold is {args.threshold}: expected a number in [0, 1].")
     if "://" not in args.weights and not PathManager.isfile(args.weights):
         raise FileNotFoundError(f"--weights '{args.weights}' does not exist.")
@@ -55,12 +57,14 @@ def predict(args: argparse.Namespace) -> None:
     cfg = load_config(args.config_file, [*opts, "MODEL.WEIGHTS", args.weights])
     task = validate(cfg, is_training=False)
     check_device(cfg)
+    is_classifier = cfg.MODEL.META_ARCHITECTURE == "Classifier"
+    if is_classifier and args.threshold is not None:
+        raise ValueError("--threshold is for detectors, and the config is a classifier's: drop it.")
     if len(photos) < FEW:
         cfg.DATALOADER.NUM_WORKERS = 0
     model = task.load_trained(cfg, "--weights")
     os.makedirs(args.output, exist_ok=True)
     names = trained_class_names(args.weights, "--weights") or known_class_names(cfg) or []
-    is_classifier = cfg.MODEL.META_ARCHITECTURE == "Classifier"
     results = (
         _classify(cfg, task, model, photos, names)
         if is_classifier
@@ -77,6 +81,11 @@ def _find(paths: Sequence[str], output: str) -> list[Photo]:
     photos = []
     for path in paths:
         if os.path.isdir(path):
+            if Path(os.path.realpath(output)).is_relative_to(os.path.realpath(path)):
+                raise ValueError(
+                    f"--output '{output}' is in '{path}', so the next call would find its pictures "
+                    "there: name a folder elsewhere."
+                )
             files = list_images(path, LeftOut())
             if not files:
                 kinds = ", ".join(IMAGE_EXTENSIONS)
@@ -146,6 +155,7 @@ def _detect(
     args: argparse.Namespace,
 ) -> list[dict[str, Any]]:
     pictures = {photo.path: os.path.join(args.output, _picture(photo.name)) for photo in photos}
+    least = USUAL_THRESHOLD if args.threshold is None else args.threshold
     ids = _category_ids(cfg, names)
     results = []
     with _loader(cfg, task, photos) as loader, torch.no_grad():
@@ -157,7 +167,7 @@ def _detect(
                         "but something else: expected a detector or a classifier."
                     )
                 found = outputs["instances"].to("cpu")
-                found = found[found.scores >= args.threshold]
+                found = found[found.scores >= least]
                 for result in instances_to_coco_json(found, element["image_id"]):
                     label = result["category_id"]
                     result["category_id"] = ids[label] if ids else label

@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from mokd_det.commands import doctor, installation
+from mokd_det.commands import doctor, dry_run, installation
 
 from ..conftest import CONFIGS, TREE_OPTS
 
@@ -15,8 +15,10 @@ STEP = "s for 2 images, the student's own"
 
 
 @pytest.fixture
-def examine(tmp_path, capsys, teacher_weights):
+def examine(tmp_path, capsys, teacher_weights, monkeypatch):
     """From (name of a config, overrides) to the exit code and the printed lines."""
+
+    monkeypatch.setattr(dry_run, "STEPS", 1)
 
     def run(name, *opts):
         args = doctor.argument_parser().parse_args(["--config-file", CONFIGS[name]])

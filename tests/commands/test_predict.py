@@ -105,8 +105,9 @@ def test_a_classifier(make_digits_cfg, save, tmp_path):
         scores = [x["score"] for x in photo["classes"]]
         assert len(scores) == 5 and scores == sorted(scores, reverse=True) and sum(scores) < 1
         assert all(x["name"] == str(x["class"]) for x in photo["classes"])  # the digits' names
-    cfg.MODEL.WEIGHTS = str(tmp_path / "model.pth")
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["predictions.json"]
+    with pytest.raises(ValueError, match="--threshold is for detectors, and the config is a class"):
+        call(*save(cfg), tmp_path / "0.png", "--threshold", 0.1)
 
 
 @pytest.mark.bad_input
@@ -120,6 +121,7 @@ def test_a_classifier(make_digits_cfg, save, tmp_path):
         (["{photos}/a.jpg", "--threshold", "2"], "--threshold is 2.0: expected a number in"),
         (["{photos}/a.jpg", "--weights", "no.pth"], "--weights 'no.pth' does not exist"),
         (["{photos}/a.jpg", "{photos}/more/a.jpg"], "would have one picture"),
+        (["{photos}", "--output", "{photos}/found"], "found' is in '.*photos', so the next call"),
         (["{photos}/a.jpg", "--output", "{photos}"], "has the photo '.*a.jpg': name another"),
         (["{photos}/a.jpg", "--weights", "{photos}/notes.txt"], "notes.txt"),
     ],
