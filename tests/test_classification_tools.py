@@ -147,10 +147,10 @@ def test_benchmark_of_the_loader(make_digits_cfg, benchmark):
     assert found["images_per_second"] > 0 and found["workers"] == 1
 
 
-def test_benchmark_needs_a_distilled_classifier(benchmark, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["benchmark", "--config-file", "configs/Digits/teacher.yaml"])
+def test_benchmark_needs_a_distilled_classifier(benchmark, capsys):
+    args = benchmark.argument_parser().parse_args(["--config-file", "configs/Digits/teacher.yaml"])
     with pytest.raises(SystemExit, match="2"):
-        benchmark.main()
+        benchmark.main(args)
     assert "with MOKD.ENABLED True" in capsys.readouterr().err
 
 

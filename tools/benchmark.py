@@ -53,6 +53,37 @@ import statistics
 import tempfile
 import time
 
+from mokd_det.command_line import TIMEOUT, add_debug, errors_as_messages, positive
+
+
+def argument_parser():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", required=True, help="a config with MOKD.ENABLED True")
+    parser.add_argument("--size", type=positive, nargs=2, default=(256, 320), metavar=("H", "W"))
+    parser.add_argument("--batch", type=positive, default=4, help="images a step (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=10, help="(%(default)s)")
+    parser.add_argument("--variants", nargs="+", help="of those above (all of them)")
+    parser.add_argument(
+        "--teacher-options", action="store_true", help="compare those of the teacher"
+    )
+    parser.add_argument(
+        "--profile", action="store_true", help="the share of each part of a step instead"
+    )
+    parser.add_argument("--output", default="", help="JSON file to write")
+    parser.add_argument("--trust", action="store_true", help="run the code in config files")
+    add_debug(parser)
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides KEY VALUE ...")
+    # One process, unless torchrun has started several.
+    parser.set_defaults(num_gpus=1, num_machines=1, machine_rank=0, dist_url=None)
+    parser.set_defaults(eval_only=True, timeout=TIMEOUT)
+    return parser
+
+
+if __name__ == "__main__":  # before torch, which --help is not to wait for
+    ARGUMENTS = argument_parser().parse_args()
+
 import mokd_det.compat  # noqa: F401  (first: patches Detectron2 where it needs it)
 import torch
 from detectron2.engine import SimpleTrainer
@@ -64,7 +95,6 @@ from detectron2.utils.events import EventStorage, get_event_storage
 from torch import nn
 
 from mokd_det.balancing import Branch, build_balancer
-from mokd_det.command_line import TIMEOUT, add_debug, errors_as_messages, positive
 from mokd_det.config import load_config, split_overrides, trust_files
 from mokd_det.engine import (
     BalancedTrainer,
@@ -502,33 +532,6 @@ PART_COLUMNS = {
 }
 
 
-def argument_parser():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config-file", required=True, help="a config with MOKD.ENABLED True")
-    parser.add_argument("--size", type=positive, nargs=2, default=(256, 320), metavar=("H", "W"))
-    parser.add_argument("--batch", type=positive, default=4, help="images a step (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=10, help="(%(default)s)")
-    parser.add_argument(
-        "--variants", nargs="+", default=VARIANTS, help=f"of {', '.join(VARIANTS)} (all of them)"
-    )
-    parser.add_argument(
-        "--teacher-options", action="store_true", help="compare those of the teacher"
-    )
-    parser.add_argument(
-        "--profile", action="store_true", help="the share of each part of a step instead"
-    )
-    parser.add_argument("--output", default="", help="JSON file to write")
-    parser.add_argument("--trust", action="store_true", help="run the code in config files")
-    add_debug(parser)
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides KEY VALUE ...")
-    # One process, unless torchrun has started several.
-    parser.set_defaults(num_gpus=1, num_machines=1, machine_rank=0, dist_url=None)
-    parser.set_defaults(eval_only=True, timeout=TIMEOUT)
-    return parser
-
-
 def read_config(args):
     """Return the config, its learning rate 0, after checking the arguments."""
     if args.rounds < 2:
@@ -553,7 +556,7 @@ def read_config(args):
 
 
 def benchmark(args):
-    args.variants, overrides = split_overrides(args.variants)
+    args.variants, overrides = split_overrides(args.variants or VARIANTS)
     args.opts = overrides + args.opts
     cfg = read_config(args)
     seed_all_rng(0)
@@ -597,4 +600,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    launch(main, argument_parser().parse_args())
+    launch(main, ARGUMENTS)

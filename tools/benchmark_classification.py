@@ -30,12 +30,35 @@ import json
 import statistics
 import time
 
+from mokd_det.command_line import add_debug, errors_as_messages, positive
+
+
+def argument_parser():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config-file", required=True, help="of a classifier")
+    parser.add_argument("--loader", action="store_true", help="measure the training loader")
+    parser.add_argument(
+        "--size", type=positive, default=128, help="side of the images (%(default)s)"
+    )
+    parser.add_argument("--batch", type=positive, default=32, help="images a step (%(default)s)")
+    parser.add_argument("--rounds", type=positive, default=20, help="or batches (%(default)s)")
+    parser.add_argument("--output", default="", help="JSON file to write")
+    parser.add_argument("--trust", action="store_true", help="run the code in config files")
+    add_debug(parser)
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides KEY VALUE ...")
+    return parser
+
+
+if __name__ == "__main__":  # before torch, which --help is not to wait for
+    ARGUMENTS = argument_parser().parse_args()
+
 import mokd_det.compat  # noqa: F401  (first: patches Detectron2 where it needs it)
 import torch
 from benchmark import (
     Constant,
     machine,
-    positive,
     print_table,
     random_model,
     ratio,
@@ -46,7 +69,6 @@ from benchmark import (
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 
-from mokd_det.command_line import add_debug, errors_as_messages
 from mokd_det.config import load_config, trust_files
 from mokd_det.data import check_datasets, register_datasets
 from mokd_det.data.classification import Batch
@@ -224,24 +246,6 @@ COLUMNS = {
 }
 
 
-def argument_parser():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config-file", required=True, help="of a classifier")
-    parser.add_argument("--loader", action="store_true", help="measure the training loader")
-    parser.add_argument(
-        "--size", type=positive, default=128, help="side of the images (%(default)s)"
-    )
-    parser.add_argument("--batch", type=positive, default=32, help="images a step (%(default)s)")
-    parser.add_argument("--rounds", type=positive, default=20, help="or batches (%(default)s)")
-    parser.add_argument("--output", default="", help="JSON file to write")
-    parser.add_argument("--trust", action="store_true", help="run the code in config files")
-    add_debug(parser)
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides KEY VALUE ...")
-    return parser
-
-
 def benchmark(args):
     cfg = load_config(args.config_file, args.opts)
     if task_of(cfg).name != "classification" or not (args.loader or cfg.MOKD.ENABLED):
@@ -267,12 +271,11 @@ def benchmark(args):
         print(args.output)
 
 
-def main():
-    args = argument_parser().parse_args()
+def main(args):
     trust_files(args.trust)
     with errors_as_messages(args.debug):
         benchmark(args)
 
 
 if __name__ == "__main__":
-    main()
+    main(ARGUMENTS)

@@ -40,12 +40,12 @@ def argument_parser():
 if __name__ == "__main__":  # before torch, which --help is not to wait for
     ARGUMENTS = argument_parser().parse_args()
 
-import torch  # noqa: E402
-import torchvision  # noqa: E402, F401  (registers operators of detectors: NMS and ROIAlign)
-from PIL import Image, ImageOps  # noqa: E402
-from torchvision.transforms import InterpolationMode  # noqa: E402
-from torchvision.transforms import functional as F  # noqa: E402
-from torchvision.utils import draw_bounding_boxes, draw_keypoints, draw_segmentation_masks  # noqa: E402
+import torch
+import torchvision  # noqa: F401  (registers operators of detectors: NMS and ROIAlign)
+from PIL import Image, ImageOps
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as F
+from torchvision.utils import draw_bounding_boxes, draw_keypoints, draw_segmentation_masks
 
 
 METADATA_FILE = "metadata.json"

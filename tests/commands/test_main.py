@@ -22,13 +22,12 @@ for argv in {commands!r}:
         assert heavy not in sys.modules, (argv, heavy)
 """
 MOKD = "mokd_det/__main__.py"
-TOOLS = ["train_net", "export_model", "check_data", "visualize_predictions", "plot_balance"]
-TOOLS += ["quick_start", "quick_start_classification", "run_exported"]
+TOOLS = sorted(str(path) for path in (ROOT / "tools").glob("*.py"))
 
 
 def test_help_waits_for_no_library():
     commands = [[MOKD, "--help"], *([MOKD, name, "--help"] for name in main.COMMANDS)]
-    commands += [[f"tools/{name}.py", "--help"] for name in TOOLS]
+    commands += [[path, "--help"] for path in TOOLS]
     code = ASK_FOR_HELP.format(commands=commands)
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
