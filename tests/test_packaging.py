@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import ROOT, TREES
+from .conftest import DIGITS, ROOT, TREES
 
 
 def test_every_package_is_installed():
@@ -138,7 +138,13 @@ def test_the_first_hour_with_a_wheel(mokd, tmp_path):
 
 @pytest.mark.slow
 def test_configs_of_a_wheel_have_names(mokd, tmp_path):
-    """From any folder; the first error is that of the data, which are not here."""
+    """From any folder."""
+    sets = [["digits", str(DIGITS / "train.npz")]]
+    opts = ["SOLVER.UNIT", "iteration", "SOLVER.MAX_ITER", 2, "SOLVER.WARMUP_ITERS", 0]
+    opts += ["DATASETS.CLASSIFICATION", sets, "DATASETS.TRAIN", "('digits',)"]
+    config = ["--config-file", "Digits/student_scratch.yaml"]
+    mokd(tmp_path, "train", *config, *opts, "DATASETS.TEST", "()", "OUTPUT_DIR", "run")
+    assert (tmp_path / "run" / "model_final.pth").is_file()
     config = ["--config-file", "configs/Quick-Start/teacher.yaml"]
     said = mokd(tmp_path, "train", *config, "MODEL.DEVICE", "cpu", code=2)
     assert "DATASETS.TRAIN: the annotations of 'neon_trees_train' are missing" in said

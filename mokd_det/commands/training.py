@@ -10,7 +10,7 @@ from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 
 from ..command_line import errors_as_messages
-from ..config import check_device, load_config, trust_files
+from ..config import check_device, config_path, load_config, trust_files
 from ..data import check_teacher_classes
 from ..engine import (
     DistillationTrainer,
@@ -59,6 +59,7 @@ def setup(args):
     """Read the config, check all that can be checked before data and weights, start logging."""
     trust_files(args.trust)
     cfg = load_config(args.config_file, args.opts)
+    args.config_file = config_path(args.config_file)  # Detectron2 copies it into the log
     check_arguments(args, cfg)
     # To evaluate the student, neither the teacher nor the training's options matter.
     task = validate(cfg, is_training=args.with_teacher or not args.eval_only)

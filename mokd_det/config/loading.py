@@ -15,7 +15,7 @@ from detectron2.utils.file_io import PathManager
 
 from ..untrusted import printable
 from .defaults import add_mokd_config
-from .paths import SHIPPED, LocatedConfig, shipped_config
+from .paths import SHIPPED, LocatedConfig, config_path, shipped_config
 
 # Options of version 0.1 and what became of them.
 MOVED = {
@@ -64,12 +64,10 @@ def load_config(
     """
     cfg = get_cfg()
     if config_file:
-        is_shipped = config_file.startswith(SHIPPED)
+        config_file = config_path(config_file)
+        is_shipped = config_file.startswith(SHIPPED)  # and was not found
         if is_shipped or ("://" not in config_file and not PathManager.isfile(config_file)):
-            shipped = shipped_config(config_file)
-            if shipped is None:
-                raise FileNotFoundError(f"{option} '{config_file}' does not exist.")
-            config_file = shipped
+            raise FileNotFoundError(f"{option} '{config_file}' does not exist.")
         _merge_file(cfg, config_file, f"{option} '{config_file}'")
     merge_overrides(cfg, opts, overrides)
     return cfg

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
+from detectron2.utils.file_io import PathManager
 
 SHIPPED = "mokd://"  # the configs that come with mokd_det
 FILES = (
@@ -36,6 +37,14 @@ def shipped_config(name: str) -> str | None:
         if file.is_file():
             return str(file)
     return None
+
+
+def config_path(name: str) -> str:
+    """Return the file of a config: ``name`` itself if it is there, else that of mokd_det's."""
+    is_shipped = name.startswith(SHIPPED)
+    if not is_shipped and ("://" in name or PathManager.isfile(name)):
+        return name
+    return shipped_config(name) or name
 
 
 class LocatedConfig(CfgNode):

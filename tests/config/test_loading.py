@@ -4,6 +4,7 @@ import yaml
 from detectron2.config import get_cfg as get_detectron2_cfg
 
 from mokd_det.config import (
+    config_path,
     find_config,
     get_cfg,
     load_config,
@@ -12,7 +13,7 @@ from mokd_det.config import (
 )
 from mokd_det.tasks import task_of
 
-from ..conftest import CONFIGS
+from ..conftest import CONFIGS, ROOT
 
 
 def write(tmp_path, text, name="config.yaml"):
@@ -202,6 +203,24 @@ def test_what_lies_beside_a_config_is_found_from_any_folder(tmp_path, monkeypatc
         ]
     monkeypatch.chdir(tmp_path)  # the same file: as it is written
     assert load_config(path).MODEL.WEIGHTS == "student.pth"
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("Digits/teacher.yaml", "{configs}/Digits/teacher.yaml"),
+        ("configs/Digits/teacher.yaml", "{configs}/Digits/teacher.yaml"),
+        ("mokd://Digits/teacher.yaml", "{configs}/Digits/teacher.yaml"),
+        ("mine.yaml", "mine.yaml"),
+        ("no.yaml", "no.yaml"),
+        ("https://host/Digits/teacher.yaml", "https://host/Digits/teacher.yaml"),
+        ("", ""),
+    ],
+)
+def test_the_file_of_a_config(tmp_path, monkeypatch, name, expected):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, "SEED: 3\n", "mine.yaml")
+    assert config_path(name) == expected.format(configs=ROOT / "configs")
 
 
 def test_a_base_of_the_package(tmp_path, monkeypatch):
