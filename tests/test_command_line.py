@@ -127,6 +127,7 @@ WRONG = [
     ("tools/benchmark.py", ["--rounds", 1, *TEACHER], "--rounds is 1"),
     ("tools/benchmark_classification.py", TEACHER, "must be of a classifier"),
     ("tools/plot_balance.py", ["no"], "no/balance.json does not exist"),
+    ("tools/report.py", ["no"], "has no config.yaml"),
     ("tools/run_exported.py", ["no.ts", "no.jpg"], "'no.ts' does not exist"),
     ("tools/run_exported.py", ["setup.cfg", "setup.cfg", "--score", 2], "--score is 2"),
     ("tools/quick_start.py", ["SOLVER.MAX_ITERS", 5], "no option SOLVER.MAX_ITERS"),

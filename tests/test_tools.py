@@ -21,10 +21,11 @@ from detectron2.config import get_cfg as get_detectron2_cfg
 from detectron2.modeling import build_model
 from PIL import Image
 
-from mokd_det.commands import plotting, train, training, visualize, visualizing
+from mokd_det.commands import train, training, visualize, visualizing
 from mokd_det.config import load_config
 from mokd_det.data import register_datasets
 from mokd_det.evaluation.results import set_aside
+from mokd_det.report import plot_balance, read_balance
 
 from .conftest import CONFIGS, ROOT, TREE_OPTS, TREES
 from .data.annotated import coco_layout
@@ -330,7 +331,7 @@ def test_pictures(trained, tmp_path):
     printed = run_here("tools/plot_balance.py", output, output, "--output", plot)
     assert printed.splitlines()[-1] == str(plot)
     single = tmp_path / "single.png"
-    plotting.plot_balance([str(output)], str(single))
+    plot_balance([str(output)], str(single))
     wide, narrow = cv2.imread(str(plot)), cv2.imread(str(single))
     assert wide.shape[1] > 1.9 * narrow.shape[1] > 500
     assert (narrow != 255).any(axis=-1).mean() > 0.02  # not an empty page
@@ -372,7 +373,7 @@ def test_pictures_take_overrides_for_every_model(tmp_path, monkeypatch):
 
 def test_plot_of_a_run_without_distillation_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="not the OUTPUT_DIR of a run with MOKD.ENABLED"):
-        plotting.plot_balance([str(tmp_path)], "x.png")
+        plot_balance([str(tmp_path)], "x.png")
 
 
 def test_plot_takes_the_later_of_two_lines_for_a_step(tmp_path):
@@ -381,9 +382,8 @@ def test_plot_takes_the_later_of_two_lines_for_a_step(tmp_path):
     ]
     text = "\n".join(json.dumps(line) for line in lines)
     (tmp_path / "balance.json").write_text('{"iteration": 3, "bal\n' + text)  # killed, resumed
-    series = plotting.read_balance(str(tmp_path))
-    iterations, values = series["balance/features/cosine_features"]
-    assert iterations.tolist() == [0, 1] and values.tolist() == [1, 2]
+    series = read_balance(str(tmp_path))
+    assert series == {"balance/features/cosine_features": ([0, 1], [1, 2])}
 
 
 def test_student_and_teacher_are_evaluated_in_one_call(trained, tmp_path):

@@ -19,6 +19,7 @@ COMMANDS = {
     "export": "write the plain student for deployment, and compare the file with it",
     "check-data": "check data sets before training",
     "visualize": "draw ground truth and predictions of several detectors side by side",
+    "report": "write one HTML page on runs: results, curves, balance, pictures",
     "plot-balance": "draw conflict, dominance and weights of runs",
 }
 

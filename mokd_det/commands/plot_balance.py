@@ -7,8 +7,9 @@ Example:
   mokd plot-balance output/loss_ratio output/min_norm --output both.png
 
 Reads balance.json of each run. Thin lines are its values, means of 20 steps; thick ones their
-running median. "seen" is what the rule saw, where that is not the batch: smoothed. Each title
-counts the steps in which the rule was not asked.
+running median. "seen" is what the rule saw, where that is not the batch: smoothed. Axes of weights
+and dominance are logarithmic, and linear near zero. Each title counts the steps in which the rule
+was not asked.
 """
 
 import argparse
@@ -28,7 +29,7 @@ def argument_parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> None:
     """Draw, and print the name of the file."""
-    from .plotting import plot_balance
+    from ..report import plot_balance
 
     plot_balance(args.run_dirs, args.output)
     print(args.output)

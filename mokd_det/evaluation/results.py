@@ -1,7 +1,6 @@
 # Copyright (c) The mokd_det authors.
 """Results as JSON, and those of earlier runs."""
 
-import contextlib
 import itertools
 import json
 import math
@@ -28,19 +27,6 @@ def write_results(results: Mapping[str, Any], output_dir: str) -> str:
     text = json.dumps(finite(results), indent=2)
     replace_file(path, lambda f: f.write(text.encode()))
     return path
-
-
-def read_json_lines(path: str) -> list[dict[str, Any]]:
-    """
-    Return the lines of a run's ``metrics.json`` or ``balance.json``, without one that was cut off
-    because the run was killed there (and resumed).
-    """
-    records = []
-    with open(path) as f:
-        for line in f:
-            with contextlib.suppress(json.JSONDecodeError):
-                records.append(json.loads(line))
-    return records
 
 
 def set_aside(folder: str | Path) -> Path | None:

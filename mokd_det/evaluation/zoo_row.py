@@ -13,9 +13,9 @@ from detectron2.config import CfgNode
 from torch import nn
 
 from ..data.paths import sha256_of
+from ..logs import read_json_lines
 from ..untrusted import markdown_row
 from .cost import count_parameters, gflops, seconds_of
-from .results import read_json_lines
 
 WARM_UP = 2  # images
 # Task -> title and metric.
