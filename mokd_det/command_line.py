@@ -17,6 +17,7 @@ from collections.abc import Iterator
 USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
 EXIT_CODE = 2  # as argparse's
 TIMEOUT = 10.0
+QUIET, USUAL, VERBOSE = -1, 0, 1  # what a console shows
 
 
 def add_debug(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +34,18 @@ def add_timeout(parser: argparse.ArgumentParser) -> None:
         metavar="MINUTES",
         help="of several processes: end when one has not answered for so long (%(default)s)",
     )
+
+
+def add_verbosity(parser: argparse.ArgumentParser) -> None:
+    """Add ``-v`` and ``-q``, which set ``args.verbosity``."""
+    group = parser.add_mutually_exclusive_group()
+    for flags, value, what in (
+        (("-v", "--verbose"), VERBOSE, "print all that log.txt has: config, models, weights"),
+        (("-q", "--quiet"), QUIET, "print warnings and results only"),
+    ):
+        group.add_argument(
+            *flags, action="store_const", dest="verbosity", const=value, default=USUAL, help=what
+        )
 
 
 def positive(text: str) -> int:
@@ -101,19 +114,24 @@ def _is_first_to_say(text: str) -> bool:
         return True
 
 
+def console_handlers() -> set[logging.Handler]:
+    """Return the handlers of all loggers that print."""
+    loggers = [logging.getLogger(), *map(logging.getLogger, logging.root.manager.loggerDict)]
+    return {
+        handler
+        for logger in loggers
+        for handler in logger.handlers
+        if isinstance(handler, logging.StreamHandler) and not _writes_file(handler)
+    }
+
+
 @contextlib.contextmanager
 def _quiet_consoles() -> Iterator[None]:
     """
     Within it, loggers write tracebacks to files only: Detectron2's trainer logs that of any error,
     which is printed again if it is a bug.
     """
-    loggers = [logging.getLogger(), *map(logging.getLogger, logging.root.manager.loggerDict)]
-    consoles = {
-        handler
-        for logger in loggers
-        for handler in logger.handlers
-        if isinstance(handler, logging.StreamHandler) and not _writes_file(handler)
-    }
+    consoles = console_handlers()
     for handler in consoles:
         handler.addFilter(_has_no_traceback)
     try:

@@ -119,6 +119,29 @@ def test_train_net_trains_evaluates_and_leaves_what_it_says(trained):
     build_model(cfg).load_state_dict(state, strict=True)
 
 
+def test_training_prints_what_a_person_checks(trained):
+    """Once each, and not the config: that is in log.txt, as all that Detectron2 says."""
+    output, _, stdout = trained
+    summary = json.loads((output / "summary.json").read_text())
+    assert summary["student"]["parameters"] == 971_712 and summary["images"] == 6
+    assert summary["teacher"]["classes"] == ["Tree"] and summary["rule"] == "loss_ratio"
+    assert summary["objectives"] == {"features": [[f"p{i}", f"p{i}"] for i in range(3, 7)]}
+    for text in (
+        "The run:\n  student    GeneralizedRCNN, build_resnet_fpn_backbone: 0.97 M parameters",
+        "  teacher    GeneralizedRCNN, build_torchvision_fpn_backbone: ",
+        "  objectives features (p3 -> p3, p4 -> p4, p5 -> p5, p6 -> p6)\n  rule       loss_ratio",
+        "  data       tests_trees_train, 6 images; 2 a step\n  length     3 iterations (1 epoch",
+        "Starting training from iteration 0",
+        f"What now:\n  evaluate  mokd train --config-file {CONFIGS['mokd']} --eval-only ",
+        f"--weights {output}/model_final.pth PHOTO...\n  report    mokd report {output}\n",
+    ):
+        assert stdout.count(text) == 1, text
+    log = (output / "log.txt").read_text()
+    for text in ("Running with full config", "Environment info", "Student:", "WARMUP_FACTOR"):
+        assert text not in stdout and text in log
+    assert len(stdout.splitlines()) < 100
+
+
 def test_eval_only_gives_the_same_numbers_without_a_teacher(trained, tmp_path):
     output, opts, _ = trained
     opts = [*opts, "MODEL.WEIGHTS", output / "model_final.pth", "OUTPUT_DIR", tmp_path]

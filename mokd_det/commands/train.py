@@ -38,7 +38,7 @@ import argparse
 import os
 import sys
 
-from ..command_line import add_debug, add_timeout
+from ..command_line import add_debug, add_timeout, add_verbosity
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -66,6 +66,7 @@ def argument_parser() -> argparse.ArgumentParser:
         "--overwrite", action="store_true", help="remove an earlier run in OUTPUT_DIR, start anew"
     )
     add_debug(parser)
+    add_verbosity(parser)
     add_timeout(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides: KEY VALUE ...")
     return parser

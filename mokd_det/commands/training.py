@@ -7,9 +7,8 @@ from .. import compat  # noqa: F401  (first: patches Detectron2 where it needs i
 from detectron2.engine import default_setup
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
-from detectron2.utils.logger import setup_logger
 
-from ..command_line import errors_as_messages
+from ..command_line import USUAL, errors_as_messages
 from ..config import check_device, config_path, load_config, trust_files
 from ..data import check_teacher_classes
 from ..engine import (
@@ -19,10 +18,13 @@ from ..engine import (
     checkpoints_in,
     claim_folder,
     find_checkpoint,
+    next_steps,
     on_main_process,
     output_errors,
     prepare_datasets,
     replacing_run,
+    say_summary,
+    setup_console,
     validate,
 )
 from ..evaluation import finite, format_comparison, format_zoo_row, write_results, zoo_row
@@ -68,8 +70,8 @@ def setup(args):
     cfg.freeze()
     if not args.eval_only:
         claim_folder(cfg, args.resume, args.overwrite)
+    setup_console(cfg, args.verbosity)
     default_setup(cfg, args)
-    setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="mokd_det", abbrev_name="mokd")
     return cfg
 
 
@@ -114,6 +116,8 @@ def train(args, cfg):
         # What stock Detectron2 needs to use the student.
         with PathManager.open(f"{cfg.OUTPUT_DIR}/student.yaml", "w") as f:
             f.write(task_of(cfg).stock_config(trainer.cfg).dump())
+    if comm.is_main_process():
+        say_summary(trainer)
     trainer.train()
     results = getattr(trainer, "_last_eval_results", {})
     return results, with_weights(cfg, f"{cfg.OUTPUT_DIR}/model_final.pth")
@@ -139,4 +143,6 @@ def main(args):
             print(f"Results: {write_results(results, cfg.OUTPUT_DIR)}")
             if args.zoo_row:
                 write_zoo_row(args, cfg, results)
+        if comm.is_main_process() and not args.eval_only and args.verbosity >= USUAL:
+            print(next_steps(args.config_file, args.opts, cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS))
     return results

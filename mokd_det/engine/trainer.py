@@ -37,8 +37,9 @@ from .identity import NEW_RUN, RunIdentity
 from .optimizer import build_optimizer
 from .step import BalancedTrainer
 from .stopping import StopOnSignal
+from .summary import ExpectedTime
 from .validate import needs_own_step, validate
-from .writers import BalanceWriter, bound_history
+from .writers import BalanceWriter, ProgressPrinter, bound_history
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +88,10 @@ class Trainer(DefaultTrainer):
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
         return build_evaluator(cfg, dataset_name)
 
+    def build_writers(self) -> list[EventWriter]:
+        _, *files = super().build_writers()  # the first one prints
+        return [ProgressPrinter(self.max_iter), *files]
+
     def build_hooks(self) -> list[HookBase | None]:
         """Detectron2's, with :class:`PeriodicCheckpointer` in place of its own."""
         if not isinstance(self.checkpointer, RunCheckpointer):
@@ -100,6 +105,7 @@ class Trainer(DefaultTrainer):
         if comm.is_main_process():
             keep = solver.KEEP_CHECKPOINTS
             own.insert(0, PeriodicCheckpointer(self.checkpointer, solver.CHECKPOINT_PERIOD, keep))
+            own.append(ExpectedTime())
         found = [h for h in super().build_hooks() if not isinstance(h, hooks.PeriodicCheckpointer)]
         # Before evaluation: what was trained is kept, and a stop does not wait for it.
         first = next(i for i, h in enumerate(found) if isinstance(h, hooks.EvalHook))
@@ -231,7 +237,7 @@ class DistillationTrainer(Trainer):
         task = task_of(cfg)
         if not cfg.MOKD.ENABLED:
             model = SupervisedModel(task.build_student(cfg))
-            logger.info(f"Model:\n{model.student}")
+            logger.debug(f"Model:\n{model.student}")
             return model
         name = cfg.MOKD.META_ARCHITECTURE
         if name not in META_ARCH_REGISTRY:
@@ -241,8 +247,7 @@ class DistillationTrainer(Trainer):
             )
         model = META_ARCH_REGISTRY.get(name)(cfg, task=task)
         model.to(torch.device(cfg.MODEL.DEVICE))
-        logger.info(f"Student:\n{model.student}")
-        logger.info(f"Objectives: {', '.join(model.names)}")
+        logger.debug(f"Student:\n{model.student}")
         return model
 
     @classmethod

@@ -1,10 +1,14 @@
 # Copyright (c) The mokd_det authors.
-"""The balance as JSON lines, and how much of the logs is kept in memory."""
+"""The balance as JSON lines and on the console, and how much of the logs is kept in memory."""
 
 import functools
 import json
+import logging
+from collections.abc import Mapping
+from typing import Any
 
-from detectron2.utils.events import EventStorage, EventWriter, get_event_storage
+from detectron2.utils.events import CommonMetricPrinter, EventStorage, EventWriter
+from detectron2.utils.events import get_event_storage
 from detectron2.utils.file_io import PathManager
 from fvcore.common.history_buffer import HistoryBuffer
 
@@ -51,3 +55,35 @@ class BalanceWriter(EventWriter):
 
     def close(self) -> None:
         self._file.close()
+
+
+class ProgressPrinter(CommonMetricPrinter):
+    """Detectron2's line of a moment, with :func:`balance_of_the_moment` at its end."""
+
+    def __init__(self, max_iter: int, window_size: int = 20):
+        super().__init__(max_iter, window_size)
+        self.logger = _WithBalance(self.logger, {})
+
+
+class _WithBalance(logging.LoggerAdapter):
+    def process(self, msg: Any, kwargs: Any) -> tuple[Any, Any]:
+        histories = get_event_storage().histories()
+        return f"{msg}{balance_of_the_moment(histories)}", kwargs
+
+
+def balance_of_the_moment(histories: Mapping[str, HistoryBuffer], window_size: int = 20) -> str:
+    """
+    Return the weight of each objective, and behind it the cosine with the task's gradient that the
+    rule goes by, as means of the last steps; "" without a teacher.
+    """
+    means = {
+        name.split("/")[-1]: history.avg(window_size)
+        for name, history in histories.items()
+        if name.startswith("balance/")
+    }
+    parts = []
+    for name in (n[len("weight_") :] for n in means if n.startswith("weight_")):
+        cosine = means.get(f"seen_cosine_{name}", means.get(f"cosine_{name}"))
+        shown = "" if cosine is None else f" (cos {cosine:.2g})"
+        parts.append(f"{name} {means[f'weight_{name}']:.3g}{shown}")
+    return f"weights: {', '.join(parts)}" if parts else ""

@@ -17,6 +17,7 @@ from ..teachers import Teacher, TeacherOutputs
 
 if TYPE_CHECKING:
     from ..tasks import Task
+    from .features import Level
 
 # The student's own losses, and what the node MOKD has besides objectives.
 RESERVED = (
@@ -91,6 +92,7 @@ class Objective(nn.Module):
     tasks: ClassVar[tuple[str, ...]] = ()  # names of those that it is for; empty: all
     compares_classes: ClassVar[bool] = False  # of both sides, by the classes' numbers
     taps: Sequence[str] = ()  # the student's features that it reads, where these are tapped
+    levels: Sequence["Level"] = ()  # the pairs of features that it matches, if it does
 
     @classmethod
     def check_config(cls, cfg: CfgNode) -> None:

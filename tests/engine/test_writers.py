@@ -2,10 +2,12 @@
 """What is kept of the logs, in memory and in balance.json."""
 
 import json
+from unittest import mock
 
+import pytest
 from detectron2.utils.events import EventStorage
 
-from mokd_det.engine.writers import HISTORY, BalanceWriter, bound_history
+from mokd_det.engine.writers import HISTORY, BalanceWriter, ProgressPrinter, bound_history
 
 
 def logged(steps, storage):
@@ -54,6 +56,28 @@ def test_a_line_holds_the_means_of_its_steps_and_the_counts(tmp_path):
     ]
     assert [line["balance/features/fallbacks_degenerate"] for line in lines] == [1, 3, 4]
     assert all(len(line) == 4 for line in lines)  # losses are in metrics.json
+
+
+@pytest.mark.parametrize("teacher", [True, False])
+def test_the_console_line_has_the_weights(monkeypatch, teacher):
+    printer = ProgressPrinter(10)
+    said = []
+    monkeypatch.setattr(printer.logger, "logger", mock.Mock(isEnabledFor=lambda level: True))
+    printer.logger.logger.log = lambda level, text, *args, **others: said.append(text)
+    storage = EventStorage()
+    for step in logged(4, storage):
+        if teacher:
+            storage.put_scalar("balance/features/weight_task", 1.0)
+            storage.put_scalar("balance/features/weight_outputs", 0.5 * (step > 1))
+            storage.put_scalar("balance/features/cosine_outputs", 0.9)
+            storage.put_scalar("balance/features/seen_cosine_outputs", -0.125)
+            storage.put_scalar("balance/features/weight_own_thing", 0.0)
+    with storage:
+        printer.write()
+    (line,) = said
+    assert "eta:" in line and "loss:" in line  # Detectron2's own
+    shown = "weights: task 1, outputs 0.25 (cos -0.12), own_thing 0"
+    assert line.endswith(shown) if teacher else "weights" not in line
 
 
 def test_no_balance_no_line(tmp_path):
