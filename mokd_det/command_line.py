@@ -6,11 +6,14 @@ arguments. It imports nothing but Python's own.
 
 import argparse
 import contextlib
+import importlib
+import importlib.util
 import logging
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 # What the code of mokd_det raises for what a user gave, and Python for files and memory of theirs.
 # Everything else is a bug, and keeps its traceback.
@@ -46,6 +49,61 @@ def add_verbosity(parser: argparse.ArgumentParser) -> None:
         group.add_argument(
             *flags, action="store_const", dest="verbosity", const=value, default=USUAL, help=what
         )
+def add_imports(parser: argparse.ArgumentParser) -> None:
+    """Add the option of commands that read a config, for :func:`import_modules`."""
+    parser.add_argument(
+        "--import",
+        dest="imports",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="import it first: a module or .py file that registers your data sets, models, rules "
+        "(may be given several times)",
+    )
+
+
+def import_modules(names: Iterable[str]) -> None:
+    """
+    Import modules, also of the current folder, and ``.py`` files, each once. FileNotFoundError,
+    ValueError: one is not there, or raises an error.
+    """
+    names = list(names)
+    if names and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # last: nothing there hides an installed package
+    for name in names:
+        try:
+            _import_file(name) if name.endswith(".py") else importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if not f"{name}.".startswith(f"{error.name}."):
+                raise ValueError(f"--import '{name}' failed: {error}.") from error
+            raise ValueError(
+                f"--import '{name}': there is no module '{error.name}' in '{os.getcwd()}' and in "
+                "the environment. Give its name (my_package.my_module) or its file (my_file.py)."
+            ) from error
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # whatever its code raises
+            kind = type(error).__name__
+            raise ValueError(f"--import '{name}' failed: {kind}: {error}") from error
+
+
+def _import_file(path: str) -> None:
+    name = Path(path).stem
+    known = getattr(sys.modules.get(name), "__file__", None)
+    if known is not None and os.path.samefile(known, path):
+        return
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"--import '{path}' does not exist.")
+    if name in sys.modules:
+        raise ValueError(f"there is another module '{name}' already: rename the file")
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None  # the name ends in .py
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
 
 
 def positive(text: str) -> int:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from mokd_det.command_line import errors_as_messages, message_of
+from mokd_det.command_line import errors_as_messages, import_modules, message_of
 
 from .conftest import CONFIGS, ROOT, TREE_OPTS
 from .test_tools import refused, run
@@ -103,6 +103,65 @@ def test_a_log_that_cannot_be_written_is_not_what_is_said(monkeypatch, capsys):
         raise ValueError("x")
     assert capsys.readouterr().err.endswith(": x\n(--debug shows where)\n")
     assert logging.raiseExceptions
+
+
+@pytest.fixture
+def own_modules(tmp_path, monkeypatch):
+    """A folder to stand in, with modules by their content."""
+
+    def write(**files):
+        for name, text in files.items():
+            (tmp_path / f"{name}.py").write_text(text)
+        monkeypatch.chdir(tmp_path)
+
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    before = set(sys.modules)
+    yield write
+    for name in set(sys.modules) - before:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize("name", ["tests_own", "tests_own.py", "./tests_own.py"])
+def test_modules_of_users_are_imported_once(own_modules, name):
+    own_modules(tests_own="import tests_helper; tests_helper.count += 1", tests_helper="count = 0")
+    import_modules([name, name])
+    import_modules([name])
+    assert sys.modules["tests_helper"].count == 1
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("tests_absent", "--import 'tests_absent': there is no module 'tests_absent' in '"),
+        ("tests_own.x", "'tests_own' is not a package|there is no module 'tests_own.x'"),
+        ("absent.py", "--import 'absent.py' does not exist"),
+        ("tests_own", "--import 'tests_own' failed: No module named 'tests_missing'."),
+        ("tests_wrong.py", "--import 'tests_wrong.py' failed: SyntaxError: "),
+        ("tests_bad", "--import 'tests_bad' failed: ZeroDivisionError: division by zero"),
+        ("json.py", "another module 'json'"),
+    ],
+)
+def test_modules_that_cannot_be_imported(own_modules, name, message):
+    own_modules(tests_own="import tests_missing", tests_wrong="(", tests_bad="1 / 0", json="")
+    if name == "tests_own.x":
+        own_modules(tests_own="")
+    for _ in range(2):  # nothing half-imported is left
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            import_modules([name])
+
+
+@pytest.mark.slow
+def test_a_data_set_that_a_module_registers(tmp_path):
+    (tmp_path / "tests_my_data.py").write_text(
+        "from detectron2.data.datasets import register_coco_instances\n"
+        f"register_coco_instances('tests_mine', {{}}, '{ROOT}/tests/data/trees/train.json', "
+        f"'{ROOT}/tests/data/trees/train')\n"
+    )
+    args = ["--import", tmp_path / "tests_my_data.py", *TEACHER, *TREE_OPTS]
+    args += ["DATASETS.TRAIN", ("tests_mine",), "DATASETS.TEST", (), "SOLVER.MAX_ITER", 1]
+    done = run("tools/train_net.py", *args, "OUTPUT_DIR", tmp_path / "run")
+    assert "data       tests_mine, 6 images" in done.stdout
 
 
 def test_it_needs_nothing_but_python():

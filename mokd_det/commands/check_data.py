@@ -22,7 +22,7 @@ completed). Exit code 0: no error; 1: errors; 2: the check itself was not possib
 
 import argparse
 
-from ..command_line import add_debug
+from ..command_line import add_debug, add_imports
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -37,6 +37,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--keypoints", action="store_true", help="keypoints are needed")
     parser.add_argument("--write", default="", help="JSON file to write, with all completed")
     parser.add_argument("--report", default="", help="JSON file to write the findings to")
+    add_imports(parser)
     add_debug(parser)
     parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], help="KEY VALUE ...")
     return parser

@@ -15,7 +15,7 @@ whole one, in one process. Each thing that would stop the training is one line t
 
 import argparse
 
-from ..command_line import add_debug
+from ..command_line import add_debug, add_imports
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -24,6 +24,7 @@ def argument_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--config-file", default="", metavar="FILE", help="try its training, too")
     parser.add_argument("--trust", action="store_true", help="run the code in config files")
+    add_imports(parser)
     add_debug(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides: KEY VALUE ...")
     return parser

@@ -31,7 +31,7 @@ import argparse
 import os
 import sys
 
-from ..command_line import add_debug
+from ..command_line import add_debug, add_imports
 
 # What mokd_det.export has: it needs torch, and --help is not to wait for that.
 FORMATS = ("checkpoint", "torchscript", "onnx", "torch_export")
@@ -74,6 +74,7 @@ def argument_parser() -> argparse.ArgumentParser:
         "--benchmark", action="store_true", help="latency and size beside the teacher's"
     )
     parser.add_argument("--trust", action="store_true", help="run the code in config files")
+    add_imports(parser)
     add_debug(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides: KEY VALUE ...")
     return parser

@@ -23,7 +23,7 @@ common.yaml and in each config.
 
 import argparse
 
-from ..command_line import add_debug
+from ..command_line import add_debug, add_imports
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -40,6 +40,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--val", nargs=2, metavar=files, help="to evaluate on")
     parser.add_argument("--output", default="", help="new folder (mokd_STUDENT)")
     parser.add_argument("--trust", action="store_true", help="run the code in config files")
+    add_imports(parser)
     add_debug(parser)
     return parser
 

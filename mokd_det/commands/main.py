@@ -7,7 +7,7 @@ import importlib
 import sys
 
 from .. import __version__
-from ..command_line import EXIT_CODE, errors_as_messages
+from ..command_line import EXIT_CODE, errors_as_messages, import_modules
 
 # Each is a module of this folder (with "_" for "-") that has ``argument_parser()`` and
 # ``run(args)``, which returns the exit code.
@@ -53,5 +53,9 @@ def call(name: str) -> None:
     command = importlib.import_module(f".{name.replace('-', '_')}", __package__)
     args = command.argument_parser().parse_args()
     with errors_as_messages(args.debug):
+        if names := getattr(args, "imports", ()):
+            from .. import compat  # noqa: F401  (first: they may import Detectron2)
+
+            import_modules(names)
         code = command.run(args)
     sys.exit(code)

@@ -17,7 +17,7 @@ Folders are looked through at any depth. The JSON is a list:
 
 import argparse
 
-from ..command_line import add_debug
+from ..command_line import add_debug, add_imports
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -31,6 +31,7 @@ def argument_parser() -> argparse.ArgumentParser:
         "--threshold", type=float, help="of detectors: smallest score of a box (0.5)"
     )
     parser.add_argument("--trust", action="store_true", help="run the code in config files")
+    add_imports(parser)
     add_debug(parser)
     parser.add_argument(
         "paths", nargs="+", metavar="PATH", help="photos or folders; then overrides KEY VALUE ..."

@@ -24,6 +24,9 @@ Examples:
   mokd train --config-file configs/ImageNet-Classification/resnet18.yaml \\
       --eval-only MODEL.CLASSIFIER.WEIGHTS IMAGENET1K_V1
 
+  # data sets, models or rules of yours, which a module registers
+  mokd train --import my_data.py --config-file ...
+
   # several processes: --num-gpus N, or torchrun (also on the CPU)
   torchrun --nproc-per-node 2 -m mokd_det train --config-file ...
 
@@ -38,7 +41,7 @@ import argparse
 import os
 import sys
 
-from ..command_line import add_debug, add_timeout, add_verbosity
+from ..command_line import add_debug, add_imports, add_timeout, add_verbosity
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -65,6 +68,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--overwrite", action="store_true", help="remove an earlier run in OUTPUT_DIR, start anew"
     )
+    add_imports(parser)
     add_debug(parser)
     add_verbosity(parser)
     add_timeout(parser)

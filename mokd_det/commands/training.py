@@ -8,7 +8,7 @@ from detectron2.engine import default_setup
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
-from ..command_line import USUAL, errors_as_messages
+from ..command_line import USUAL, errors_as_messages, import_modules
 from ..config import check_device, config_path, load_config, trust_files
 from ..data import check_teacher_classes
 from ..engine import (
@@ -60,6 +60,7 @@ def check_arguments(args, cfg):
 def setup(args):
     """Read the config, check all that can be checked before data and weights, start logging."""
     trust_files(args.trust)
+    import_modules(args.imports)  # a process of --num-gpus has not
     cfg = load_config(args.config_file, args.opts)
     args.config_file = config_path(args.config_file)  # Detectron2 copies it into the log
     check_arguments(args, cfg)

@@ -13,7 +13,7 @@ Overrides KEY VALUE ... at the end are for all models, such as MODEL.DEVICE cpu 
 
 import argparse
 
-from ..command_line import add_debug
+from ..command_line import add_debug, add_imports
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -33,6 +33,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--count", type=int, default=3, help="number of images (%(default)s)")
     parser.add_argument("--score", type=float, default=0.5, help="smallest score (%(default)s)")
     parser.add_argument("--trust", action="store_true", help="run the code in config files")
+    add_imports(parser)
     add_debug(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides: KEY VALUE ...")
     return parser
