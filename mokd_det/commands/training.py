@@ -145,5 +145,6 @@ def main(args):
             if args.zoo_row:
                 write_zoo_row(args, cfg, results)
         if comm.is_main_process() and not args.eval_only and args.verbosity >= USUAL:
-            print(next_steps(args.config_file, args.opts, cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS))
+            weights = cfg.MODEL.WEIGHTS
+            print(next_steps(args.config_file, args.opts, cfg.OUTPUT_DIR, weights, args.imports))
     return results

@@ -196,6 +196,13 @@ def add_mokd_config(cfg: CN) -> None:
     cfg.TEST.BATCH_SIZE = 64
     cfg.TEST.PER_CLASS = False
 
+    # Where losses and results go, besides the console and balance.json: "json" (metrics.json, of
+    # which reports are made), "tensorboard", "csv" (metrics.csv, a column for each scalar), and if
+    # installed "wandb" and "mlflow". Project, experiment and server of these are their own
+    # variables': WANDB_PROJECT, MLFLOW_EXPERIMENT_NAME, MLFLOW_TRACKING_URI, ...
+    cfg.LOGGING = CN()
+    cfg.LOGGING.WRITERS = ["json", "tensorboard"]
+
     # ---------------------------------------------------------------------------------------- #
     # Distillation. MODEL stays the student's ordinary config.
     cfg.MOKD = CN()

@@ -39,6 +39,7 @@ from ..teachers import PRECISIONS as TEACHER_PRECISIONS
 from .finite import ON_NON_FINITE
 from .optimizer import OPTIMIZERS
 from .step import PRECISIONS
+from .tracking import WRITERS
 
 # Upstream's main has a third one.
 SCHEDULERS = ["WarmupMultiStepLR", "WarmupCosineLR"]
@@ -128,6 +129,7 @@ BOUNDS: dict[str, Bound] = {
     "SOLVER.KEEP_CHECKPOINTS": integer(0),
     "SOLVER.NON_FINITE_GRADIENTS": one_of(ON_NON_FINITE),
     "SOLVER.MAX_SKIPPED_STEPS": COUNT,
+    "LOGGING.WRITERS": rows(one_of(WRITERS)),
     # ---- data ----
     "DATASETS.TRAIN": NAMES,
     "DATASETS.TEST": NAMES,

@@ -122,6 +122,11 @@ OF_TRAINING: Rows = (
         f"{USUAL.SOLVER.MAX_SKIPPED_STEPS} (the default).",
     ),
     (
+        lambda c: bool(c.VIS_PERIOD) and "tensorboard" not in c.LOGGING.WRITERS,
+        "VIS_PERIOD is {c.VIS_PERIOD}, but only the writer 'tensorboard' shows pictures, and "
+        "LOGGING.WRITERS is {c.LOGGING.WRITERS}: add it, or set VIS_PERIOD to 0.",
+    ),
+    (
         lambda c: c.SOLVER.NESTEROV and not c.SOLVER.MOMENTUM,
         "SOLVER.NESTEROV is True, which needs SOLVER.MOMENTUM above 0: set it, or NESTEROV False.",
     ),

@@ -17,13 +17,14 @@ from ..files import TEMPORARY
 from ..tasks import task_of
 from .checkpoints import LAST, checkpoints_in
 from .launch import on_main_process
+from .tracking import FILES as TRACKING_FILES
 
 logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
 APPENDED = ("metrics.json", "balance.json")
 # What a run appends to, or would leave behind if it stopped before it is written again.
-LOGS = (*APPENDED, "results.json", "events.out.tfevents.*")
+LOGS = (*APPENDED, "results.json", "events.out.tfevents.*", *TRACKING_FILES)
 _locks: dict[str, IO[str]] = {}
 
 

@@ -33,7 +33,7 @@ FIXED = (
 # What may change without a word. The teacher's weights are compared by their content, and of seeds
 # the checkpoint's counts.
 FREE = (
-    *("OUTPUT_DIR", "SEED", "VERSION", "VIS_PERIOD", "TEST", "DATASETS.TEST"),
+    *("OUTPUT_DIR", "SEED", "VERSION", "VIS_PERIOD", "TEST", "DATASETS.TEST", "LOGGING"),
     *("DATALOADER.NUM_WORKERS", "SOLVER.CHECKPOINT_PERIOD", "SOLVER.KEEP_CHECKPOINTS"),
     *("MODEL.WEIGHTS", "MOKD.TEACHER.WEIGHTS", "MOKD.TEACHER.TORCHSCRIPT.FILE"),
 )

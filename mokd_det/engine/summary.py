@@ -100,9 +100,19 @@ def format_summary(summary: dict[str, Any], output_dir: str) -> str:
     return "\n".join(f"  {name:11}{text}" for name, text in lines.items())
 
 
-def next_steps(config_file: str, opts: Sequence[str], output_dir: str, weights: str) -> str:
-    """Return lines on what one does with a trained model: ``opts`` are those of its training."""
-    config = shlex.join(["--config-file", config_file])
+def next_steps(
+    config_file: str,
+    opts: Sequence[str],
+    output_dir: str,
+    weights: str,
+    imports: Sequence[str] = (),
+) -> str:
+    """
+    Return lines on what one does with a trained model: ``opts`` and ``imports`` are those of its
+    training.
+    """
+    flags = [flag for name in imports for flag in ("--import", name)]
+    config = shlex.join([*flags, "--config-file", config_file])
     with_opts = shlex.join([*map(str, opts), "MODEL.WEIGHTS", weights])
     export = shlex.quote(os.path.join(output_dir, "export"))
     steps = {

@@ -4,7 +4,7 @@
 import logging
 import os
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ from .optimizer import build_optimizer
 from .step import BalancedTrainer
 from .stopping import StopOnSignal
 from .summary import ExpectedTime
+from .tracking import TrackingWriter, build_writers
 from .validate import needs_own_step, validate
 from .writers import BalanceWriter, ProgressPrinter, bound_history
 
@@ -53,6 +54,7 @@ class Trainer(DefaultTrainer):
     """
 
     checkpointer: Any
+    _writers: Sequence[EventWriter] = ()  # of the main process
 
     def __init__(self, cfg: CfgNode):
         task = validate(cfg)
@@ -89,8 +91,8 @@ class Trainer(DefaultTrainer):
         return build_evaluator(cfg, dataset_name)
 
     def build_writers(self) -> list[EventWriter]:
-        _, *files = super().build_writers()  # the first one prints
-        return [ProgressPrinter(self.max_iter), *files]
+        self._writers = build_writers(self.cfg)
+        return [ProgressPrinter(self.max_iter), *self._writers]
 
     def build_hooks(self) -> list[HookBase | None]:
         """Detectron2's, with :class:`PeriodicCheckpointer` in place of its own."""
@@ -141,6 +143,9 @@ class Trainer(DefaultTrainer):
 
     def before_train(self) -> None:
         bound_history(self.storage)
+        for writer in self._writers:
+            if isinstance(writer, TrackingWriter):
+                writer.start(self.start_iter)
         super().before_train()
 
     def state_dict(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from ..objectives import OBJECTIVES
 from ..tasks import TASKS, Task, task_of
 from .bounds import BOUNDS
 from .combinations import OF_DISTILLATION, OF_MODELS, OF_TRAINING, check_batch, check_combinations
+from .tracking import check_installed
 
 # Of a config what its model alone needs.
 SECTIONS = ("MODEL", "INPUT", "DATASETS", "DATALOADER", "TEST", "SEED", "OUTPUT_DIR", "VIS_PERIOD")
@@ -44,9 +45,10 @@ def validate(cfg: CfgNode, is_training: bool = True) -> Task:
     task = task_of(cfg)
     if not is_training:
         return task
-    check_bounds(cfg, BOUNDS, usual, ["SOLVER"], "")
+    check_bounds(cfg, BOUNDS, usual, ["SOLVER", "LOGGING"], "")
     check_combinations(cfg, [OF_TRAINING])
     check_batch(cfg)
+    check_installed(cfg.LOGGING.WRITERS)
     _check_kind(cfg, task)
     _check_precise_bn(cfg)
     check_acceleration(cfg)
