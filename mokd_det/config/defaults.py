@@ -195,6 +195,11 @@ def add_mokd_config(cfg: CN) -> None:
     # Evaluation of classifiers: images a batch and process; whether to report every class.
     cfg.TEST.BATCH_SIZE = 64
     cfg.TEST.PER_CLASS = False
+    # Keep the checkpoint with the highest value of this metric as model_best.pth: "bbox/AP50",
+    # "classification/top1"; with several test sets "name of the set/bbox/AP50". "": off.
+    cfg.TEST.BEST_METRIC = ""
+    # End training after so many evaluations in a row that are not better. 0: off.
+    cfg.TEST.PATIENCE = 0
 
     # Where losses and results go, besides the console and balance.json: "json" (metrics.json, of
     # which reports are made), "tensorboard", "csv" (metrics.csv, a column for each scalar), and if

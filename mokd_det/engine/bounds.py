@@ -173,6 +173,8 @@ BOUNDS: dict[str, Bound] = {
     "TEST.EVAL_PERIOD": integer(0),
     "TEST.DETECTIONS_PER_IMAGE": COUNT | exactly(-1),
     "TEST.BATCH_SIZE": COUNT,
+    "TEST.BEST_METRIC": TEXT,
+    "TEST.PATIENCE": integer(0),
     "TEST.AUG.MIN_SIZES": rows(COUNT, least=1),
     "TEST.AUG.MAX_SIZE": COUNT,
     "TEST.PRECISE_BN.NUM_ITER": COUNT,

@@ -129,15 +129,27 @@ class RunCheckpointer(SafeCheckpointer):
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Raise OSError, see :func:`mokd_det.files.replace_file`; earlier ones are kept then."""
+        if path := self.keep(name, **kwargs):
+            self.tag_last_checkpoint(f"{name}.pth")
+            self._newest, self.last_saved = path, name
+
+    def keep(self, name: str, **kwargs: Any) -> str:
+        """As :meth:`save`, but not as the one to go on from; return its path ("" elsewhere)."""
         if not self.save_dir or not self.save_to_disk:
-            return
+            return ""
         data = {"model": self.model.state_dict()}
         data |= {key: value.state_dict() for key, value in self.checkpointables.items()}
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info(f"Saving checkpoint to {path}")
         save_checkpoint({**data, **kwargs}, path)
-        self.tag_last_checkpoint(f"{name}.pth")
-        self._newest, self.last_saved = path, name
+        return path
+
+    def copy(self, name: str, other: str) -> None:
+        """Make a checkpoint that was saved the one of another name, too."""
+        if self.save_dir and self.save_to_disk:
+            source, path = (os.path.join(self.save_dir, f"{n}.pth") for n in (name, other))
+            with open(source, "rb") as file:
+                replace_file(path, functools.partial(shutil.copyfileobj, file))
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         path = os.path.join(self.save_dir, LAST)

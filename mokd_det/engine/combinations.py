@@ -122,6 +122,17 @@ OF_TRAINING: Rows = (
         f"{USUAL.SOLVER.MAX_SKIPPED_STEPS} (the default).",
     ),
     (
+        lambda c: bool(c.TEST.BEST_METRIC) and not (c.DATASETS.TEST and c.TEST.EVAL_PERIOD),
+        "TEST.BEST_METRIC is '{c.TEST.BEST_METRIC}', but DATASETS.TEST is {c.DATASETS.TEST} and "
+        "TEST.EVAL_PERIOD {c.TEST.EVAL_PERIOD}: name a data set, and the steps between two "
+        "evaluations.",
+    ),
+    (
+        lambda c: bool(c.TEST.PATIENCE) and not c.TEST.BEST_METRIC,
+        "TEST.PATIENCE is {c.TEST.PATIENCE}, but TEST.BEST_METRIC, which it waits for, is '': set "
+        "it, or PATIENCE 0.",
+    ),
+    (
         lambda c: bool(c.VIS_PERIOD) and "tensorboard" not in c.LOGGING.WRITERS,
         "VIS_PERIOD is {c.VIS_PERIOD}, but only the writer 'tensorboard' shows pictures, and "
         "LOGGING.WRITERS is {c.LOGGING.WRITERS}: add it, or set VIS_PERIOD to 0.",

@@ -29,6 +29,7 @@ from ..modeling import inheritable_names
 from ..objectives import OBJECTIVES
 from ..tasks import Task, task_of
 from .average import AverageCheckpointer, WeightAverage
+from .best import BestCheckpointer, EnoughTrained, check_best_metric
 from .checkpoints import PeriodicCheckpointer, RunCheckpointer
 from .combinations import images_at_once
 from .finite import SkippedSteps, check_weights, describe, raise_before_steps
@@ -111,7 +112,11 @@ class Trainer(DefaultTrainer):
         found = [h for h in super().build_hooks() if not isinstance(h, hooks.PeriodicCheckpointer)]
         # Before evaluation: what was trained is kept, and a stop does not wait for it.
         first = next(i for i, h in enumerate(found) if isinstance(h, hooks.EvalHook))
-        return [*found[:first], *own, *found[first:]]
+        test, behind = self.cfg.TEST, []
+        if test.BEST_METRIC:
+            options = test.EVAL_PERIOD, self.checkpointer, test.BEST_METRIC, test.PATIENCE
+            behind.append(BestCheckpointer(*options))
+        return [*found[:first], *own, found[first], *behind, *found[first + 1 :]]
 
     def train(self) -> Any:
         """
@@ -123,6 +128,8 @@ class Trainer(DefaultTrainer):
         try:
             with self._stop.listening():
                 return super().train()
+        except EnoughTrained:
+            return None
         finally:
             release_folder(self.cfg.OUTPUT_DIR)
 
@@ -321,3 +328,5 @@ def prepare_datasets(cfg: CfgNode, task: Task, is_training: bool = True) -> None
             check_datasets(cfg.DATASETS[option], f"DATASETS.{option}")
             check_proposals(cfg, [option])
     task.check_data(cfg, options)
+    if is_training:
+        check_best_metric(cfg)

@@ -60,6 +60,8 @@ class BalanceWriter(EventWriter):
 class ProgressPrinter(CommonMetricPrinter):
     """Detectron2's line of a moment, with :func:`balance_of_the_moment` at its end."""
 
+    logger: Any
+
     def __init__(self, max_iter: int, window_size: int = 20):
         super().__init__(max_iter, window_size)
         self.logger = _WithBalance(self.logger, {})
