@@ -79,7 +79,7 @@ def balance_of_the_moment(histories: Mapping[str, HistoryBuffer], window_size: i
     rule goes by, as means of the last steps; "" without a teacher.
     """
     means = {
-        name.split("/")[-1]: history.avg(window_size)
+        name.split("/")[-1]: _recent_mean(history, window_size)
         for name, history in histories.items()
         if name.startswith("balance/")
     }
@@ -89,3 +89,11 @@ def balance_of_the_moment(histories: Mapping[str, HistoryBuffer], window_size: i
         shown = "" if cosine is None else f" (cos {cosine:.2g})"
         parts.append(f"{name} {means[f'weight_{name}']:.3g}{shown}")
     return f"weights: {', '.join(parts)}" if parts else ""
+
+
+def _recent_mean(history: HistoryBuffer, steps: int) -> float:
+    """Return the mean over the last steps; of what is measured in some only, at least the last."""
+    values = history.values()[-steps:]
+    since = get_event_storage().iter - steps
+    recent = [value for value, step in values if step > since] or [values[-1][0]]
+    return sum(recent) / len(recent)

@@ -59,24 +59,27 @@ def test_a_line_holds_the_means_of_its_steps_and_the_counts(tmp_path):
 
 
 @pytest.mark.parametrize("teacher", [True, False])
-def test_the_console_line_has_the_weights(monkeypatch, teacher):
-    printer = ProgressPrinter(10)
+def test_the_console_line_has_the_weights_of_the_last_steps(monkeypatch, teacher):
+    printer = ProgressPrinter(100)
     said = []
     monkeypatch.setattr(printer.logger, "logger", mock.Mock(isEnabledFor=lambda level: True))
     printer.logger.logger.log = lambda level, text, *args, **others: said.append(text)
     storage = EventStorage()
-    for step in logged(4, storage):
+    for step in logged(60, storage):
         if teacher:
             storage.put_scalar("balance/features/weight_task", 1.0)
-            storage.put_scalar("balance/features/weight_outputs", 0.5 * (step > 1))
-            storage.put_scalar("balance/features/cosine_outputs", 0.9)
-            storage.put_scalar("balance/features/seen_cosine_outputs", -0.125)
+            storage.put_scalar("balance/features/weight_outputs", 0.5 * (step >= 50))
             storage.put_scalar("balance/features/weight_own_thing", 0.0)
+            if step % 10 == 0:  # measured in some steps only
+                storage.put_scalar("balance/features/cosine_outputs", 0.9)
+                storage.put_scalar("balance/features/seen_cosine_outputs", -step / 100)
+            if step == 0:
+                storage.put_scalar("balance/features/cosine_own_thing", 0.5)
     with storage:
         printer.write()
     (line,) = said
     assert "eta:" in line and "loss:" in line  # Detectron2's own
-    shown = "weights: task 1, outputs 0.25 (cos -0.12), own_thing 0"
+    shown = "weights: task 1, outputs 0.25 (cos -0.45), own_thing 0 (cos 0.5)"
     assert line.endswith(shown) if teacher else "weights" not in line
 
 
