@@ -44,7 +44,8 @@ def test_train_net_trains_evaluates_and_prints_the_zoo_row(trained):
     assert row["schedule"] == "3 x 8 images" and 0 < row["gflops"] < 0.01
     assert f"| [student_mokd]({STUDENT}) | 3 x 8 images |" in stdout
     # What mokd_det logs itself is in the log, too.
-    assert "Objectives: task, features, logits" in (output / "log.txt").read_text()
+    said = "  objectives features (pre_logits -> pre_logits), logits\n"
+    assert said in (output / "log.txt").read_text() and said in stdout
     network = torchvision.models.shufflenet_v2_x0_5(num_classes=10)
     network.load_state_dict(torch.load(output / "model_final.pth", weights_only=True)["model"])
     kept = load_config(str(output / "student.yaml"))
