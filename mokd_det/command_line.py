@@ -49,6 +49,8 @@ def add_verbosity(parser: argparse.ArgumentParser) -> None:
         group.add_argument(
             *flags, action="store_const", dest="verbosity", const=value, default=USUAL, help=what
         )
+
+
 def add_imports(parser: argparse.ArgumentParser) -> None:
     """Add the option of commands that read a config, for :func:`import_modules`."""
     parser.add_argument(
