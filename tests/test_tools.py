@@ -133,7 +133,8 @@ def test_training_prints_what_a_person_checks(trained):
         "  data       tests_trees_train, 6 images; 2 a step\n  length     3 iterations (1 epoch",
         "Starting training from iteration 0",
         f"What now:\n  evaluate  mokd train --config-file {CONFIGS['mokd']} --eval-only ",
-        f"--weights {output}/model_final.pth PHOTO...\n  report    mokd report {output}\n",
+        f"--weights {output}/model_final.pth PHOTO... DATASETS.COCO ",
+        f"\n  report    mokd report {output}\n",
     ):
         assert stdout.count(text) == 1, text
     log = (output / "log.txt").read_text()

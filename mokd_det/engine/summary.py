@@ -113,16 +113,17 @@ def next_steps(
     """
     flags = [flag for name in imports for flag in ("--import", name)]
     config = shlex.join([*flags, "--config-file", config_file])
-    with_opts = shlex.join([*map(str, opts), "MODEL.WEIGHTS", weights])
+    given = shlex.join(map(str, opts))
+    with_opts = f"{given} {shlex.join(['MODEL.WEIGHTS', weights])}".strip()
     export = shlex.quote(os.path.join(output_dir, "export"))
     steps = {
         "evaluate": f"mokd train {config} --eval-only {with_opts}",
         "export": f"mokd export {config} --format torchscript --output {export} {with_opts}",
-        "predict": f"mokd predict {config} --weights {shlex.quote(weights)} PHOTO...",
+        "predict": f"mokd predict {config} --weights {shlex.quote(weights)} PHOTO... {given}",
         "report": f"mokd report {shlex.quote(output_dir)}",
     }
     return f"Trained: {weights}. What now:\n" + "\n".join(
-        f"  {name:9} {command}" for name, command in steps.items()
+        f"  {name:9} {command.rstrip()}" for name, command in steps.items()
     )
 
 
