@@ -103,8 +103,8 @@ def _cost(runs: Sequence[Run]) -> Iterator[str]:
     yield table_of(table)
     if not {"GFLOPs", "parameters, M"} <= {*table.head}:
         yield note(
-            "Parameters, GFLOPs and seconds of an image are in the files of train_net.py "
-            "--eval-only --zoo-row."
+            "Parameters, GFLOPs and seconds of an image: evaluate with mokd train --eval-only "
+            "--zoo-row into the run's folder."
         )
 
 
