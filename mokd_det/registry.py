@@ -1,8 +1,21 @@
 # Copyright (c) The mokd_det authors.
 """A registry whose error helps. It needs nothing but Python, as `balancing` needs only torch."""
 
-from collections.abc import Callable, Iterator
+import difflib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
+
+
+def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """
+    Return a sentence with the few known names that a wrong one may stand for: those that it is a
+    part of, or else those nearest to it. Each is shown after ``prefix``.
+    """
+    known, name = list(known), name.lower()
+    parts = [other for other in known if len(name) > 2 and name in other.lower()]
+    close = parts[:3] or difflib.get_close_matches(name, known)
+    shown = [f"'{prefix}{other}'" for other in close]
+    return f"Did you mean {' or '.join(shown)}?" if close else "No name is like it."
 
 
 class Registry:

@@ -99,7 +99,9 @@ def _read_yaml(config_file: str, source: str) -> dict[str, Any]:
             "MODEL.ANCHOR_GENERATOR.SIZES, as in configs/Quick-Start/student_retinanet.yaml."
         ) from error
     except yaml.YAMLError as error:
-        raise ValueError(f"{source} (or its _BASE_) is not valid YAML: {error}") from error
+        raise ValueError(
+            f"{source} (or its _BASE_) is not valid YAML: {error}{_hint_at_tuples(error)}"
+        ) from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{source} (or its _BASE_) is no text in UTF-8: {error}.") from error
     except RecursionError as error:
@@ -111,7 +113,29 @@ def _read_yaml(config_file: str, source: str) -> dict[str, Any]:
         ) from error
     if not isinstance(loaded, dict):
         raise ValueError(f"{source} holds no options.")
+    if found := next(_cut_tuples(loaded), None):
+        raise ValueError(f"{source} (or its _BASE_): {found!r} is half a tuple. {NO_TUPLES}")
     return loaded
+
+
+# Python's (640, 672) is a string in YAML, which Detectron2 reads as a tuple; but not here.
+NO_TUPLES = "In YAML's {...} and [...] a comma ends a value: write [1, 2] there, not (1, 2)."
+
+
+def _cut_tuples(value: Any) -> Iterator[str]:
+    """Yield the keys and values that a comma in "{KEY: (1, 2)}" or "[(1, 2)]" has made."""
+    if isinstance(value, dict):
+        yield from _cut_tuples([*value, *value.values()])
+    elif isinstance(value, list):
+        for part in value:
+            yield from _cut_tuples(part)
+    elif isinstance(value, str) and value.startswith("(") and value.count("(") > value.count(")"):
+        yield value
+
+
+def _hint_at_tuples(error: yaml.YAMLError) -> str:
+    in_flow_style = "while parsing a flow" in str(error)
+    return f"\n{NO_TUPLES}" if in_flow_style else ""
 
 
 def merge_overrides(cfg: CfgNode, opts: Sequence[Any], source: str = "override") -> None:

@@ -10,9 +10,42 @@ from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.utils.file_io import Detectron2Handler, PathManager
 from torch import nn
 
 from ..untrusted import printable, read_checkpoint
+
+NO_DOWNLOAD = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError)
+
+
+def is_file(weights: str) -> bool:
+    """Return whether weights are named by a file or an address, not by what a library calls them."""
+    try:
+        return bool(weights) and PathManager.isfile(weights)
+    except NotImplementedError:  # of addresses nobody knows before the download
+        return True
+
+
+def local_file(weights: str, option: str) -> str:
+    """
+    Return the path of a file of weights, which is downloaded if it is an address. ValueError: it
+    cannot be; ``option`` is where it was named.
+    """
+    try:
+        return PathManager.get_local_path(weights)
+    except NO_DOWNLOAD as error:
+        raise not_downloaded(weights, option, error) from error
+
+
+def not_downloaded(weights: str, option: str, error: Exception) -> ValueError:
+    """Return the error for an address: what to do on a machine without internet."""
+    prefix, url = Detectron2Handler.PREFIX, weights
+    if weights.startswith(prefix):
+        url = Detectron2Handler.S3_DETECTRON2_PREFIX + weights.removeprefix(prefix)
+    return ValueError(
+        f"{option} '{weights}' cannot be downloaded ({getattr(error, 'reason', error)}). Download "
+        f"{url} on a machine that can, copy it here, and set {option} to the path of that file."
+    )
 
 
 class SafeCheckpointer(DetectionCheckpointer):
@@ -36,8 +69,8 @@ class SafeCheckpointer(DetectionCheckpointer):
         self._name = f"{what} '{path}'"
         try:
             return super().load(path, checkpointables)
-        except (urllib.error.URLError, http.client.HTTPException, ConnectionError) as error:
-            raise ValueError(f"{self._name} cannot be downloaded: {error}.") from error
+        except NO_DOWNLOAD as error:
+            raise not_downloaded(path, self.option, error) from error
 
     def get_checkpoint_file(self) -> str:
         """As Detectron2's; ValueError if the folder's ``last_checkpoint`` leads out of it."""

@@ -4,19 +4,17 @@
 import functools
 import logging
 import os
-import urllib.error
 import warnings
 from typing import Any
 
 import torch
 import torchvision
-from detectron2.utils.file_io import PathManager
 from torch import Tensor, nn
 from torchvision.models import get_model_weights, list_models
 
 from ..untrusted import read_checkpoint
-from ..registry import Registry
-from .loading import shortened
+from ..registry import Registry, did_you_mean
+from .loading import NO_DOWNLOAD, is_file, local_file, shortened
 
 logger = logging.getLogger(__name__)
 
@@ -81,17 +79,17 @@ def build_network(
 
 def _resolve(name, weights, option, named_by="MODEL.CLASSIFIER.NAME"):
     """The constructor of a random network, and a function that returns a state dict (or None)."""
-    is_file = bool(weights) and PathManager.isfile(weights)
-    state = functools.partial(state_of_file, weights, option) if is_file else None
+    named_file = is_file(weights)
+    state = functools.partial(state_of_file, weights, option) if named_file else None
     if name in CLASSIFIERS:
-        if weights and not is_file:
+        if weights and not named_file:
             raise ValueError(f"{option} is '{weights}': expected '' or a file for '{name}'.")
         return CLASSIFIERS.get(name), state
     if name.startswith(TIMM_PREFIX):
         return _resolve_timm(name, weights, option, state, named_by)
     registered = f"one registered in CLASSIFIERS ({', '.join(CLASSIFIERS) or 'none'})"
     check_torchvision_name(name, named_by, f", '{TIMM_PREFIX}X' for timm's X, or {registered}")
-    if weights and not is_file:
+    if weights and not named_file:
         member = torchvision_weights(name, weights, option)
         state = functools.partial(torchvision_state, member, f"{option} '{weights}'")
     return functools.partial(make_torchvision, name, implied_options(name, weights)), state
@@ -102,7 +100,8 @@ def check_torchvision_name(name: str, option: str, others: str = "") -> None:
     if name not in (known := list_models(module=torchvision.models)):
         raise ValueError(
             f"{option} is '{name}': expected a classification model of torchvision "
-            f"{torchvision.__version__} ({', '.join(known)}){others}."
+            f"{torchvision.__version__}{others}. {did_you_mean(name, known)} All are listed by "
+            "torchvision.models.list_models(torchvision.models)."
         )
 
 
@@ -126,10 +125,10 @@ def torchvision_state(member: Any, name: str) -> dict[str, Any]:
     try:
         # A file that is in the cache already is not compared with its hash.
         return member.get_state_dict(progress=False, check_hash=True, weights_only=True)
-    except urllib.error.URLError as error:
+    except NO_DOWNLOAD as error:
         raise ValueError(
-            f"{name} cannot be downloaded from {member.url}: {error}. Put that file there as "
-            f"{_cached(member)}, or name a local file."
+            f"{name} cannot be downloaded ({getattr(error, 'reason', error)}). Download "
+            f"{member.url} on a machine that can, and copy it here as {_cached(member)}."
         ) from error
     except Exception as error:  # a damaged or hostile file may end in any of them
         raise ValueError(
@@ -169,11 +168,17 @@ def _resolve_timm(name, weights, option, state, named_by):
             f"{named_by} '{name}' needs timm: pip install -e '.[timm]' in the checkout"
         ) from error
     bare = name.removeprefix(TIMM_PREFIX)
-    if not timm.is_model(bare):
-        close = timm.list_models(f"*{bare.split('.')[0]}*")[:8]
+    architecture, _, tag = bare.partition(".")
+    if not timm.is_model(architecture):
         raise ValueError(
             f"{named_by} is '{name}', which timm {timm.__version__} does not have. "
-            f"Similar: {', '.join(close) or 'none'}."
+            f"{did_you_mean(architecture, timm.list_models(), TIMM_PREFIX)} All are listed by "
+            "timm.list_models()."
+        )
+    if tag and bare not in (tagged := timm.list_pretrained(f"{architecture}.*")):
+        raise ValueError(
+            f"{named_by} is '{name}', and timm {timm.__version__} has no such weights of "
+            f"'{architecture}'. {did_you_mean(bare, tagged, TIMM_PREFIX)}"
         )
     make = functools.partial(timm.create_model, bare, pretrained=False)
     if state is not None or not weights:
@@ -183,12 +188,25 @@ def _resolve_timm(name, weights, option, state, named_by):
             f"{option} is '{weights}': expected '', 'DEFAULT' or a file for '{name}' (timm names "
             "its weights in the model, as in 'timm.resnet50.a1_in1k')."
         )
-    return make, lambda: timm.create_model(bare, pretrained=True).state_dict()
+    return make, functools.partial(_timm_state, bare, option)
+
+
+def _timm_state(name, option):
+    import timm
+
+    try:
+        return timm.create_model(name, pretrained=True).state_dict()
+    except OSError as error:  # of the hub's client: there is neither internet nor a copy
+        raise ValueError(
+            f"{option} 'DEFAULT' of '{TIMM_PREFIX}{name}' cannot be downloaded. Download "
+            f"model.safetensors of https://huggingface.co/{timm.get_pretrained_cfg(name).hf_hub_id}"
+            f" on a machine that can, copy it here, and set {option} to the path of that file."
+        ) from error
 
 
 def state_of_file(path: str, option: str) -> dict[str, Any]:
     """Return a state dict as :func:`mokd_det.untrusted.read_checkpoint` finds it; its errors."""
-    return read_checkpoint(PathManager.get_local_path(path), f"{option} '{path}'")["model"]
+    return read_checkpoint(local_file(path, option), f"{option} '{path}'")["model"]
 
 
 def differences(expected: dict[str, Tensor], state: dict[str, Tensor]) -> tuple[list[str], ...]:
@@ -230,7 +248,7 @@ def input_normalisation(name: str, weights: str) -> tuple[list[float], list[floa
     option = "MOKD.TEACHER.WEIGHTS"
     _resolve(name, weights, option, named_by="MOKD.TEACHER.CLASSIFIER")
     found: Any = None
-    if not (weights and PathManager.isfile(weights)):
+    if not is_file(weights):
         if name.startswith(TIMM_PREFIX):
             import timm
 

@@ -10,7 +10,6 @@ from detectron2.config import CfgNode
 from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
-from detectron2.utils.file_io import PathManager
 from torch import Tensor, nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
@@ -84,8 +83,8 @@ class TorchvisionBackbone(Backbone):
 def _build_model(name, weights):
     option = "MODEL.TORCHVISION.WEIGHTS"
     networks.check_torchvision_name(name, "MODEL.TORCHVISION.NAME")
-    is_file = PathManager.isfile(weights)
-    if weights and not is_file:
+    named_file = networks.is_file(weights)
+    if weights and not named_file:
         member = networks.torchvision_weights(name, weights, option)
         # Torchvision loads them again by a pickle that may run code, which these then do not.
         networks.torchvision_state(member, f"{option} '{weights}'")
@@ -93,7 +92,7 @@ def _build_model(name, weights):
     # As with torchvision's own weights, because a trained model is built without them.
     options = {"transform_input": True} if name in networks.TRANSFORM_INPUT else {}
     model = networks.make_torchvision(name, options)
-    if is_file:
+    if named_file:
         _load_file(model, name, weights, option)
     return model
 

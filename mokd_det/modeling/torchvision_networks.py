@@ -2,7 +2,6 @@
 """Building ``torchvision.models.detection`` by name, with torchvision's own rules and weights."""
 
 import contextlib
-import difflib
 import inspect
 import logging
 import os
@@ -12,13 +11,13 @@ from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
-from detectron2.utils.file_io import PathManager
 from torch import nn
 from torchvision.models import get_model, get_model_builder, get_model_weights, list_models
 from torchvision.models import detection
 from torchvision.models._api import WeightsEnum
 
-from .loading import shortened
+from ..registry import did_you_mean
+from .loading import is_file, shortened
 from .networks import differences, state_of_file, torchvision_state, torchvision_weights
 from .torchvision_options import NODE, check_names, check_values
 
@@ -43,11 +42,9 @@ def detector_names() -> list[str]:
 def check_detector_name(name: str, option: str) -> None:
     """Raise ValueError, with the nearest names, unless torchvision has this detector."""
     if name not in (known := detector_names()):
-        close = [n for n in known if name and name in n] or difflib.get_close_matches(name, known)
-        meant = f"Did you mean {' or '.join(close)}? " if close else ""
         raise ValueError(
-            f"{option} is '{name}': expected a detector of torchvision. {meant}"
-            f"It has {', '.join(known)}."
+            f"{option} is '{name}': expected a detector of torchvision. "
+            f"{did_you_mean(name, known)} It has {', '.join(known)}."
         )
 
 
@@ -107,20 +104,20 @@ class _Builder:
             source = f"{NODE}.BACKBONE_WEIGHTS '{backbone_weights}'"
             return self._make(None, member, number, source)
         source = f"{option} '{weights}'"
-        if is_file := PathManager.isfile(weights):
+        if named_file := is_file(weights):
             member = self._member_of_file(weights)
         else:
             member = torchvision_weights(self.name, weights, option)
         if member is None:
             return self._of_own_training(weights, number, option)
         if number == len(member.meta["categories"]) and self._has_keypoints_of(member):
-            network = self._make(member, None, number, source, download=not is_file)
+            network = self._make(member, None, number, source, download=not named_file)
         else:
-            of_weights = self._make(member, None, None, source, download=not is_file)
+            of_weights = self._make(member, None, None, source, download=not named_file)
             network = self._with_heads(
                 of_weights, number, f"{source} is for other classes or keypoints"
             )
-        if is_file:
+        if named_file:
             self._load(network, weights, option)
         return network
 

@@ -44,6 +44,11 @@ def test_five_lines_are_enough(tmp_path):
         ("MODEL:\n  WEIGTHS: x\n", "no option MODEL.WEIGTHS. Did you mean MODEL.WEIGHTS"),
         ("MODEL: [\n", "is not valid YAML"),
         ("just text\n", "holds no options"),
+        ("INPUT: {MIN_SIZE_TRAIN: (640, 672)}\n", r"'\(640' is half a tuple.* write \[1, 2\]"),
+        ("DATASETS: {TRAIN: ('a',), TEST: ('b',)}\n", r"is half a tuple.* write \[1, 2\] there"),
+        ('DATASETS: {TRAIN: ("a", "b")}\n', r"is not valid YAML(.|\n)* write \[1, 2\] there"),
+        ("MODEL:\n  ANCHOR_GENERATOR:\n    SIZES: [(32, 64), (1, 2)]\n", r"'\(32' is half a tuple"),
+        ("MODEL: {CLASSIFIER: {OPTIONS: {sizes: (1, 2)}}}\n", r"'\(1' is half a tuple"),
     ],
 )
 def test_bad_files_are_explained(tmp_path, text, message):
@@ -51,6 +56,13 @@ def test_bad_files_are_explained(tmp_path, text, message):
     with pytest.raises(ValueError, match=message) as error:
         load_config(path)
     assert path in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["INPUT:\n  MIN_SIZE_TRAIN: (640, 672)\n", "INPUT: {MIN_SIZE_TRAIN: [640, 672]}\n"]
+)
+def test_tuples_are_read_outside_flow_style(tmp_path, text):
+    assert tuple(load_config(write(tmp_path, text)).INPUT.MIN_SIZE_TRAIN) == (640, 672)
 
 
 def test_misspelt_key_in_a_base_is_found(tmp_path):

@@ -115,14 +115,18 @@ def test_weights_that_do_not_fit_are_refused(tmp_path, change, message):
     "name, weights, options, message",
     [
         ("resnet17", "", {}, "NAME is 'resnet17': expected a classification model of torchvision"),
+        ("mobilnet_v2", "", {}, r"Did you mean 'mobilenet_v2' or 'mobilenet_v3_\w+' or 'mob\w+'\? "),
+        ("vit", "", {}, r"Did you mean 'maxvit_t' or 'vit_b_16' or 'vit_b_32'\?"),
+        ("?", "", {}, "No name is like it. All are listed by torchvision.models.list_models"),
         ("resnet18", "IMAGENET", {}, "neither a file nor one of '', 'DEFAULT', 'IMAGENET1K_V1'"),
         ("resnet18", "", {"wings": 2}, r"OPTIONS \{'wings': 2\} do not suit 'resnet18'"),
         ("vit_tiny_16", "DEFAULT", {}, "expected '' or a file for 'vit_tiny_16'"),
     ],
 )
 def test_names_that_do_not_exist(name, weights, options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as error:
         build_network(name, 10, weights, options=options)
+    assert len(str(error.value)) < 400  # no list of all names
 
 
 @pytest.mark.slow
@@ -228,6 +232,47 @@ def test_timms_networks(tmp_path):
         build_network("timm.resnet10x", 10)
     with pytest.raises(ValueError, match="timm names its weights in the model"):
         build_network("timm.resnet10t", 10, "IMAGENET1K_V1")
+
+
+@pytest.mark.parametrize(
+    "name, meant",
+    [
+        ("timm.mobilenetv3_smal_100", "'timm.mobilenetv3_small_100'"),
+        ("timm.resnt50.a1_in1k", "'timm.resnet50'"),
+        ("timm.resnet10t.c3_in1", "'timm.resnet10t.c3_in1k'"),
+    ],
+)
+def test_names_that_timm_does_not_have(name, meant):
+    pytest.importorskip("timm")
+    with pytest.raises(ValueError, match=f"{name}'.* Did you mean {meant}"):
+        build_network(name, 10)
+
+
+@pytest.mark.parametrize(
+    "name, weights, message",
+    [
+        (*("resnet18", "DEFAULT"), "Download https://.*resnet18.*copy it here as .*resnet18"),
+        (*("resnet18", "https://127.0.0.1:9/a.pth"), "Download https://127.0.0.1:9/a.pth.* set"),
+        (*("timm.resnet10t", "DEFAULT"), "Download model.safetensors of .*timm/resnet10t.* set"),
+    ],
+)
+def test_weights_that_cannot_be_downloaded(name, weights, message, monkeypatch, tmp_path):
+    if name.startswith("timm."):
+        timm = pytest.importorskip("timm")
+        create = timm.create_model
+
+        def no_hub(name, pretrained=False, **options):
+            if pretrained:  # the hub's own client tries for a minute
+                raise FileNotFoundError("An error happened while trying to locate the file")
+            return create(name, **options)
+
+        monkeypatch.setattr(timm, "create_model", no_hub)
+    for variable in ("TORCH_HOME", "FVCORE_CACHE"):
+        monkeypatch.setenv(variable, str(tmp_path))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    option = "MODEL.CLASSIFIER.WEIGHTS"
+    with pytest.raises(ValueError, match=f"^{option} '{weights}'.* cannot be .*{message}"):
+        build_network(name, 10, weights)
 
 
 def test_timm_that_is_not_installed(monkeypatch):

@@ -343,8 +343,8 @@ def test_weights_of_the_backbone_of_every_model(published, monkeypatch):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"NAME": "ssdlite320"}, "Did you mean ssdlite320_mobilenet_v3_large"),
-        ({"NAME": "x" * 30}, "expected a detector of torchvision. It has fasterrcnn"),
+        ({"NAME": "ssdlite320"}, "Did you mean 'ssdlite320_mobilenet_v3_large'"),
+        ({"NAME": "x" * 30}, "expected a detector of torchvision. No name is like it. It has fasterrcnn"),
         ({"WEIGHTS": "COCO_V9"}, "neither a file nor one of"),
         ({"BACKBONE_WEIGHTS": "IMAGENET"}, "BACKBONE_WEIGHTS is 'IMAGENET': expected '' or one of"),
         ({"COCO_IDS": True, "NUM_CLASSES": 3}, "COCO_IDS is True, but NUM_CLASSES is 3"),
@@ -371,7 +371,7 @@ def test_weights_of_another_model(tmp_path):
 def test_weights_that_cannot_be_downloaded(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
-    with pytest.raises(ValueError, match="cannot be downloaded.*Put that file there as .*ssdlite"):
+    with pytest.raises(ValueError, match="cannot be downloaded.*copy it here as .*ssdlite"):
         build(SSDLITE, WEIGHTS="DEFAULT", COCO_IDS=True)
 
 

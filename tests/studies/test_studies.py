@@ -2,6 +2,7 @@
 """The studies of the repository, and MODEL_ZOO.md."""
 
 import json
+import shlex
 
 import model_zoo
 import pytest
@@ -29,6 +30,15 @@ def test_studies_are_few_and_small():
     assert {name.split(".")[0] for name in files - scripts} == names
     size = sum(path.stat().st_size for path in (ROOT / "studies").glob("*.json"))
     assert size < 1_500_000
+
+
+def test_the_help_names_methods_that_exist():
+    examples = [shlex.split(line) for line in run.__doc__.splitlines() if "--only" in line]
+    assert examples
+    for example in examples:
+        study = records.load_study(ROOT / next(word for word in example if word.endswith(".yaml")))
+        asked = [method for flag, method in zip(example, example[1:]) if flag == "--only"]
+        assert asked and set(asked) <= set(study["methods"])
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
