@@ -173,13 +173,25 @@ def test_a_run_that_is_refused_leaves_the_old_one(trained, tmp_path, flag, chang
     shutil.copytree(output, run_folder)
     shutil.copy(output / "model_final.pth", tmp_path / "student.pth")
     shutil.copy(output / "balance.json", tmp_path / "balance.json")
-    for name in (".lock", "log.txt", "config.yaml"):  # which say what was tried
+    for name in (".lock", "log.txt"):  # the log of all runs
         (run_folder / name).unlink()
     before = {path.name: path.read_bytes() for path in run_folder.iterdir() if path.is_file()}
     opts = [*opts, *change[:-1], tmp_path / change[-1] if "WEIGHTS" in change[0] else change[-1]]
     opts += ["OUTPUT_DIR", run_folder, "TEST.EVAL_PERIOD", 100]
     assert re.search(message, refused("--config-file", CONFIGS["mokd"], flag, *opts))
-    assert {name: (run_folder / name).read_bytes() for name in before} == before
+    assert {p.name: p.read_bytes() for p in run_folder.iterdir() if p.is_file()} == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [[], ["--eval-only"]])
+def test_a_start_that_fails_leaves_nothing(tmp_path, flags):
+    """A teacher, or for evaluation a student, that does not fit is found once it is built."""
+    torch.save({"model": {"weight": torch.zeros(1)}}, tmp_path / "t.pth")
+    opts = ["MODEL.WEIGHTS" if flags else "MOKD.TEACHER.WEIGHTS", tmp_path / "t.pth"]
+    opts += ["OUTPUT_DIR", tmp_path / "output/deep/run"]
+    error = refused("--config-file", CONFIGS["mokd"], *flags, *TREE_OPTS, *opts)
+    assert "does not fit the model" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["t.pth"]
 
 
 @pytest.mark.slow
@@ -464,7 +476,8 @@ def test_teacher_without_a_config_is_evaluated_at_its_size(
     monkeypatch.setattr(training.Trainer, "test", test)
     monkeypatch.setattr(training.task_of(cfg).__class__, "load_trained", lambda *args: None)
     args = ["--eval-only", "--with-teacher"]
-    training.evaluate(train.argument_parser().parse_args(args), cfg)
+    before = training.FolderBefore(cfg.OUTPUT_DIR)
+    training.evaluate(train.argument_parser().parse_args(args), cfg, before)
     student, teacher = (x.shape[-1] for x in images)
     assert student == 32 and teacher == expected
     assert size or torch.equal(*images)

@@ -13,6 +13,7 @@ from ..config import check_device, config_path, load_config, trust_files
 from ..data import check_teacher_classes
 from ..engine import (
     DistillationTrainer,
+    FolderBefore,
     Trainer,
     build_trainer,
     checkpoints_in,
@@ -58,7 +59,10 @@ def check_arguments(args, cfg):
 
 
 def setup(args):
-    """Read the config, check all that can be checked before data and weights, start logging."""
+    """
+    Read the config, check all that can be checked before data and weights, start logging. Return
+    the config, and what its OUTPUT_DIR held before.
+    """
     trust_files(args.trust)
     import_modules(args.imports)  # a process of --num-gpus has not
     cfg = load_config(args.config_file, args.opts)
@@ -69,11 +73,12 @@ def setup(args):
     prepare_datasets(cfg, task, is_training=not args.eval_only)
     check_device(cfg)
     cfg.freeze()
+    before = FolderBefore(cfg.OUTPUT_DIR)
     if not args.eval_only:
         claim_folder(cfg, args.resume, args.overwrite)
     setup_console(cfg, args.verbosity)
     default_setup(cfg, args)
-    return cfg
+    return cfg, before
 
 
 def with_weights(cfg, weights):
@@ -83,24 +88,25 @@ def with_weights(cfg, weights):
     return cfg
 
 
-def evaluate(args, cfg):
+def evaluate(args, cfg, before):
     """Evaluate the plain model of ``cfg`` on DATASETS.TEST (with --resume: its last weights)."""
     task = task_of(cfg)
-    if args.resume and (last := on_main_process(find_checkpoint, cfg.OUTPUT_DIR)):
-        cfg = with_weights(cfg, last)
-    student = task.load_trained(cfg)
-    task.check_model(cfg, student, ["TEST"])
-    if args.with_teacher:  # what may be wrong with it is found before the student is evaluated
-        teacher_cfg = task.teacher_config(cfg)
-        check_teacher_classes(cfg, teacher_cfg, "--with-teacher")
-        teacher_cfg.DATASETS = cfg.DATASETS
-        teacher_cfg.OUTPUT_DIR = f"{cfg.OUTPUT_DIR}/teacher"
-        PathManager.mkdirs(teacher_cfg.OUTPUT_DIR)
-        teacher_task = task_of(teacher_cfg)
-        teacher = teacher_task.load_trained(teacher_cfg, "MOKD.TEACHER.WEIGHTS")
-        teacher_task.check_model(teacher_cfg, teacher, ["TEST"])
+    with before.restored_on_error():
+        if args.resume and (last := on_main_process(find_checkpoint, cfg.OUTPUT_DIR)):
+            cfg = with_weights(cfg, last)
+        student = task.load_trained(cfg)
+        task.check_model(cfg, student, ["TEST"])
+        if args.with_teacher:  # what may be wrong with it is found before the student is evaluated
+            teacher_cfg = task.teacher_config(cfg)
+            check_teacher_classes(cfg, teacher_cfg, "--with-teacher")
+            teacher_cfg.DATASETS = cfg.DATASETS
+            teacher_cfg.OUTPUT_DIR = f"{cfg.OUTPUT_DIR}/teacher"
+            teacher_task = task_of(teacher_cfg)
+            teacher = teacher_task.load_trained(teacher_cfg, "MOKD.TEACHER.WEIGHTS")
+            teacher_task.check_model(teacher_cfg, teacher, ["TEST"])
     results = Trainer.test(cfg, student)
     if args.with_teacher:
+        PathManager.mkdirs(teacher_cfg.OUTPUT_DIR)
         teacher_results = Trainer.test(teacher_cfg, teacher)
         if comm.is_main_process():
             print(f"Results: {write_results(teacher_results, teacher_cfg.OUTPUT_DIR)}")
@@ -108,9 +114,9 @@ def evaluate(args, cfg):
     return results, cfg
 
 
-def train(args, cfg):
+def train(args, cfg, before):
     """Train, and evaluate as the config says."""
-    with replacing_run(cfg.OUTPUT_DIR, args.overwrite):
+    with before.restored_on_error(), replacing_run(cfg.OUTPUT_DIR, args.overwrite):
         trainer = build_trainer(cfg)
         trainer.resume_or_load(resume=args.resume)
     if comm.is_main_process() and isinstance(trainer, DistillationTrainer):
@@ -137,9 +143,9 @@ def write_zoo_row(args, cfg, results):
 
 def main(args):
     with errors_as_messages(args.debug):
-        cfg = setup(args)
+        cfg, before = setup(args)
     with errors_as_messages(args.debug), output_errors(cfg.OUTPUT_DIR):  # with the run's logs
-        results, cfg = evaluate(args, cfg) if args.eval_only else train(args, cfg)
+        results, cfg = (evaluate if args.eval_only else train)(args, cfg, before)
         if comm.is_main_process() and results:
             print(f"Results: {write_results(results, cfg.OUTPUT_DIR)}")
             if args.zoo_row:

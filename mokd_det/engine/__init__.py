@@ -5,7 +5,7 @@ from .. import compat  # first: patches Detectron2 where it needs it
 from ..command_line import add_timeout, errors_as_messages
 from .checkpoints import checkpoints_in, find_checkpoint
 from .console import setup_console
-from .folder import claim_folder, output_errors, release_folder, replacing_run
+from .folder import FolderBefore, claim_folder, output_errors, release_folder, replacing_run
 from .launch import launch, on_main_process
 from .step import BalancedTrainer
 from .summary import next_steps, say_summary

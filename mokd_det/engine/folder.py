@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from detectron2.config import CfgNode
+from detectron2.utils import comm
 
 from ..files import TEMPORARY
 from ..tasks import task_of
@@ -25,7 +26,47 @@ LOCK = ".lock"
 APPENDED = ("metrics.json", "balance.json")
 # What a run appends to, or would leave behind if it stopped before it is written again.
 LOGS = (*APPENDED, "results.json", "events.out.tfevents.*", *TRACKING_FILES)
+CONFIG = "config.yaml"
+# What a run writes before its first step.
+STARTED = (LOCK, CONFIG, "log.txt*", *LOGS)
 _locks: dict[str, IO[str]] = {}
+
+
+class FolderBefore:
+    """What was in a folder before a run began to write there."""
+
+    def __init__(self, folder: str):
+        self.folder = Path(folder)
+        self._made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
+        self._files = self._of_a_start()
+        config = self.folder / CONFIG
+        self._config = config.read_bytes() if config.is_file() else None
+
+    def _of_a_start(self) -> set[Path]:
+        return {path for pattern in STARTED for path in self.folder.glob(pattern)}
+
+    @contextlib.contextmanager
+    def restored_on_error(self) -> Iterator[None]:
+        """
+        Within it a run is made ready. An error takes back what it wrote: a failed start leaves no
+        files, and an earlier run's config as it was. To be entered by all processes.
+        """
+        try:
+            yield
+        except BaseException:
+            if comm.is_main_process():
+                self._restore()
+            raise
+
+    def _restore(self) -> None:
+        release_folder(str(self.folder))
+        with contextlib.suppress(OSError):  # the error that is on its way says more
+            for path in self._of_a_start() - self._files:
+                path.unlink()
+            if self._config is not None:
+                (self.folder / CONFIG).write_bytes(self._config)
+            for path in self._made:
+                path.rmdir()
 
 
 def claim_folder(cfg: CfgNode, resume: bool, overwrite: bool = False) -> None:

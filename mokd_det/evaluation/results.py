@@ -44,7 +44,8 @@ def set_aside(folder: str | Path) -> Path | None:
 def format_comparison(results_by_model: Mapping[str, Mapping[str, Any]]) -> str:
     """
     Return a Markdown table with a line for each data set, task and model. Results are by a model's
-    name, all of the same data sets, in either form of :func:`write_results`.
+    name, all of the same data sets, in either form of :func:`write_results`; that of one data set
+    does not name it.
     """
     rows = []
     for model, results in results_by_model.items():
@@ -53,9 +54,12 @@ def format_comparison(results_by_model: Mapping[str, Mapping[str, Any]]) -> str:
             rows += [(data_set, task, model, metrics) for task, metrics in tasks.items()]
     rows.sort(key=lambda row: row[:2])
     found = [m for m in (*METRICS, *CLASSIFICATION_METRICS) if any(m in row[3] for row in rows)]
-    lines = [["data set", "task", "model", *found], ["---"] * (3 + len(found))]
-    for *head, metrics in rows:
-        lines.append([*head, *(f"{metrics[m]:.2f}" if m in metrics else "" for m in found)])
+    first = 0 if any(row[0] for row in rows) else 1
+    head = ["data set", "task", "model", *found][first:]
+    lines = [head, ["---"] * len(head)]
+    for row in rows:
+        metrics = row[3]
+        lines.append([*row[first:3], *(f"{metrics[m]:.2f}" if m in metrics else "" for m in found)])
     return "\n".join(map(markdown_row, lines))
 
 

@@ -9,8 +9,8 @@ from .focal_loss import uncompiled_focal_loss
 from .inherit import copy_weights, inheritable_names
 from .lazy_config import LazyConfigDetector, load_lazy_config
 from .loading import SafeCheckpointer, StrictCheckpointer, shortened
-from .networks import CLASSIFIERS, TIMM_PREFIX, build_network, implied_options
-from .networks import input_normalisation
+from .networks import CLASSIFIERS, TIMM_PREFIX, build_network, classes_of_weights
+from .networks import implied_options, input_normalisation
 from .state import RestoredState, module_numbers, set_module_numbers
 from .supervised_model import SupervisedModel
 from .taps import TapShape, as_map, check_batch_norm, common_grid, find_taps

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torchvision
+from detectron2.config import CfgNode
 from torch import Tensor, nn
 from torchvision.models import get_model_weights, list_models
 
@@ -207,6 +208,29 @@ def _timm_state(name, option):
 def state_of_file(path: str, option: str) -> dict[str, Any]:
     """Return a state dict as :func:`mokd_det.untrusted.read_checkpoint` finds it; its errors."""
     return read_checkpoint(local_file(path, option), f"{option} '{path}'")["model"]
+
+
+def classes_of_weights(node: CfgNode, weights: str, option: str) -> int:
+    """
+    Return the number of classes that weights of ``node``, a ``MODEL.CLASSIFIER``, are for; its
+    own NUM_CLASSES where nothing says it. ``option`` names the weights. Errors: as
+    :func:`build_network`.
+    """
+    name, usual = node.NAME, node.NUM_CLASSES
+    if is_file(weights):
+        options = {key.lower(): value for key, value in node.OPTIONS.items()}
+        with torch.random.fork_rng([]):
+            expected = build_network(name, usual, options=options).state_dict()
+        given = state_of_file(weights, option)
+        _, _, shapes = differences(expected, given)
+        heads = {given[k].shape[:1] for k in shapes if given[k].shape[1:] == expected[k].shape[1:]}
+        return heads.pop()[0] if len(heads) == 1 else usual
+    if name.startswith(TIMM_PREFIX):
+        import timm
+
+        found = timm.get_pretrained_cfg(name.removeprefix(TIMM_PREFIX))
+        return found.num_classes if found else usual
+    return len(torchvision_weights(name, weights, option).meta["categories"])
 
 
 def differences(expected: dict[str, Tensor], state: dict[str, Tensor]) -> tuple[list[str], ...]:

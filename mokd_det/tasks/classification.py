@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader
 from ..config import find_config, load_config, merge_overrides
 from ..data import ResumableLoader, check_classes, classification, trained_class_names
 from ..export import ClassifierExporter
-from ..modeling import Classifier, TapShape, as_map, check_batch_norm, common_grid, default_tap
-from ..modeling import find_taps
+from ..modeling import Classifier, TapShape, as_map, check_batch_norm, classes_of_weights
+from ..modeling import common_grid, default_tap, find_taps
 from ..modeling import implied_options, input_normalisation, load_trained_classifier, replace_taps
 from ..objectives import ClassifierHead, Level, Objective
 from ..teachers import PRE_LOGITS, ClassifierTeacher, speed_options
@@ -128,7 +128,13 @@ class ClassificationTask(Task):
 
     def build_teacher(self, cfg: CfgNode) -> ClassifierTeacher:
         student_size = cfg.INPUT.CLASSIFICATION.SIZE_TRAIN
-        model = self.load_trained(self.teacher_config(cfg), "MOKD.TEACHER.WEIGHTS")
+        teacher_cfg, options = self.teacher_config(cfg), cfg.MOKD.TEACHER
+        network = teacher_cfg.MODEL.CLASSIFIER
+        # A name says nothing of classes, which features need not share with the student.
+        if options.CLASSIFIER and "MODEL.CLASSIFIER.NUM_CLASSES" not in options.OPTS:
+            given = teacher_cfg.MODEL.WEIGHTS or network.WEIGHTS
+            network.NUM_CLASSES = classes_of_weights(network, given, "MOKD.TEACHER.WEIGHTS")
+        model = self.load_trained(teacher_cfg, "MOKD.TEACHER.WEIGHTS")
         size = cfg.MOKD.TEACHER.IMAGE_SIZE or student_size
         return ClassifierTeacher(model, size, size != student_size, **speed_options(cfg))
 

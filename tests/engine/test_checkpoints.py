@@ -13,7 +13,7 @@ from detectron2.utils.env import seed_all_rng
 
 from mokd_det.engine import build_trainer, claim_folder, find_checkpoint, release_folder, validate
 from mokd_det.engine.checkpoints import PeriodicCheckpointer, RunCheckpointer, checkpoints_in
-from mokd_det.engine.folder import output_errors, replacing_run
+from mokd_det.engine.folder import FolderBefore, output_errors, replacing_run
 from mokd_det.engine.identity import RunIdentity
 from mokd_det.files import TEMPORARY, save_checkpoint
 
@@ -164,6 +164,36 @@ def test_a_new_run_does_not_mix_with_an_old_one(make_cfg, run_folder):
     assert metrics.read_text() == "new"
     claim_folder(cfg, resume=False)
     release_folder(cfg.OUTPUT_DIR)
+
+
+def test_a_failed_start_takes_back_what_it_wrote(tmp_path):
+    """An error, also Ctrl-C, before the first step; what others wrote stays."""
+    old, new = tmp_path / "old", tmp_path / "a" / "new"
+    old.mkdir()
+    (old / "config.yaml").write_text("old")
+    (old / "log.txt").write_text("old\n")
+    for folder, left in ((old, {"config.yaml", "log.txt", "mine.txt"}), (new, {"mine.txt"})):
+        before = FolderBefore(str(folder))
+        folder.mkdir(parents=True, exist_ok=True)
+        with pytest.raises(KeyboardInterrupt), before.restored_on_error():
+            for name in (".lock", "config.yaml", "log.txt.rank1", "events.out.tfevents.1"):
+                (folder / name).write_text("new")
+            (folder / "mine.txt").touch()
+            raise KeyboardInterrupt
+        assert {path.name for path in folder.iterdir()} == left
+    assert (old / "config.yaml").read_text() == "old"
+    (new / "mine.txt").unlink()
+    new.rmdir()
+    new.parent.rmdir()
+    before = FolderBefore(str(new))
+    with pytest.raises(ValueError), before.restored_on_error():
+        (new / "nothing").parent.mkdir(parents=True)
+        raise ValueError
+    assert not new.parent.exists() and tmp_path.exists()
+    with before.restored_on_error():
+        new.mkdir(parents=True)
+        (new / "log.txt").touch()
+    assert (new / "log.txt").exists()
 
 
 def test_a_run_that_is_refused_removes_nothing(make_cfg, run_folder):

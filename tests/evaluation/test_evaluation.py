@@ -162,11 +162,12 @@ def test_comparison_of_models():
     one = format_comparison({"teacher": {"bbox": BOX}, "student": {"bbox": {**BOX, "AP": 9.0}}})
     lines = one.splitlines()
     assert len(lines) == 4
-    assert lines[2] == "|  | bbox | teacher | 12.35 | 30.00 | nan | 1.00 | 2.00 | 3.00 |"
+    assert lines[0] == "| task | model | AP | AP50 | AP75 | APs | APm | APl |"
+    assert lines[2] == "| bbox | teacher | 12.35 | 30.00 | nan | 1.00 | 2.00 | 3.00 |"
     assert "| student | 9.00 |" in lines[3]
     several = {"val": {"bbox": BOX}, "test": {"bbox": BOX, "segm": BOX}}
     lines = format_comparison({"teacher": several, "student": several}).splitlines()
-    assert len(lines) == 8
+    assert len(lines) == 8 and lines[0].startswith("| data set | task | model | AP |")
     assert [line.split("|")[1:4] for line in lines[2:4]] == [
         [" test ", " bbox ", " teacher "],
         [" test ", " bbox ", " student "],

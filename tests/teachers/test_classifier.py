@@ -3,9 +3,10 @@
 
 import pytest
 import torch
+from torchvision.models import get_model_weights
 
 from mokd_det.engine import validate
-from mokd_det.modeling import replace_taps
+from mokd_det.modeling import DistillationModel, build_network, replace_taps
 from mokd_det.tasks import task_of
 from mokd_det.teachers import PRE_LOGITS, ClassifierTeacher
 
@@ -110,3 +111,28 @@ def test_an_unknown_teacher_is_not_called_the_student(make_digits_cfg, name):
     opts = ["MOKD.TEACHER.CONFIG_FILE", "", "MOKD.TEACHER.CLASSIFIER", name]
     with pytest.raises(ValueError, match=f"^MOKD.TEACHER.CLASSIFIER is '{name}'"):
         validate(make_digits_cfg(opts))
+
+
+@pytest.mark.parametrize("weights", ["file", "enum"])
+@pytest.mark.parametrize("objectives, refused", [(["features"], False), (["logits"], True)])
+def test_a_teacher_by_name_may_have_other_classes_where_none_are_compared(
+    make_digits_cfg, tmp_path, monkeypatch, weights, objectives, refused
+):
+    name, classes = "shufflenet_v2_x0_5", 7 if weights == "file" else 1000
+    state = build_network(name, classes).state_dict()
+    torch.save(state, tmp_path / "t.pth")
+    enum = get_model_weights(name)
+    monkeypatch.setattr(enum, "get_state_dict", lambda self, **options: state)
+    opts = ["MOKD.TEACHER.CONFIG_FILE", "", "MOKD.TEACHER.CLASSIFIER", name]
+    opts += ["MOKD.TEACHER.WEIGHTS", str(tmp_path / "t.pth") if weights == "file" else "DEFAULT"]
+    cfg = make_digits_cfg([*opts, "MOKD.OBJECTIVES", objectives])
+    if refused:
+        with pytest.raises(ValueError, match=f"student has 10 classes and the teacher {classes}"):
+            DistillationModel(cfg, task=task_of(cfg))
+    else:
+        model = DistillationModel(cfg, task=task_of(cfg))
+        assert model.teacher.model.num_classes == classes and model.student.num_classes == 10
+        assert torch.equal(model.teacher.model.network.fc.weight, state["fc.weight"])
+        cfg.MOKD.TEACHER.OPTS = ["MODEL.CLASSIFIER.NUM_CLASSES", 9]
+        with pytest.raises(ValueError, match="does not fit"):  # what one says oneself counts
+            build_teacher(cfg)
