@@ -14,6 +14,7 @@ from detectron2.utils.file_io import Detectron2Handler, PathManager
 from torch import nn
 
 from ..untrusted import printable, read_checkpoint
+from .torchvision_resnet import for_detectron2
 
 NO_DOWNLOAD = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError)
 
@@ -51,7 +52,7 @@ def not_downloaded(weights: str, option: str, error: Exception) -> ValueError:
 class SafeCheckpointer(DetectionCheckpointer):
     """
     Detectron2's checkpointer, which reads files by :func:`mokd_det.untrusted.read_checkpoint`:
-    Detectron2's own runs the code that a .pkl holds.
+    Detectron2's own runs the code that a .pkl holds. A ResNet may come from torchvision's file.
     """
 
     def __init__(self, model: nn.Module, *args: Any, option: str = "MODEL.WEIGHTS", **kwargs: Any):
@@ -91,7 +92,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         checkpoint = read_checkpoint(filename, self._name)
         if query.get("matching_heuristics") == ["True"]:
             checkpoint["matching_heuristics"] = True
-        return checkpoint
+        return for_detectron2(checkpoint, self.model, self._name)
 
 
 class StrictCheckpointer(SafeCheckpointer):

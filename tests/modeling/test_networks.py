@@ -115,7 +115,12 @@ def test_weights_that_do_not_fit_are_refused(tmp_path, change, message):
     "name, weights, options, message",
     [
         ("resnet17", "", {}, "NAME is 'resnet17': expected a classification model of torchvision"),
-        ("mobilnet_v2", "", {}, r"Did you mean 'mobilenet_v2' or 'mobilenet_v3_\w+' or 'mob\w+'\? "),
+        (
+            "mobilnet_v2",
+            "",
+            {},
+            r"Did you mean 'mobilenet_v2' or 'mobilenet_v3_\w+' or 'mob\w+'\? ",
+        ),
         ("vit", "", {}, r"Did you mean 'maxvit_t' or 'vit_b_16' or 'vit_b_32'\?"),
         ("?", "", {}, "No name is like it. All are listed by torchvision.models.list_models"),
         ("resnet18", "IMAGENET", {}, "neither a file nor one of '', 'DEFAULT', 'IMAGENET1K_V1'"),

@@ -344,7 +344,10 @@ def test_weights_of_the_backbone_of_every_model(published, monkeypatch):
     "options, message",
     [
         ({"NAME": "ssdlite320"}, "Did you mean 'ssdlite320_mobilenet_v3_large'"),
-        ({"NAME": "x" * 30}, "expected a detector of torchvision. No name is like it. It has fasterrcnn"),
+        (
+            {"NAME": "x" * 30},
+            "expected a detector of torchvision. No name is like it. It has fasterrcnn",
+        ),
         ({"WEIGHTS": "COCO_V9"}, "neither a file nor one of"),
         ({"BACKBONE_WEIGHTS": "IMAGENET"}, "BACKBONE_WEIGHTS is 'IMAGENET': expected '' or one of"),
         ({"COCO_IDS": True, "NUM_CLASSES": 3}, "COCO_IDS is True, but NUM_CLASSES is 3"),

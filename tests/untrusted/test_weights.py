@@ -268,7 +268,9 @@ def test_an_old_pixel_mean(tmp_path, prefix, mean):
 @pytest.mark.parametrize("address", ["http://127.0.0.1:9/x.pth", "https://127.0.0.1:9/x.pkl"])
 def test_an_address_without_a_file(address, tmp_path, monkeypatch):
     monkeypatch.setenv("FVCORE_CACHE", str(tmp_path))
-    wanted = f"^MODEL.WEIGHTS '{address}' cannot be downloaded .*Download {address} on .* set MODEL."
+    wanted = (
+        f"^MODEL.WEIGHTS '{address}' cannot be downloaded .*Download {address} on .* set MODEL."
+    )
     with pytest.raises(ValueError, match=wanted) as error:
         SafeCheckpointer(network()).load(address, checkpointables=[])
     assert "urlopen" not in str(error.value)
