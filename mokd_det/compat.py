@@ -45,11 +45,29 @@ def apply() -> list[str]:
         "pickle": _patch_pickle,
     }
     with warnings.catch_warnings():
-        # It scripts two modules, and PyTorch 2.10 says each time that scripting is deprecated.
-        warnings.simplefilter("ignore", FutureWarning)
+        ignore_foreign_warnings(append=False)  # also where warnings are to be errors
         applied = [name for name, patch in patches.items() if patch(root)]
         importlib.import_module("detectron2.modeling")
+    ignore_foreign_warnings()
     return applied
+
+
+# What libraries say of each other: nobody who uses mokd_det can mend it. The message, of whom it
+# is (what the library calls, as torch counts it), and the category.
+FOREIGN_WARNINGS = (
+    # Detectron2 and fvcore script functions when they are imported, torchvision when it is traced.
+    (r"`torch\.jit\.\w+` is (deprecated|not supported)", r"torch\.jit\.", Warning),
+    # Detectron2's anchors.
+    (r"torch\.meshgrid: in an upcoming release", r"torch\.functional", UserWarning),
+    # Detectron2's model zoo.
+    (r"pkg_resources is deprecated", r"detectron2\.model_zoo", Warning),
+)
+
+
+def ignore_foreign_warnings(append: bool = True) -> None:
+    """Ignore ``FOREIGN_WARNINGS``; ``append``: unless the user's own filters say otherwise."""
+    for message, module, category in FOREIGN_WARNINGS:
+        warnings.filterwarnings("ignore", message, category, module, append=append)
 
 
 def _mentions(file: Path, text: str) -> bool:

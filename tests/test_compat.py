@@ -2,9 +2,11 @@
 """Each patch of Detectron2 0.6: where it is needed, and that it leaves everything else alone."""
 
 import json
+import re
 import subprocess
 import sys
 import types
+import warnings
 
 import numpy as np
 import pytest
@@ -16,7 +18,8 @@ from pycocotools.coco import COCO
 
 from mokd_det import compat
 
-from .conftest import ROOT
+from .conftest import CONFIGS, ROOT, TREE_OPTS
+from .test_tools import run
 
 
 @pytest.fixture
@@ -176,3 +179,53 @@ def test_rotated_boxes_work_or_say_how_to_get_them(name):
     else:
         expected = torch.ones(2, 2) if name == "box_iou" else torch.tensor([0])
         assert torch.allclose(use(), expected)
+
+
+JIT = "`torch.jit.script` is deprecated. Please switch to `torch.compile` or `torch.export`."
+GRID = "torch.meshgrid: in an upcoming release, it will be required to pass the indexing argument."
+
+
+@pytest.mark.parametrize(
+    "message, category, module, is_shown",
+    [
+        (JIT, FutureWarning, "torch.jit._script", False),
+        (JIT, DeprecationWarning, "torch.jit._trace", False),
+        (GRID, UserWarning, "torch.functional", False),
+        ("pkg_resources is deprecated as an API.", UserWarning, "detectron2.model_zoo", False),
+        (JIT, FutureWarning, "mokd_det.export", True),
+        ("`torch.jit.script` is slow", FutureWarning, "torch.jit._script", True),
+        ("`np.bool` is a deprecated alias", FutureWarning, "mokd_det.data.coco", True),
+        ("torch.cross without a dim is deprecated", UserWarning, "torch.functional", True),
+    ],
+)
+def test_warnings_that_only_libraries_can_mend_are_not_shown(message, category, module, is_shown):
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.resetwarnings()
+        compat.ignore_foreign_warnings()
+        warnings.warn_explicit(message, category, "file.py", 1, module)
+    assert bool(shown) == is_shown
+
+
+def test_the_users_own_filters_come_first():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compat.ignore_foreign_warnings()
+        with pytest.raises(FutureWarning):
+            warnings.warn_explicit(JIT, FutureWarning, "file.py", 1, "torch.jit._script")
+
+
+def test_our_own_code_calls_what_is_deprecated_in_one_place():
+    """The filter goes by what is called, so it would hide other calls of ours."""
+    files = (ROOT / "mokd_det").rglob("*.py")
+    calls = [path for path in files if re.search(r"jit\.script\(|meshgrid\(", path.read_text())]
+    assert calls == [ROOT / "mokd_det/export/torchscript.py"]  # the format that was asked for
+
+
+@pytest.mark.slow
+def test_commands_print_no_warnings_of_libraries(tmp_path, teacher_weights):
+    """The start, anchors, and counting FLOPs, which traces: stderr has no warning at all."""
+    opts = ["MODEL.WEIGHTS", teacher_weights, "OUTPUT_DIR", tmp_path, "MODEL.DEVICE", "cpu"]
+    opts += ["MODEL.TORCHVISION.WEIGHTS", "", "DATALOADER.NUM_WORKERS", 0]
+    args = ["--config-file", CONFIGS["teacher"], "--eval-only", "--zoo-row", *TREE_OPTS, *opts]
+    done = run("tools/train_net.py", *args)
+    assert not re.findall(r"\w*Warning:.*", done.stderr)

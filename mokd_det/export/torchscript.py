@@ -20,8 +20,6 @@ from torchvision.ops import boxes
 from . import detector
 from .metadata import METADATA_FILE, Json
 
-DEPRECATED = ".*torch.jit.* is deprecated"
-
 
 def trace(model: nn.Module, image: Tensor) -> torch.jit.ScriptModule:
     """Trace a detector in eval mode, best on an image with detections, so that every part runs."""
@@ -37,13 +35,13 @@ def trace_network(model: nn.Module, images: Tensor) -> torch.jit.ScriptModule:
 
 
 @contextlib.contextmanager
-def _quiet(message: str = "") -> Iterator[None]:
+def _quiet() -> Iterator[None]:
     """
-    Without warnings of tensors that become Python numbers or constants, and of TorchScript's
-    deprecation: what a file computes is compared with the model in any case.
+    Without warnings of tensors that become Python numbers or constants: what a file computes is
+    compared with the model in any case.
     """
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message)
+        warnings.simplefilter("ignore")
         yield
 
 
@@ -135,8 +133,7 @@ def freeze(module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
 
 def save_torchscript(module: torch.jit.ScriptModule, path: str, metadata: Json) -> None:
     """Write the archive with ``metadata`` as JSON inside."""
-    with _quiet(DEPRECATED):
-        torch.jit.save(module, path, _extra_files={METADATA_FILE: json.dumps(metadata, indent=2)})
+    torch.jit.save(module, path, _extra_files={METADATA_FILE: json.dumps(metadata, indent=2)})
 
 
 def load_torchscript(
@@ -155,8 +152,7 @@ def load_torchscript(
             f"{path} was traced on '{traced_on}' and cannot run on '{device}': export it with "
             f"MODEL.DEVICE {device.type}, or with --method scripting."
         )
-    with _quiet(DEPRECATED):
-        # A trace calculates with sizes of images on the CPU, wherever its weights are: each of its
-        # constants stays where it was.
-        module = torch.jit.load(path, map_location=None if traced_on else device)
+    # A trace calculates with sizes of images on the CPU, wherever its weights are: each of its
+    # constants stays where it was.
+    module = torch.jit.load(path, map_location=None if traced_on else device)
     return module, metadata
