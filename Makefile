@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV := $(BIN)/uv
 UV_VERSION := 0.13.9
+# Which build of PyTorch: uv's --torch-backend, from PyTorch's own index. Without a GPU, cpu saves
+# 5 GB. Empty: the package registry's build, also where nothing else is reached.
+TORCH_BACKEND ?=
 
 .PHONY: help env demo demo-classification test test-all test-reliability lint docs pins clean
 
@@ -14,6 +17,7 @@ help:
 	@echo "make test-all   the rest of the suite (25 minutes)"
 	@echo "make test-reliability   runs that are killed, stopped, damaged (30 minutes at most)"
 	@echo "make env    only the set-up, in $(VENV)"
+	@echo "make env TORCH_BACKEND=cpu   another build of PyTorch (auto, cpu, cu128, ...), in a fresh $(VENV)"
 	@echo "make lint   ruff (rules and format) and mypy over the code"
 	@echo "make docs   the documentation as a site in build/docs, strictly (half a minute)"
 	@echo "make pins   resolve the newest versions into requirements.txt"
@@ -26,7 +30,12 @@ $(VENV)/installed: requirements.txt setup.cfg pyproject.toml Makefile
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "mokd_det needs Python >= 3.10, but $(PYTHON) is older; set PYTHON=/path/to/python")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet uv==$(UV_VERSION)
+ifeq ($(TORCH_BACKEND),)
 	$(UV) pip install --python $(BIN)/python -r requirements.txt
+else # each build brings CUDA's libraries itself, or none
+	grep -vE '^(cuda-|nvidia-|triton==)' requirements.txt > $(VENV)/requirements.txt
+	$(UV) pip install --python $(BIN)/python --torch-backend $(TORCH_BACKEND) -r $(VENV)/requirements.txt
+endif
 	$(UV) pip install --python $(BIN)/python --no-deps -e .
 	touch $@
 

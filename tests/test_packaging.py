@@ -5,6 +5,8 @@ import ast
 import configparser
 import graphlib
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -47,6 +49,25 @@ def test_version_of_the_citation_and_the_changelog():
 
     assert f"version: {mokd_det.__version__}" in (ROOT / "CITATION.cff").read_text()
     assert f"## [{mokd_det.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.mark.parametrize("backend", ["", "cpu", "auto"])
+def test_set_up_takes_the_build_of_pytorch_that_is_asked_for(tmp_path, backend):
+    """By default that of the package registry, with its pins; else without those of CUDA."""
+    make = ["make", "--dry-run", "--always-make", "env", f"VENV={tmp_path}"]
+    variables = {**os.environ, "TORCH_BACKEND": backend}
+    done = subprocess.run(make, cwd=ROOT, env=variables, capture_output=True, text=True, check=True)
+    (install,) = [line for line in done.stdout.splitlines() if " -r " in line]
+    pins = f"{tmp_path}/requirements.txt" if backend else "requirements.txt"
+    assert install.endswith(f" -r {pins}")
+    assert ("--torch-backend" in install) == bool(backend)
+    if backend:
+        assert f"--torch-backend {backend} " in install
+        (select,) = [line for line in done.stdout.splitlines() if line.startswith("grep ")]
+        subprocess.run(select, shell=True, cwd=ROOT, check=True)
+        kept = (tmp_path / "requirements.txt").read_text()
+        assert "\ntorch==" in kept and "\ntorchvision==" in kept and "\nnumpy==" in kept
+        assert not re.search("nvidia|^cuda|^triton", kept, re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
