@@ -68,6 +68,12 @@ def load_config(
         is_shipped = config_file.startswith(SHIPPED)  # and was not found
         if is_shipped or ("://" not in config_file and not PathManager.isfile(config_file)):
             raise FileNotFoundError(f"{option} '{config_file}' does not exist.")
+        if config_file.endswith(".py"):
+            raise ValueError(
+                f"{option} '{config_file}' is a Python config (LazyConfig), and a YAML file is "
+                "expected here: train it by tools/lazyconfig_train_net.py; as a model alone it "
+                "goes into MODEL.LAZY_CONFIG.FILE."
+            )
         _merge_file(cfg, config_file, f"{option} '{config_file}'")
     merge_overrides(cfg, opts, overrides)
     return cfg

@@ -62,7 +62,10 @@ def read_lazy_config(path: str, option: str) -> DictConfig:
     """
     name = f"{option} '{path}'"
     if is_trusted() or (path.endswith(".py") and _is_installed(path)):
-        return LazyConfig.load(path)
+        try:
+            return LazyConfig.load(path)
+        except SyntaxError as error:  # Detectron2's says not where
+            raise ValueError(f"{name} is no valid Python: {error.__cause__ or error}.") from error
     if path.endswith(".py"):
         raise ValueError(
             f"{name} is a Python config, and using it runs the code in it. Read it, and if you "

@@ -33,18 +33,26 @@ def register_datasets(cfg: CfgNode) -> None:
         _register_classification(entry)
     for entry in cfg.DATASETS.COCO:
         _check_entry("COCO", entry, ["name", "JSON file", "image folder"])
-        name, json_file, image_root = entry[0], local_path(entry[1]), local_path(entry[2])
-        if name not in DatasetCatalog.list():
-            register_coco_instances(name, {}, json_file, image_root)
-        known = MetadataCatalog.get(name)
-        source = known.get("completed_from") or known.get("json_file")
-        if source != json_file or known.get("image_root") != image_root:
-            raise ValueError(
-                f"DATASETS.COCO: the name '{name}' is taken by another data set "
-                f"({known.get('json_file', 'not in COCO format')}). Choose another name."
-            )
+        register_coco(*entry)
         if cfg.MODEL.KEYPOINT_ON:
-            _set_keypoint_metadata(name, json_file)
+            _set_keypoint_metadata(entry[0], local_path(entry[1]))
+
+
+def register_coco(name: str, json_file: str, image_root: str) -> None:
+    """
+    Register one set in COCO's format; paths may begin with "datasets://". ValueError: the name
+    stands for other files already.
+    """
+    json_file, image_root = local_path(json_file), local_path(image_root)
+    if name not in DatasetCatalog.list():
+        register_coco_instances(name, {}, json_file, image_root)
+    known = MetadataCatalog.get(name)
+    source = known.get("completed_from") or known.get("json_file")
+    if source != json_file or known.get("image_root") != image_root:
+        raise ValueError(
+            f"DATASETS.COCO: the name '{name}' is taken by another data set "
+            f"({known.get('json_file', 'not in COCO format')}). Choose another name."
+        )
 
 
 def _check_entry(option, entry, parts):

@@ -185,19 +185,48 @@ def build_resumable_train_loader(
     default ``DatasetMapper(cfg, is_train=True)``) and aspect-ratio grouping. ValueError: a batch
     that the ranks cannot share equally.
     """
-    batch_size = images_per_process(cfg)
+    images_per_process(cfg)
     elements = training_elements(cfg)
+    return resumable_loader(
+        elements,
+        mapper=mapper or DatasetMapper(cfg, is_train=True),
+        total_batch_size=cfg.SOLVER.IMS_PER_BATCH,
+        make_sampler=functools.partial(SAMPLERS[cfg.DATALOADER.SAMPLER_TRAIN], cfg, elements),
+        aspect_ratio_grouping=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+    )
+
+
+def resumable_loader(
+    dataset: list[dict[str, Any]],
+    *,
+    mapper: Callable[[dict], Any],
+    total_batch_size: int,
+    make_sampler: Callable[[int], Iterable[int]] | None = None,
+    aspect_ratio_grouping: bool = True,
+    num_workers: int = 0,
+) -> ResumableLoader:
+    """
+    As Detectron2's ``build_detection_train_loader``, for Python configs. ``make_sampler``: from a
+    seed to an infinite iterable of indices; default every image in random order. ValueError: a
+    batch that the processes cannot share equally.
+    """
+    ranks = comm.get_world_size()
+    if total_batch_size % ranks:
+        raise ValueError(
+            f"total_batch_size is {total_batch_size}, which {ranks} processes cannot share equally."
+        )
     groups = None
-    if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
-        groups = [int(element["width"] > element["height"]) for element in elements]
+    if aspect_ratio_grouping:
+        groups = [int(element["width"] > element["height"]) for element in dataset]
     return ResumableLoader(
-        DatasetFromList(elements, copy=False),
-        mapper or DatasetMapper(cfg, is_train=True),
-        functools.partial(SAMPLERS[cfg.DATALOADER.SAMPLER_TRAIN], cfg, elements),
+        DatasetFromList(dataset, copy=False),
+        mapper,
+        make_sampler or functools.partial(_every_image, None, dataset),
         comm.shared_random_seed(),
-        batch_size,
+        total_batch_size // ranks,
         groups,
-        cfg.DATALOADER.NUM_WORKERS,
+        num_workers,
     )
 
 

@@ -7,6 +7,7 @@ from .checkpoints import checkpoints_in, find_checkpoint
 from .console import setup_console
 from .folder import FolderBefore, claim_folder, output_errors, release_folder, replacing_run
 from .launch import launch, on_main_process
+from .lazy import LazyTrainer, distil, evaluate_lazy, read_lazy
 from .step import BalancedTrainer
 from .summary import next_steps, say_summary
 from .trainer import DistillationTrainer, Trainer, build_trainer, prepare_datasets

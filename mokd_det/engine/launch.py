@@ -27,10 +27,11 @@ MOST_MINUTES = 1_000_000
 LOST = ("Timed out waiting", "timed out", "Connection closed by peer", "Connection reset by peer")
 
 
-def launch(main: Callable[[Any], Any], args: argparse.Namespace) -> Any:
+def launch(main: Callable[[Any], Any], args: argparse.Namespace, device: str | None = None) -> Any:
     """
     Run ``main(args)``, of Detectron2's ``default_argument_parser`` with ``timeout``, in every
-    process. If one dies or hangs, all end: at once, or after ``args.timeout`` minutes.
+    process. If one dies or hangs, all end: at once, or after ``args.timeout`` minutes. ``device``:
+    default MODEL.DEVICE of the config.
 
     Under ``torchrun`` the processes exist already (the only way for several on the CPU, since
     Detectron2's own launcher insists on CUDA); else Detectron2's launcher starts them.
@@ -39,7 +40,7 @@ def launch(main: Callable[[Any], Any], args: argparse.Namespace) -> Any:
     is_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     with errors_as_messages(debug):
         _check_arguments(args, is_torchrun)
-        device = load_config(args.config_file, args.opts).MODEL.DEVICE
+        device = device or load_config(args.config_file, args.opts).MODEL.DEVICE
     timeout = datetime.timedelta(minutes=args.timeout)
     if not is_torchrun:
         machines = args.num_machines, args.machine_rank, args.dist_url

@@ -196,7 +196,7 @@ class DistillationTrainer(Trainer):
             setup_logger()
         task = validate(cfg)
         prepare_datasets(cfg, task)
-        _check_classes_of_teacher(cfg, task)
+        check_classes_of_teacher(cfg, task)
         self.check_evaluators(cfg)
         cfg = schedule_in_iterations(cfg)
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
@@ -206,7 +206,7 @@ class DistillationTrainer(Trainer):
         task.check_batch(cfg, model.student, images_at_once(cfg))
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
-        _check_loader(data_loader, type(self).__name__)
+        check_loader(data_loader, type(self).__name__)
         ddp_model = wrap_distributed(model)
         self.average: WeightAverage | None = None
         if cfg.SOLVER.EMA_DECAY:
@@ -280,7 +280,8 @@ class DistillationTrainer(Trainer):
                 self.average.model.load_state_dict(model.student.state_dict())
 
 
-def _check_classes_of_teacher(cfg: CfgNode, task: Task) -> None:
+def check_classes_of_teacher(cfg: CfgNode, task: Task) -> None:
+    """Raise ValueError if an objective compares classes that the teacher numbers otherwise."""
     if cfg.MOKD.ENABLED and not cfg.MOKD.TEACHER.TORCHSCRIPT.FILE:
         comparing = [n for n in task.objectives(cfg) if OBJECTIVES.get(n).compares_classes]
         if comparing:
@@ -288,7 +289,8 @@ def _check_classes_of_teacher(cfg: CfgNode, task: Task) -> None:
             check_teacher_classes(cfg, task.teacher_config(cfg), reader)
 
 
-def _check_loader(data_loader: Any, trainer: str) -> None:
+def check_loader(data_loader: Any, trainer: str) -> None:
+    """Raise TypeError for a loader that cannot go on where a run stopped."""
     if not (hasattr(data_loader, "seed") and hasattr(data_loader, "start")):
         raise TypeError(
             f"build_train_loader of {trainer} returned a {type(data_loader).__name__}, but a "

@@ -72,9 +72,12 @@ class DistillationModel(nn.Module):
         self.teacher_outputs: TeacherOutputs | None = None
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, task: "Task") -> dict[str, Any]:
+    def from_config(
+        cls, cfg: CfgNode, task: "Task", student: nn.Module | None = None
+    ) -> dict[str, Any]:
+        """``student``: built already, on its device."""
         # The student first: a seed gives it the same initial weights as without distillation.
-        student = task.build_student(cfg)
+        student = task.build_student(cfg) if student is None else student
         task.check_student(cfg, student)
         boundary = boundary_of(cfg, task, task.shared_part(student))
         teacher = task.build_teacher(cfg)

@@ -20,7 +20,7 @@ NO_DOWNLOAD = (urllib.error.URLError, http.client.HTTPException, ConnectionError
 
 
 def is_file(weights: str) -> bool:
-    """Return whether weights are named by a file or an address, not by a library's name for them."""
+    """Return whether weights are named by a file or an address, and not as a library calls them."""
     try:
         return bool(weights) and PathManager.isfile(weights)
     except NotImplementedError:  # of addresses nobody knows before the download
