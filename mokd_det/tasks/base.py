@@ -17,7 +17,32 @@ from ..objectives import HeadReader, Level, Objective
 from ..registry import Registry
 from ..teachers import Teacher
 
-TASKS = Registry("TASKS", "MODEL.META_ARCHITECTURE")
+
+class _TaskRegistry(Registry):
+    def register(self, name: str) -> Callable:
+        """Also KeyError for a meta-architecture that another task serves."""
+        add = super().register(name)
+
+        def decorator(cls: Any) -> Any:
+            claimed = cls.meta_architectures
+            if isinstance(claimed, str):
+                raise TypeError(
+                    f"The task '{name}' has meta_architectures '{claimed}': expected a tuple, "
+                    f"('{claimed}',)."
+                )
+            for other in self:
+                if both := sorted(set(claimed) & set(self.get(other).meta_architectures)):
+                    raise KeyError(
+                        f"The task '{name}' has meta_architectures {claimed}, but '{both[0]}' is "
+                        f"served by the task '{other}' already: name others, or remove that one "
+                        f"by TASKS.remove('{other}')."
+                    )
+            return add(cls)
+
+        return decorator
+
+
+TASKS = _TaskRegistry("TASKS", "MODEL.META_ARCHITECTURE")
 """Subclasses of :class:`Task`. "detection" serves every meta-architecture that no other names."""
 
 Features = dict[str, Tensor]

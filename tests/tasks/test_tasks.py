@@ -147,3 +147,18 @@ def test_a_trained_detector_is_built_without_the_weights_it_started_from(
     student = DistillationTrainer.build_model(cfg).student
     torch.save({"model": student.state_dict()}, cfg.MODEL.WEIGHTS)
     assert type(task_of(cfg).load_trained(cfg)) is type(student)
+
+
+@pytest.mark.parametrize(
+    "claimed, error, message",
+    [
+        ("MyRetinaNet", TypeError, r"meta_architectures 'MyRetinaNet': expected a tuple, \('MyR"),
+        (("MyNet", "Classifier"), KeyError, "'Classifier' is served by the task 'classification'"),
+    ],
+)
+def test_a_task_claims_its_own_architectures_only(claimed, error, message):
+    """A string would claim every name that is a part of it."""
+    kind = type("Claiming", (DetectionTask,), {"meta_architectures": claimed})
+    with pytest.raises(error, match=message):
+        TASKS.register("claiming")(kind)
+    assert "claiming" not in TASKS
