@@ -1,5 +1,5 @@
 # In Python: student_retinanet.yaml with the quick start's teacher, as Detectron2's LazyConfig.
-# Train it by tools/lazyconfig_train_net.py; in all steps the losses are those of the YAML config.
+# Train it by mokd train --trust; in all steps the losses are those of the YAML config.
 import detectron2.data.transforms as T
 import torch
 from detectron2.config import LazyCall as L

@@ -33,6 +33,11 @@ Examples:
   # ... which start again, from the last checkpoint, when one of them dies
   torchrun --nproc-per-node 2 --max-restarts 3 -m mokd_det train --resume --config-file ...
 
+  # a config in Python (Detectron2's LazyConfig), which using it runs: read it, then trust it
+  mokd train --trust --config-file configs/Quick-Start/student_retinanet_mokd.py train.max_iter=50
+  mokd train --trust --config-file configs/Quick-Start/student_retinanet_mokd.py --eval-only \\
+      train.init_checkpoint=output/quick_start/student_retinanet_mokd/model_final.pth
+
 Results are printed and written to OUTPUT_DIR/results.json; the teacher's to
 OUTPUT_DIR/teacher/results.json, the row to OUTPUT_DIR/zoo_row.json.
 """
@@ -72,13 +77,23 @@ def argument_parser() -> argparse.ArgumentParser:
     add_debug(parser)
     add_verbosity(parser)
     add_timeout(parser)
-    parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides: KEY VALUE ...")
+    parser.add_argument(
+        "opts",
+        nargs=argparse.REMAINDER,
+        help="overrides: KEY VALUE ... (Python: path.key=value ...)",
+    )
     return parser
 
 
 def run(args: argparse.Namespace) -> None:
     """Train or evaluate in as many processes as the arguments say."""
     from ..engine import launch
-    from .training import main
 
-    launch(main, args)
+    if args.config_file.endswith(".py"):
+        from .lazy_training import main, read
+
+        launch(main, args, read(args).train.device)
+    else:
+        from .training import main
+
+        launch(main, args)

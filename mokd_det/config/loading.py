@@ -71,8 +71,8 @@ def load_config(
         if config_file.endswith(".py"):
             raise ValueError(
                 f"{option} '{config_file}' is a Python config (LazyConfig), and a YAML file is "
-                "expected here: train it by tools/lazyconfig_train_net.py; as a model alone it "
-                "goes into MODEL.LAZY_CONFIG.FILE."
+                "expected here: mokd train takes it; as a model alone it goes into "
+                "MODEL.LAZY_CONFIG.FILE."
             )
         _merge_file(cfg, config_file, f"{option} '{config_file}'")
     merge_overrides(cfg, opts, overrides)

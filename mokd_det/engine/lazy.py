@@ -151,7 +151,7 @@ def _filled(train: Any) -> dict[str, Any]:
 
 class LazyTrainer(BalancedTrainer):
     """
-    The balanced step for a Python config, with the hooks of Detectron2's lazyconfig_train_net.py
+    The balanced step for a Python config, with the hooks of Detectron2's own tool
     and our checkpoints: the student is plain, a resumed run the uninterrupted one.
     """
 
@@ -169,7 +169,7 @@ class LazyTrainer(BalancedTrainer):
         if not isinstance(model, DistillationModel):
             raise ValueError(
                 f"model builds a {type(model).__name__}: expected L(mokd_det.engine.distil)(...). "
-                "A model without a teacher is for Detectron2's own tools/lazyconfig_train_net.py."
+                "A model without a teacher is for Detectron2's tools/lazyconfig_train_net.py."
             )
         self.described = self._check_data(cfg, model)
         optimizer_cfg = copy.deepcopy(cfg.optimizer)

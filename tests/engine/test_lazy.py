@@ -109,7 +109,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(make_lazy, tmp_path):
 
 @pytest.mark.slow
 def test_the_command_trains_and_evaluates(teacher_weights, make_lazy, tmp_path):
-    tool, run = "tools/lazyconfig_train_net.py", tmp_path / "run"
+    tool, run = "tools/train_net.py", tmp_path / "run"
     opts = overrides(teacher_weights, run, max_iter=2)
     args = ["--trust", "--config-file", FILE]
     assert "results.json" in run_here(tool, *args, *opts)
@@ -120,6 +120,7 @@ def test_the_command_trains_and_evaluates(teacher_weights, make_lazy, tmp_path):
     run_here(tool, "--eval-only", *args, *opts, weights, gone, out)
     assert json.loads((tmp_path / "eval/results.json").read_text()) == first
     assert "has checkpoints of an earlier run" in refused(*args, *opts, script=tool)
+    assert "--zoo-row is for YAML configs" in refused("--zoo-row", *args, *opts, script=tool)
     said = refused(*args, *opts, gone, f"train.output_dir='{tmp_path}/no'", script=tool)
     assert "MOKD.TEACHER.WEIGHTS 'gone.pth' does not exist" in said
     assert not (tmp_path / "no").exists()
@@ -175,5 +176,5 @@ def test_it_needs_trust_and_its_own_command(tmp_path):
     trust_files(False)
     with pytest.raises(ValueError, match="is a Python config.* add --trust"):
         read_lazy(FILE)
-    with pytest.raises(ValueError, match="Python config .* by tools/lazyconfig_train_net.py"):
+    with pytest.raises(ValueError, match="Python config .*: mokd train takes it"):
         load_config(FILE)

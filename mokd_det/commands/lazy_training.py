@@ -1,0 +1,50 @@
+# Copyright (c) The mokd_det authors.
+"""``mokd train`` of a Python config (LazyConfig): one run, from its arguments to its results."""
+
+import argparse
+from typing import Any
+
+from .. import compat  # noqa: F401  (first: patches Detectron2 where it needs it)
+from detectron2.config import CfgNode
+from detectron2.engine import default_setup
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+from omegaconf import DictConfig
+
+from ..command_line import errors_as_messages
+from ..config import trust_files
+from ..engine import FolderBefore, LazyTrainer, claim_folder, evaluate_lazy, output_errors
+from ..engine import read_lazy
+from ..evaluation import write_results
+
+
+def read(args: argparse.Namespace) -> DictConfig:
+    """Return the config; ValueError: also for options that only YAML configs have."""
+    for option in ("with_teacher", "zoo_row", "overwrite"):
+        if getattr(args, option):
+            name = option.replace("_", "-")
+            raise ValueError(f"--{name} is for YAML configs: leave it out for a Python config.")
+    trust_files(args.trust)
+    return read_lazy(args.config_file, args.opts)
+
+
+def main(args: argparse.Namespace) -> Any:
+    with errors_as_messages(args.debug):
+        cfg = read(args)
+        folder = cfg.train.output_dir
+        before = FolderBefore(folder)
+        if not args.eval_only:
+            claim_folder(CfgNode({"OUTPUT_DIR": folder}), args.resume)
+        default_setup(cfg, args)
+        setup_logger(folder, comm.get_rank(), name="mokd_det", abbrev_name="mokd")
+    with errors_as_messages(args.debug), output_errors(folder):
+        if args.eval_only:
+            results = evaluate_lazy(cfg)
+        else:
+            with before.restored_on_error():
+                trainer = LazyTrainer(cfg)
+                trainer.resume_or_load(args.resume)
+            results = trainer.run()
+        if comm.is_main_process() and results:
+            print(f"Results: {write_results(results, folder)}")
+    return results
