@@ -432,9 +432,9 @@ def test_student_and_teacher_are_evaluated_in_one_call(trained, tmp_path):
     trained_results = json.loads((output / "results.json").read_text())
     assert results == trained_results and teacher.keys() == results.keys()
     lines = printed.splitlines()
-    table = lines.index("| data set | task | model | AP | AP50 | AP75 | APs | APm | APl |")
-    assert lines[table + 2].startswith("|  | bbox | teacher |")
-    assert lines[table + 3].startswith("|  | bbox | student |")
+    table = lines.index("| task | model | AP | AP50 | AP75 | APs | APm | APl |")
+    assert lines[table + 2].startswith("| bbox | teacher |")
+    assert lines[table + 3].startswith("| bbox | student |")
     row = json.loads((tmp_path / "zoo_row.json").read_text())
     assert row["parameters"] == 971_712 and row["name"] == "student_mokd"
     assert row["gflops"] > 0.1 and row["inference_seconds_per_image"] > 0

@@ -39,9 +39,7 @@ BACKBONE_WEIGHTS = {"MODEL.TORCHVISION_DETECTOR.BACKBONE_WEIGHTS": "DEFAULT"}
 STUDENTS = {
     "r18-retinanet": Model("COCO-Detection/retinanet_R_18_FPN_1x.yaml"),
     "r50-retinanet": Model("COCO-Detection/retinanet_R_50_FPN_1x.yaml"),
-    "mobilenet-retinanet": Model(
-        "COCO-Detection/retinanet_R_18_FPN_1x.yaml", {"MODEL.TORCHVISION.NAME": "mobilenet_v2"}
-    ),
+    "mobilenet-retinanet": Model("COCO-Detection/retinanet_MobileNetV2_FPN_1x.yaml"),
     "r18-faster-rcnn": Model("COCO-Detection/faster_rcnn_R_18_FPN_1x.yaml"),
     "r50-faster-rcnn": Model("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"),
     "mobilenet-faster-rcnn": Model("COCO-Detection/faster_rcnn_MobileNetV2_FPN_1x.yaml"),

@@ -53,6 +53,10 @@ def test_students_with_a_teacher_that_is_trained(create, own_teacher, tmp_path, 
         prepare_datasets(cfg, task)  # also that the number of classes is right
         assert cfg.MOKD.ENABLED == (name == "mokd") and cfg.SOLVER.MAX_ITER == 1500
         assert cfg.OUTPUT_DIR == str(tmp_path / student / "runs" / name)
+        is_stock = cfg.MODEL.BACKBONE.NAME.endswith("resnet_fpn_backbone")
+        if student.startswith(("r18", "r50", "mobilenet")):
+            assert is_stock != student.startswith("mobilenet")
+            assert cfg.MODEL.RESNETS.DEPTH == (18 if student.startswith("r18") else 50)
     assert cfg.MOKD.TEACHER.WEIGHTS == str(tmp_path / "t.pth")
 
 

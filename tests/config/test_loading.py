@@ -240,7 +240,7 @@ def test_a_base_of_the_package(tmp_path, monkeypatch):
     name = "mokd://COCO-Detection/retinanet_R_18_FPN_1x.yaml"
     path = write(tmp_path, f'_BASE_: "{name}"\nSEED: 3\n')
     expected = load_config(name, ["SEED", 3])
-    assert load_config(path) == expected and expected.MODEL.TORCHVISION.NAME == "resnet18"
+    assert load_config(path) == expected and expected.MODEL.RESNETS.DEPTH == 18
     assert find_config(name, "x")[0].endswith("configs/COCO-Detection/retinanet_R_18_FPN_1x.yaml")
     with pytest.raises(FileNotFoundError, match="x 'mokd://no.yaml' is no config that comes with"):
         find_config("mokd://no.yaml", "x")
