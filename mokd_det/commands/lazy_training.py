@@ -12,7 +12,7 @@ from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig
 
 from ..command_line import errors_as_messages
-from ..config import trust_files
+from ..config import config_path, trust_files
 from ..engine import FolderBefore, LazyTrainer, claim_folder, evaluate_lazy, output_errors
 from ..engine import read_lazy
 from ..evaluation import write_results
@@ -25,6 +25,7 @@ def read(args: argparse.Namespace) -> DictConfig:
             name = option.replace("_", "-")
             raise ValueError(f"--{name} is for YAML configs: leave it out for a Python config.")
     trust_files(args.trust)
+    args.config_file = config_path(args.config_file)  # Detectron2 copies it into the log
     return read_lazy(args.config_file, args.opts)
 
 
