@@ -11,7 +11,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig
 
-from ..command_line import errors_as_messages
+from ..command_line import errors_as_messages, import_modules
 from ..config import config_path, trust_files
 from ..engine import FolderBefore, LazyTrainer, claim_folder, evaluate_lazy, output_errors
 from ..engine import read_lazy
@@ -25,6 +25,7 @@ def read(args: argparse.Namespace) -> DictConfig:
             name = option.replace("_", "-")
             raise ValueError(f"--{name} is for YAML configs: leave it out for a Python config.")
     trust_files(args.trust)
+    import_modules(args.imports)  # a process of --num-gpus has not
     args.config_file = config_path(args.config_file)  # Detectron2 copies it into the log
     return read_lazy(args.config_file, args.opts)
 
