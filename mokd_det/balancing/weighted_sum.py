@@ -28,7 +28,7 @@ class WeightedSum:
 
     def __init__(self, decision: Decision):
         self.decision = decision
-        self._factors: list[float | None] = []  # None: left out of the sum
+        self._factors: list[float] = []
 
     def split(
         self, features: Mapping[str, Tensor], parameters: Mapping[str, Parameters]
@@ -50,7 +50,6 @@ class WeightedSum:
             kept = {p: scaled(p, own / weight) for p in used.own} | {p: p for p in used.borrowed}
             return Branch(dict(features), kept)
         if not used.own:
-            self._factors[-1] = None
             return Branch(dict(features), {p: p for p in used}, is_idle=True)
         # Own ones stay in the graph even at zero: DistributedDataParallel waits for them.
         kept = {p: p for p in used.own} | {p: p.detach() for p in used.borrowed}
@@ -61,7 +60,7 @@ class WeightedSum:
         terms = [
             loss if factor == 1 else loss * factor
             for loss, factor in zip(losses.values(), self._factors)
-            if factor is not None
+            if factor or loss.requires_grad  # an idle one may have run without gradients
         ]
         assert terms, "[WeightedSum] no loss depends on anything that trains"
         return sum(terms[1:], terms[0])
