@@ -55,11 +55,14 @@ def stages(opts):
     }
     return [
         Stage("get digits, aerial photos and ImageNet weights", data, 15),
-        Stage("train the teacher", train("teacher"), 75, threads=2, runs=RUNS),
         Stage(
-            "train the student from scratch and with MoKD", train("scratch", "mokd"), 80, runs=RUNS
+            "train the teacher, and the student from scratch",
+            train("teacher", "scratch"),
+            85,
+            runs=RUNS,
         ),
-        Stage("draw predictions", {"draw": draw}, 10, threads=2),
+        Stage("train the student with MoKD", train("mokd"), 80, runs=RUNS),
+        Stage("draw predictions", {"draw": draw}, 12),
     ]
 
 

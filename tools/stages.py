@@ -44,7 +44,7 @@ def stoppable(folder: str) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         print(
-            "\nStopped. To go on, give the same command again: what is done is kept. To start "
+            "Stopped. To go on, give the same command again: what is done is kept. To start "
             f"anew, remove {folder} first.",
             flush=True,
         )
@@ -57,14 +57,12 @@ class Stage(NamedTuple):
         label: what is done.
         commands: arguments of the Python interpreter by a name, run side by side.
         seconds: the usual time on two idle cores.
-        threads: of each command; fixed, so that sums come out the same on any machine.
         runs: OUTPUT_DIR of each command that trains, relative to the repository.
     """
 
     label: str
     commands: dict[str, list[str]]
     seconds: float
-    threads: int = 1
     runs: dict[str, str] = {}
 
 
@@ -121,7 +119,7 @@ class Demo:
         progress.begin(stage)
         try:
             for name, command in stage.commands.items():
-                running[name] = _start(command, self._log(name), stage.threads)
+                running[name] = _start(command, self._log(name))
             while running:
                 time.sleep(0.2)
                 for name in [n for n, process in running.items() if process.poll() is not None]:
@@ -133,6 +131,9 @@ class Demo:
                     self._state["done"].append(name)
                     self._save()
                 progress.show(min((_share(stage, name, start) for name in running), default=1.0))
+        except KeyboardInterrupt:
+            print("\nStopping: trainings save what they have.", flush=True)
+            raise
         finally:
             _stop(running.values())
             self._state["seconds"] += time.time() - start
@@ -180,12 +181,14 @@ class Progress:
         print(f"{back}{self._stage.label}: {text}", end=end, flush=True)
 
 
-def _start(command: list[str], log: Path, threads: int) -> subprocess.Popen:
+def _start(command: list[str], log: Path) -> subprocess.Popen:
+    # One thread each: commands share the cores, and sums come out the same on any machine.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with open(log, "a") as file:
         return subprocess.Popen(
             [sys.executable, *command],
             cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+            env=environment,
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # a terminal's Ctrl-C comes to the demo only, which stops all
