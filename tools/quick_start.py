@@ -48,7 +48,7 @@ def stages(opts):
 
     models = [part for name in CONFIGS for part in ("--model", name, CONFIGS[name], WEIGHTS[name])]
     draw = ["tools/visualize_predictions.py", "--dataset", SPLITS["val"], *models]
-    draw += ["--output", f"{OUTPUT}/predictions.png", *opts]
+    draw += ["--score", "0.3", "--output", f"{OUTPUT}/predictions.png", *opts]
     data = {
         "data": ["datasets/prepare_aerial_digits.py"],
         "weights": ["datasets/prepare_pretrained.py"],
