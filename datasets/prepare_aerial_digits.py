@@ -12,6 +12,7 @@ $DETECTRON2_DATASETS (./datasets by default).
 """
 
 import argparse
+import io
 import json
 import re
 from pathlib import Path
@@ -65,14 +66,16 @@ def prepare(output):
         for chosen in rng.permutation(len(labels)).reshape(-1, DIGITS):
             pixels, boxes = compose(scenes, digits[chosen], rng)
             name = f"{len(images):04d}.png"
-            Image.fromarray(pixels).save(output / split / name)
+            png = io.BytesIO()
+            Image.fromarray(pixels).save(png, "PNG")
+            _write(output / split / name, png.getvalue())
             objects = [
                 {"name": prepare_mnist.CLASSES[label], "box": box, "difficult": False}
                 for label, box in zip(labels[chosen], boxes)
             ]
             images.append({"file_name": name, "width": SIZE, "height": SIZE, "objects": objects})
         coco = coco_dict(images, prepare_mnist.CLASSES)
-        (output / f"{split}.json").write_text(json.dumps(coco))
+        _write(output / f"{split}.json", json.dumps(coco).encode())
         summary[split] = {"images": len(coco["images"]), "boxes": len(coco["annotations"])}
     return summary
 
@@ -112,6 +115,12 @@ def resized(digit, height, widest):
     scale = min(height / digit.shape[0], widest / digit.shape[1])
     size = [max(round(side * scale), 1) for side in reversed(digit.shape)]
     return np.asarray(Image.fromarray(digit).resize(size, Image.Resampling.BILINEAR))
+
+
+def _write(file, content):
+    """Write bytes, unless they are there: another process may be training on them."""
+    if not file.is_file() or file.read_bytes() != content:
+        file.write_bytes(content)
 
 
 def _check_replaceable(output, split):

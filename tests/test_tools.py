@@ -809,9 +809,13 @@ def test_aerial_digits_share_nothing_between_splits(tmp_path, monkeypatch):
             assert covered.max() == 1 and not drawn[covered == 0][:, :2].any()  # nothing outside
     assert shades == {"train": {0}, "val": {1}, "test": {2, 3}}
 
-    before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*.png")}
+    # Another process may be training on them.
+    files = [p for split in summary for p in (tmp_path / "out" / split).iterdir()]
+    before = [(p.read_bytes(), p.stat().st_mtime_ns) for p in files]
+    (damaged := files[0]).write_bytes(b"")
     tool.prepare(tmp_path / "out")
-    assert all(p.read_bytes() == content for p, content in before.items())
+    after = [(p.read_bytes(), p.stat().st_mtime_ns) for p in files]
+    assert after[1:] == before[1:] and damaged.read_bytes() == before[0][0]
     (tmp_path / "out/val/mine.png").touch()
     with pytest.raises(FileExistsError, match="mine.png is no image of this script"):
         tool.prepare(tmp_path / "out")
