@@ -213,7 +213,7 @@ def _share(stage: Stage, name: str, start: float) -> float:
     left = max(stage.seconds - spent, 0.1 * stage.seconds)
     metrics = ROOT / stage.runs[name] / "metrics.json" if name in stage.runs else Path()
     if metrics.is_file() and metrics.stat().st_mtime > start:
-        from mokd_det.evaluation.results import read_json_lines
+        from mokd_det.logs import read_json_lines
 
         records = [r for r in read_json_lines(str(metrics)) if "eta_seconds" in r]
         left = records[-1]["eta_seconds"] if records else left
