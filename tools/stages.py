@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mokd_det.logs import read_json_lines
+
 ROOT = Path(__file__).resolve().parent.parent
 NOT_OVERRIDDEN = ("OUTPUT_DIR", "MODEL.WEIGHTS")
 SAVING = 20  # seconds that a training may take to save itself
@@ -213,8 +215,6 @@ def _share(stage: Stage, name: str, start: float) -> float:
     left = max(stage.seconds - spent, 0.1 * stage.seconds)
     metrics = ROOT / stage.runs[name] / "metrics.json" if name in stage.runs else Path()
     if metrics.is_file() and metrics.stat().st_mtime > start:
-        from mokd_det.logs import read_json_lines
-
         records = [r for r in read_json_lines(str(metrics)) if "eta_seconds" in r]
         left = records[-1]["eta_seconds"] if records else left
     return spent / (spent + left)
