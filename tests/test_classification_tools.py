@@ -5,7 +5,6 @@ import json
 import statistics
 import sys
 
-import cv2
 import numpy as np
 import pytest
 import torch
@@ -153,78 +152,6 @@ def test_benchmark_needs_a_distilled_classifier(benchmark, capsys):
     with pytest.raises(SystemExit, match="2"):
         benchmark.main(args)
     assert "with MOKD.ENABLED True" in capsys.readouterr().err
-
-
-def test_quick_start_table_and_picture(tmp_path, monkeypatch):
-    tool = load_script("tools/quick_start_classification.py")
-    results = {"teacher": {"val": 97.0, "test": 96.0}}
-    for name, low in (("scratch", 80.0), ("mokd", 90.0)):
-        seeds = [low, low + 1]
-        results[name] = {s: {"mean": low + 0.5, "seeds": seeds} for s in ("val", "test")}
-    assert "| mokd | 90.0 | 91.0 | 90.0 | 91.0 | 90.5 | 90.5 |" in tool.table(results)
-    assert "| teacher | | | | | 97.0| 96.0 |" in tool.table(results)
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
-    (tmp_path / "mnist").mkdir()
-    digits = ROOT / "tests" / "data" / "digits" / "val.npz"
-    (tmp_path / "mnist" / "test.npz").write_bytes(digits.read_bytes())
-    labels = np.load(digits)["labels"].tolist()
-    for name, shift in (("scratch", 1), ("mokd", 0)):
-        folder = tmp_path / "output/studies/mnist_demo" / f"{name}-1" / "inference" / "mnist_test"
-        folder.mkdir(parents=True)
-        predictions = [
-            {"name": f"test.npz#{i}", "label": label, "classes": [(label + shift) % 10]}
-            for i, label in enumerate(labels)
-        ]
-        (folder / "predictions.json").write_text(json.dumps(predictions))
-    tool.draw(results, tmp_path / "digits.png")
-    picture = cv2.imread(str(tmp_path / "digits.png"))
-    assert picture.shape[1] > 1000 and (picture != 255).any(-1).mean() > 0.02
-
-
-def test_quick_start_reads_the_records_of_its_study(tmp_path, monkeypatch):
-    tool = load_script("tools/quick_start_classification.py")
-    monkeypatch.setattr(tool, "OUTPUT", tmp_path)
-
-    def record(value, **keys):
-        top1 = {"classification": {"top1": value}}
-        return {**keys, "results": {"mnist_val": top1, "mnist_test": top1}}
-
-    runs = [record(low + seed, method=m, seed=seed) for m, low in (("scratch", 80), ("mokd", 90))
-            for seed in (2, 1)]  # fmt: skip
-    (tmp_path / "study").mkdir()
-    content = json.dumps({"teachers": [record(97.0)], "runs": runs})
-    (tmp_path / "study" / "mnist_demo.json").write_text(content)
-    results = tool.collect(3.0)
-    assert results["teacher"] == {"val": 97.0, "test": 97.0} and results["seconds"] == 3.0
-    assert results["mokd"]["test"] == {"mean": 91.5, "seeds": [91, 92]}
-
-
-def test_quick_start_keeps_earlier_runs(tmp_path, monkeypatch, capsys):
-    tool = load_script("tools/quick_start_classification.py")
-    monkeypatch.setattr(tool, "ROOT", tmp_path)
-    monkeypatch.setattr(sys, "argv", ["quick_start_classification.py"])
-    monkeypatch.setattr(tool, "draw", lambda results, path: None)
-    seeds = {s: {"mean": 1.0, "seeds": [1.0]} for s in tool.SPLITS}
-    results = {"teacher": {"val": 1.0, "test": 1.0}, "scratch": seeds, "mokd": seeds}
-    monkeypatch.setattr(tool, "collect", lambda seconds: results)
-    kept = ["output/quick_start_classification", "output/studies/mnist_demo"]
-
-    def step(label, *command):
-        assert not (tmp_path / kept[1]).exists()  # the study would go on with it
-        (tmp_path / kept[0]).mkdir(exist_ok=True)
-
-    monkeypatch.setattr(tool, "step", step)
-    for folder in kept:
-        (tmp_path / folder).mkdir(parents=True)
-        (tmp_path / folder / "weights.pth").write_text("earlier")
-    tool.main()
-    printed = capsys.readouterr().out
-    for folder in kept:
-        assert (tmp_path / f"{folder}.1" / "weights.pth").read_text() == "earlier"
-        assert f"What was in {folder} is now in {folder}.1" in printed
-    assert (tmp_path / kept[0] / "results.json").is_file()
 
 
 def test_mnist_and_fashion_mnist_are_prepared(tmp_path):

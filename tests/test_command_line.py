@@ -190,7 +190,7 @@ WRONG = [
     ("tools/run_exported.py", ["no.ts", "no.jpg"], "'no.ts' does not exist"),
     ("tools/run_exported.py", ["setup.cfg", "setup.cfg", "--score", 2], "--score is 2"),
     ("tools/quick_start.py", ["SOLVER.MAX_ITERS", 5], "no option SOLVER.MAX_ITERS"),
-    ("tools/quick_start_classification.py", ["x"], "unrecognized arguments"),
+    ("tools/quick_start_classification.py", ["SEED", "x"], "SEED"),
     (
         "tools/visualize_predictions.py",
         ["--dataset", "x", "--output", "x.png", "--count", 0, "--model", "a", "b", "c"],
@@ -202,6 +202,7 @@ WRONG = [
     ("studies/run.py", ["studies/mnist.yaml", "--run", "--only", "x"], "--only"),
     ("datasets/prepare_voc.py", ["--root", "no", "--name", "x"], "no"),
     ("datasets/prepare_fashion_mnist.py", ["--source", "no", "--output", "no"], "does not exist"),
+    ("datasets/prepare_aerial_digits.py", ["--output", "setup.cfg"], "setup.cfg"),
     ("datasets/prepare_neon_trees.py", ["--size", 0], "--size"),
     ("datasets/prepare_neon_trees.py", ["--min-visible", 2, "--output", "no"], "--min-visible"),
 ]

@@ -15,6 +15,7 @@ import sys
 from unittest import mock
 
 import cv2
+import numpy as np
 import pytest
 import torch
 from detectron2.config import get_cfg as get_detectron2_cfg
@@ -747,54 +748,6 @@ def test_neon_trees_delete_nothing_of_the_user(tmp_path, monkeypatch):
     assert {p.name for p in (tmp_path / "out/train").iterdir()} == tiles
 
 
-def test_quick_start_table():
-    tool = load_script("tools/quick_start.py")
-    row = {"AP": {"val": 0.1, "test": 0.2}, "AP50": {"val": 0.3, "test": 0.4}, "params": 1234}
-    text = tool.table(dict.fromkeys(tool.CONFIGS, row))
-    assert "| mokd | 1,234 | 0.100 | 0.200 | 0.300 | 0.400 |" in text
-    for phase in tool.phases([]):
-        for stage in (stage for lane in phase for stage in lane):
-            assert (ROOT / stage.command[0]).is_file() and stage.share > 0
-
-
-@pytest.fixture
-def quick_start(tmp_path, monkeypatch):
-    """The tool with one student in a folder of its own, and the phases that it ran."""
-    tool = load_script("tools/quick_start.py")
-    phases = []
-
-    def run_phases(todo):
-        phases.append(todo)
-        folder = tmp_path / "output/quick_start/scratch"
-        folder.mkdir(parents=True)  # an error if the earlier one were still there
-        found = {data: {"bbox": {"AP": 10.0, "AP50": 20.0}} for data in tool.SPLITS.values()}
-        (folder / "results.json").write_text(json.dumps(found))
-
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
-    monkeypatch.setattr(tool, "ROOT", tmp_path)
-    monkeypatch.setattr(tool, "run_phases", run_phases)
-    monkeypatch.setattr(tool, "CONFIGS", {"scratch": CONFIGS["faster_rcnn"]})
-    monkeypatch.setattr(tool, "RUNS", {"scratch": "output/quick_start/scratch"})
-    monkeypatch.setattr(tool, "WEIGHTS", {"scratch": "w.pth"})
-    return tool, phases
-
-
-def test_quick_start_keeps_earlier_runs(quick_start, tmp_path, monkeypatch, capsys):
-    tool, _ = quick_start
-    monkeypatch.setattr(sys, "argv", ["quick_start.py"])
-    monkeypatch.setattr(tool, "phases", lambda opts: [])
-    earlier = tmp_path / "output/quick_start/teacher/model_final.pth"
-    earlier.parent.mkdir(parents=True)
-    earlier.write_text("earlier")
-    tool.main()
-    tool.main()
-    output = tmp_path / "output"
-    assert (output / "quick_start.1/teacher/model_final.pth").read_text() == "earlier"
-    assert (output / "quick_start.2/results.json").is_file()
-    assert (output / "quick_start/results.json").is_file()
-    assert "output/quick_start is now in output/quick_start.2" in capsys.readouterr().out
-
-
 def test_set_aside_takes_the_first_free_name(tmp_path):
     assert set_aside(tmp_path / "run") is None
     for name in ("run", "run.1", "run.3"):
@@ -803,30 +756,24 @@ def test_set_aside_takes_the_first_free_name(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"run.1", "run.2", "run.3"}
 
 
-def test_overrides_of_the_quick_start_reach_every_run(quick_start, tmp_path, monkeypatch):
-    tool, phases = quick_start
-    monkeypatch.setattr(tool, "phases", lambda opts: opts)
-    parameters = []
-    for opts in ([], ["MODEL.FPN.OUT_CHANNELS", "32"]):
-        monkeypatch.setattr(sys, "argv", ["quick_start.py", *opts])
-        tool.main()
-        results = json.loads((tmp_path / "output/quick_start/results.json").read_text())
-        parameters.append(results["scratch"]["params"])
-    assert phases == [[], ["MODEL.FPN.OUT_CHANNELS", "32"]]
-    assert parameters[0] == 971_712 > parameters[1]
+@pytest.mark.parametrize(
+    "boxes, classes, right",
+    [
+        ([[0, 0, 10, 10]], [1], [True]),
+        ([[0, 0, 10, 10]], [2], [False]),  # another class
+        ([[0, 0, 10, 4]], [1], [False]),  # IoU 0.4
+        ([[0, 0, 10, 9], [0, 0, 10, 10]], [1, 1], [True, False]),  # found twice
+        ([[50, 50, 60, 60], [0, 0, 10, 10]], [2, 1], [True, True]),
+        ([], [], []),
+    ],
+)
+def test_which_predictions_are_right(boxes, classes, right):
+    tool = visualizing
 
-    tool = load_script("tools/quick_start.py")
-    stages = [s for phase in tool.phases(["SEED", "2"]) for lane in phase for s in lane]
-    for script, count in (("train_net", 3), ("export_model", 1), ("visualize_predictions", 1)):
-        commands = [s.command for s in stages if s.command[0] == f"tools/{script}.py"]
-        assert len(commands) == count and all("SEED" in command for command in commands)
+    def objects(boxes, classes):
+        return tool.Objects(np.array(boxes, np.float32).reshape(-1, 4), np.array(classes, int))
 
-
-@pytest.mark.parametrize("option", ["OUTPUT_DIR", "MODEL.WEIGHTS"])
-def test_quick_start_refuses_what_each_run_has(quick_start, monkeypatch, capsys, option):
-    tool, phases = quick_start
-    monkeypatch.setattr(sys, "argv", ["quick_start.py", "SEED", "2", option, "x"])
-    with pytest.raises(SystemExit):
-        tool.main()
-    assert f"{option} cannot be an override: each run has its own" in capsys.readouterr().err
-    assert not phases
+    truth = objects([[0, 0, 10, 10], [50, 50, 60, 60]], [1, 2])
+    assert tool.are_right(objects(boxes, classes), truth).tolist() == right
+    assert not tool.are_right(objects(boxes, classes), objects([], [])).any()
+    assert tool.model_column("a", [objects(boxes, classes)], [truth])[0] == f"a: {sum(right)} of 2"

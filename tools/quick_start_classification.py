@@ -1,85 +1,87 @@
 #!/usr/bin/env python
 # Copyright (c) The mokd_det authors.
 """
-From nothing to a distilled classifier: get 5,000 handwritten digits, train a teacher, train the
-same small student from scratch and with MoKD with three seeds each, print a table, draw a picture.
+From nothing to a distilled classifier: get 5,000 handwritten digits of MNIST, train a teacher,
+train the same small student from scratch and with MoKD, print a table, draw a picture.
 `make demo-classification` runs it.
 
-Example:
+Examples:
   python tools/quick_start_classification.py
+  python tools/quick_start_classification.py SEED 2      # overrides for every run
 
-Everything lands in output/quick_start_classification/: results.json, the study's records, the
-teacher, and digits.png with digits that the distilled student learnt to read; the students' runs in
-output/studies/mnist_demo/. What an earlier start left in the two folders is kept, as
-output/quick_start_classification.1 and output/studies/mnist_demo.1 (or .2, ...).
-Accuracies are top-1 in percent.
+Everything lands in output/quick_start_classification/: results.json, digits.png with the first
+test digits that only one of both students reads rightly, logs/ and a folder for each run. After
+Ctrl-C the same command goes on. What a complete demo left is kept, as
+output/quick_start_classification.1 (or .2, ...). Accuracies are top-1 in percent.
 """
 
 import argparse
 import json
 import os
-import statistics
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 from mokd_det.command_line import add_debug, errors_as_messages
+from stages import ROOT, Demo, Stage, check_overrides, stoppable
 
-ROOT = Path(__file__).resolve().parent.parent
-OUTPUT = Path("output/quick_start_classification")
-STUDY = "studies/mnist_demo.yaml"
+OUTPUT = "output/quick_start_classification"
+CONFIGS = {
+    "teacher": "configs/Digits/teacher.yaml",
+    "scratch": "configs/Digits/student_scratch.yaml",
+    "mokd": "configs/Digits/student_mokd.yaml",
+}
+RUNS = {
+    "teacher": f"{OUTPUT}/teacher",
+    "scratch": f"{OUTPUT}/student_scratch",
+    "mokd": f"{OUTPUT}/student_mokd",
+}
 SPLITS = {"val": "mnist_val", "test": "mnist_test"}
 STUDENTS = ("scratch", "mokd")
 
 
-def step(label, *command):
-    """Run a Python script of the repository; SystemExit if it fails."""
-    print(f"\n=== {label}\n$ python {' '.join(command)}", flush=True)
-    if subprocess.run([sys.executable, *command], cwd=ROOT).returncode:
-        raise SystemExit(f"quick start: '{label}' failed, see above.")
+def stages(opts):
+    """Return what to do, with overrides ``opts`` of every run, as a list of stages."""
+
+    def train(name, *schedule):
+        return ["tools/train_net.py", "--resume", "--config-file", CONFIGS[name], *schedule, *opts]
+
+    return [
+        Stage("get the digits", {"data": ["datasets/prepare_mnist.py"]}, 6),
+        # The teacher's steps are the long ones: half of its schedule is enough here.
+        Stage(
+            "train the teacher, and the student from scratch",
+            {"teacher": train("teacher", "SOLVER.MAX_ITER", "2"), "scratch": train("scratch")},
+            35,
+            runs=RUNS,
+        ),
+        Stage("train the student with MoKD", {"mokd": train("mokd")}, 45, runs=RUNS),
+    ]
 
 
 def collect(seconds):
-    """Return the content of results.json: top-1 of the teacher, and of each student by seed."""
-    study = json.loads((OUTPUT / "study" / "mnist_demo.json").read_text())
-
-    def top1(run, split):
-        return run["results"][SPLITS[split]]["classification"]["top1"]
-
-    results = {"teacher": {split: top1(study["teachers"][0], split) for split in SPLITS}}
-    runs = sorted(study["runs"], key=lambda run: run["seed"])
-    for name in STUDENTS:
-        results[name] = {}
-        for split in SPLITS:
-            seeds = [top1(run, split) for run in runs if run["method"] == name]
-            results[name][split] = {"mean": statistics.mean(seeds), "seeds": seeds}
+    """Return the content of results.json: top-1 of each model by split."""
+    results = {}
+    for name, run in RUNS.items():
+        with open(f"{run}/results.json") as f:
+            found = json.load(f)
+        results[name] = {s: found[data]["classification"]["top1"] for s, data in SPLITS.items()}
     return {**results, "seconds": round(seconds, 1)}
 
 
 def table(results):
     """Return the results as a Markdown table."""
-    seeds = len(results["mokd"]["test"]["seeds"])
-    titles = ["model", *(f"top-1 {s}, seed {i + 1}" for s in SPLITS for i in range(seeds))]
-    titles += [f"mean {s}" for s in SPLITS]
-    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
-    teacher = [f"{results['teacher'][s]:.1f}" for s in SPLITS]
-    lines.append("| teacher | " + "| " * (len(SPLITS) * seeds) + "| ".join(teacher) + " |")
-    for name in STUDENTS:
-        values = [v for s in SPLITS for v in results[name][s]["seeds"]]
-        values += [results[name][s]["mean"] for s in SPLITS]
-        lines.append(f"| {name} | " + " | ".join(f"{v:.1f}" for v in values) + " |")
+    lines = ["| model | " + " | ".join(f"top-1 {s}" for s in SPLITS) + " |"]
+    lines.append("|---" * (1 + len(SPLITS)) + "|")
+    for name in RUNS:
+        lines.append(f"| {name} | " + " | ".join(f"{results[name][s]:.1f}" for s in SPLITS) + " |")
     return "\n".join(lines)
 
 
 def draw(results, path, columns=10):
     """
-    Accuracies as bars with a dot for each seed, and test digits that only one of both students of
-    the first seed reads rightly.
+    Accuracies as bars, and the first test digits that only one of both students reads rightly.
 
     Args:
         results (dict): of :func:`collect`.
-        path (Path): of the picture.
+        path (str): of the picture.
         columns (int): digits of each kind.
     """
     import matplotlib
@@ -94,21 +96,17 @@ def draw(results, path, columns=10):
     digits = PackedImages(str(datasets_root() / "mnist" / "test.npz"))
     predictions = {}
     for name in STUDENTS:
-        run = Path("output/studies/mnist_demo") / f"{name}-1" / "inference" / SPLITS["test"]
-        predictions[name] = json.loads((run / "predictions.json").read_text())
+        with open(f"{RUNS[name]}/inference/{SPLITS['test']}/predictions.json") as f:
+            predictions[name] = json.load(f)
     figure = plt.figure(figsize=(13, 4.2))
     bars, right = figure.subfigures(1, 2, width_ratios=(1, 3))
     axes = bars.subplots()
     bars.subplots_adjust(left=0.22)
-    for i, name in enumerate(STUDENTS):
-        values = results[name]["test"]
-        axes.bar(i, values["mean"], color=("0.7", "tab:blue")[i])
-        axes.plot([i] * len(values["seeds"]), values["seeds"], "k.")
+    values = [results[name]["test"] for name in STUDENTS]
+    axes.bar(STUDENTS, values, color=("0.7", "tab:blue"))
     axes.axhline(results["teacher"]["test"], color="tab:green", label="teacher")
-    axes.set_xticks(range(len(STUDENTS)), STUDENTS)
     axes.set_ylabel("test top-1, %")
-    low = min(min(results[name]["test"]["seeds"]) for name in STUDENTS)
-    axes.set_ylim(max(low - 10, 0), 100)
+    axes.set_ylim(max(min(values) - 10, 0), 100)
     axes.legend(loc="lower right")
     grid = right.subplots(len(STUDENTS), columns, squeeze=False)
     for row, name in zip(grid, reversed(STUDENTS)):
@@ -129,35 +127,25 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_debug(parser)
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="overrides: KEY VALUE ...")
     args = parser.parse_args()
-    with errors_as_messages(args.debug):
-        quick_start()
+    with errors_as_messages(args.debug), stoppable(OUTPUT):
+        quick_start(args.opts)
 
 
-def quick_start():
-    """Do all."""
-    import mokd_det.compat  # noqa: F401  (first: patches Detectron2 where it needs it)
-
-    from mokd_det.evaluation.results import set_aside
-
+def quick_start(opts):
+    """Do all, with overrides ``opts`` of every run."""
     os.chdir(ROOT)
-    start = time.time()
-    # The study would go on with what an earlier start left.
-    for folder in (OUTPUT, Path("output/studies/mnist_demo")):
-        if moved := set_aside(folder):
-            print(f"What was in {folder} is now in {moved}", flush=True)
-    study = str(OUTPUT / "study")
-    step("get the digits", "datasets/prepare_mnist.py")
-    step(
-        "train the teacher, and the students three times each",
-        *("studies/run.py", STUDY, "--run", "--jobs", "2", "--output", study),
+    check_overrides(CONFIGS.values(), opts)  # before anything is moved
+    demo = Demo(OUTPUT, opts)
+    results = collect(demo.run(stages(opts)))
+    draw(results, f"{OUTPUT}/digits.png")
+    demo.finish(results)
+    print(f"\n{table(results)}\n\nPicture: {OUTPUT}/digits.png")
+    print(
+        f"The distilled student: {RUNS['mokd']}/model_final.pth. Now your own classifier: "
+        "GETTING_STARTED.md"
     )
-    results = collect(time.time() - start)
-    draw(results, OUTPUT / "digits.png")
-    results["seconds"] = round(time.time() - start, 1)
-    (OUTPUT / "results.json").write_text(json.dumps(results, indent=2))
-    print(f"\n{table(results)}\n")
-    print(f"In {OUTPUT}/: results.json, digits.png, study/ (records), teacher/")
 
 
 if __name__ == "__main__":

@@ -2,14 +2,15 @@
 """``mokd visualize``: the work."""
 
 import os
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 import torch
 
 from .. import compat  # noqa: F401  (first: patches Detectron2 where it needs it)
-from detectron2.data import DatasetCatalog, DatasetMapper
-from detectron2.structures import BoxMode
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from detectron2.structures import Boxes, BoxMode, pairwise_iou
 from detectron2.utils.file_io import PathManager
 
 from ..config import check_device, load_config
@@ -17,8 +18,22 @@ from ..data import check_datasets, read_rgb, register_datasets
 from ..engine import validate
 from ..tasks import task_of
 
-GROUND_TRUTH_COLOUR = (80, 220, 80)
-PREDICTION_COLOUR = (60, 140, 255)  # BGR
+GROUND_TRUTH_COLOUR = (80, 220, 80)  # BGR
+RIGHT_COLOUR = (80, 220, 80)
+WRONG_COLOUR = (60, 60, 255)
+IOU = 0.5  # of a prediction that is right, as in AP50
+SMALLEST = 256  # pixels of an enlarged image's longer side
+
+
+class Objects(NamedTuple):
+    """
+    Attributes:
+        boxes (ndarray): (N, 4) x0, y0, x1, y1 in an image's pixels.
+        classes (ndarray): (N,) numbers of their classes.
+    """
+
+    boxes: np.ndarray
+    classes: np.ndarray
 
 
 def predict(cfg, elements, score):
@@ -29,65 +44,94 @@ def predict(cfg, elements, score):
         score (float): smallest score shown.
 
     Returns:
-        list[ndarray]: for each element (N, 4) boxes x0, y0, x1, y1 in its pixels.
+        list[Objects]: for each element, the highest score first.
     """
     model = task_of(cfg).load_trained(cfg)
     mapper = DatasetMapper(cfg, is_train=False)
-    boxes = []
+    found = []
     with torch.no_grad():
         for element in elements:
             instances = model([mapper(element)])[0]["instances"].to("cpu")
-            boxes.append(instances.pred_boxes.tensor[instances.scores >= score].numpy())
-    return boxes
+            instances = instances[instances.scores.sort(descending=True).indices]
+            instances = instances[instances.scores >= score]
+            boxes, classes = instances.pred_boxes.tensor, instances.pred_classes
+            found.append(Objects(boxes.numpy(), classes.numpy()))
+    return found
 
 
 def ground_truth(element):
-    """Return (N, 4) boxes x0, y0, x1, y1 of a data set dict."""
-    boxes = [
-        BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS)
-        for a in element.get("annotations", [])
-    ]
-    return np.array(boxes, dtype=np.float32).reshape(-1, 4)
+    """Return the Objects of a data set dict."""
+    annotations = element.get("annotations", [])
+    boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations]
+    classes = [a["category_id"] for a in annotations]
+    return Objects(np.array(boxes, dtype=np.float32).reshape(-1, 4), np.array(classes, dtype=int))
 
 
-def draw(image, boxes, colour, scale):
-    """Return an enlarged copy of a BGR image with boxes drawn on it."""
+def are_right(found, truth):
+    """Return (N,) bool: which of the found Objects have the class and place of a true one each."""
+    overlaps = pairwise_iou(*(Boxes(torch.as_tensor(o.boxes)) for o in (found, truth))).numpy()
+    overlaps[found.classes[:, None] != truth.classes] = 0
+    right = np.zeros(len(found.boxes), dtype=bool)
+    for i in range(len(right) if len(truth.boxes) else 0):
+        best = overlaps[i].argmax()
+        right[i] = overlaps[i, best] >= IOU
+        overlaps[:, best] *= not right[i]  # each is found once
+    return right
+
+
+def draw(image, objects, colours, names, scale):
+    """Return an enlarged copy of a BGR image with boxes drawn on it, and names of their classes."""
     canvas = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)
-    for x0, y0, x1, y1 in np.round(boxes * scale).astype(int).tolist():
+    boxes = np.round(objects.boxes * scale).astype(int).tolist()
+    for (x0, y0, x1, y1), number, colour in zip(boxes, objects.classes, colours):
         cv2.rectangle(canvas, (x0, y0), (x1, y1), colour, 2)
+        if len(names) > 1:
+            write(canvas, names[number], (x0 + 3, y0 + 17), colour)
     return canvas
 
 
-def grid(elements, columns, scale=1.5):
+def write(canvas, text, place, colour):
+    cv2.putText(canvas, text, place, cv2.FONT_HERSHEY_SIMPLEX, 0.6, colour, 2, cv2.LINE_AA)
+
+
+def grid(elements, columns, names):
     """
     Args:
         elements (list[dict]): data set dicts, one for each row.
-        columns (list[tuple]): (title, boxes of each element, colour).
-        scale (float): enlargement of the images.
+        columns (list[tuple]): (title, Objects of each element, colours of each element's).
+        names (list[str]): of the classes.
 
     Returns:
         ndarray: (H, W, 3) BGR uint8.
     """
     images = [np.asarray(read_rgb(e["file_name"]))[:, :, ::-1].copy() for e in elements]
+    scale = max(1.5, SMALLEST / max(max(i.shape) for i in images))
     height = round(max(i.shape[0] for i in images) * scale)
     width = round(max(i.shape[1] for i in images) * scale)
     margin, header = 6, 30
-    rows = []
     titles = np.full((header, (width + margin) * len(columns), 3), 255, np.uint8)
     for c, (title, _, _) in enumerate(columns):
         x = c * (width + margin) + 4
         cv2.putText(
             titles, title, (x, 21), cv2.FONT_HERSHEY_SIMPLEX, 0.6, (0, 0, 0), 1, cv2.LINE_AA
         )
-    rows.append(titles)
+    rows = [titles]
     for r, image in enumerate(images):
         row = np.full((height + margin, (width + margin) * len(columns), 3), 255, np.uint8)
-        for c, (_, boxes, colour) in enumerate(columns):
-            cell = draw(image, boxes[r], colour, scale)
+        for c, (_, objects, colours) in enumerate(columns):
+            cell = draw(image, objects[r], colours[r], names, scale)
             x = c * (width + margin)
             row[: cell.shape[0], x : x + cell.shape[1]] = cell
         rows.append(row)
     return np.concatenate(rows)
+
+
+def model_column(label, found, truth):
+    """Return the column of :func:`grid` of a model that ``found`` these Objects."""
+    right = [are_right(*pair) for pair in zip(found, truth)]
+    colours = [[RIGHT_COLOUR if r else WRONG_COLOUR for r in image] for image in right]
+    count = sum(map(sum, right))
+    return f"{label}: {count} of {sum(len(t.boxes) for t in truth)}", found, colours
 
 
 def visualize(dataset, models, output, count=3, score=0.5, opts=()):
@@ -96,7 +140,7 @@ def visualize(dataset, models, output, count=3, score=0.5, opts=()):
         dataset (str): name, registered by the first model's config if it is not yet.
         models (list[tuple]): (label, config file, weights file).
         output (str): PNG to write.
-        count (int): images: those with the most boxes.
+        count (int): images: those with the most boxes; of equals, the first ones of the set.
         score (float): smallest score shown.
         opts (sequence): overrides [KEY, VALUE, ...] of all configs.
     """
@@ -123,8 +167,11 @@ def visualize(dataset, models, output, count=3, score=0.5, opts=()):
     check_datasets([dataset], "--dataset")
     elements = DatasetCatalog.get(dataset)
     elements = sorted(elements, key=lambda e: -len(e.get("annotations", [])))[:count]
-    columns = [("ground truth", [ground_truth(e) for e in elements], GROUND_TRUTH_COLOUR)]
+    truth = [ground_truth(element) for element in elements]
+    colours = [[GROUND_TRUTH_COLOUR] * len(objects.boxes) for objects in truth]
+    columns = [("ground truth", truth, colours)]
     for (label, _, _), cfg in zip(models, cfgs):
-        columns.append((label, predict(cfg, elements, score), PREDICTION_COLOUR))
-    if not cv2.imwrite(output, grid(elements, columns)):
+        columns.append(model_column(label, predict(cfg, elements, score), truth))
+    names = MetadataCatalog.get(dataset).thing_classes
+    if not cv2.imwrite(output, grid(elements, columns, names)):
         raise OSError(f"Could not write {output}.")

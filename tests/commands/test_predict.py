@@ -67,12 +67,13 @@ def test_a_detector(make_cfg, save, photos, tmp_path, capsys):
     cfg.MODEL.WEIGHTS = str(tmp_path / "model.pth")
     files = [photos / "a.jpg", photos / "more" / "b.bmp", TREES / "val/2.jpg"]
     elements = [{"file_name": str(file)} for file in files]
-    for number, (file, boxes) in enumerate(zip(files, visualizing.predict(cfg, elements, 0.51)), 1):
+    shown = visualizing.predict(cfg, elements, 0.51)
+    for number, (file, objects) in enumerate(zip(files, shown), 1):
         ours = [x for x in found if x["file_name"] == str(file)]
         assert {x["image_id"] for x in ours} <= {number}
         corners = np.array([x["bbox"] for x in ours]).reshape(-1, 4)
         corners[:, 2:] += corners[:, :2]
-        np.testing.assert_allclose(corners, boxes, atol=1e-3)
+        np.testing.assert_allclose(corners, objects.boxes, atol=1e-3)
     assert found
     for name, file in zip(("a.jpg", "more/b.bmp.png", "2.jpg"), files):
         picture, photo = (np.asarray(Image.open(x)) for x in (tmp_path / "out" / name, file))
