@@ -213,7 +213,29 @@ def random_model(cfg):
         cfg.MOKD.TEACHER.WEIGHTS = weights.name
         teacher = build_model(task.teacher_config(cfg))
         torch.save({"model": teacher.state_dict()}, weights.name)
-        return DistillationTrainer.build_model(cfg).train()
+        model = DistillationTrainer.build_model(cfg).train()
+    if getattr(model.teacher, "reader", None) is not None:
+        propose_as_many_as_trained(model.teacher)
+    return model
+
+
+def propose_as_many_as_trained(teacher):
+    """Random weights propose a few boxes only, and what they cost would not be seen."""
+    propose = teacher.reader.propose
+    generator = torch.Generator().manual_seed(0)
+
+    def propose_many(state, images, limit):
+        propose(state, images, limit)
+        found = []
+        for height, width in images.image_sizes:
+            corner = torch.rand(limit, 2, generator=generator) * 0.6
+            boxes = torch.cat(
+                [corner, corner + 0.05 + 0.3 * torch.rand(limit, 2, generator=generator)], dim=1
+            )
+            found.append((boxes * torch.tensor([width, height] * 2)).to(images.device))
+        return found
+
+    teacher.reader.propose = propose_many
 
 
 def stepper(trainer):
