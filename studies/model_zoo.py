@@ -27,7 +27,7 @@ The studies train shorter or at another learning rate than some configs: `studie
 # baselines are the student from scratch and, if there is another, fixed weights.
 MAIN = {
     "Detection": (
-        ("bccd_features_random", "BCCD, box AP", "always trusted", "default"),
+        ("bccd_features_random", "BCCD, box AP", "default"),
         ("neon_features", "NEON trees, box AP50", "default"),
     ),
     "Classification": (
