@@ -58,8 +58,8 @@ def test_evaluation_beside_the_teacher_and_of_every_class(trained, tmp_path):
     args = ["--config-file", STUDENT, "--eval-only", "--with-teacher", *opts]
     printed = run_here("tools/train_net.py", *args, "TEST.PER_CLASS", "True")
     lines = printed.splitlines()
-    table = lines.index("| data set | task | model | top1 | top5 |")
-    assert lines[table + 2].startswith("|  | classification | teacher |")
+    table = lines.index("| task | model | top1 | top5 |")
+    assert lines[table + 2].startswith("| classification | teacher |")
     first, second = (
         json.loads((folder / "results.json").read_text())["classification"]
         for folder in (output, tmp_path)

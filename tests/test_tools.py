@@ -650,7 +650,7 @@ def test_benchmark_takes_overrides_after_its_variants():
 def test_teacher_options_are_compared_in_one_process(monkeypatch):
     monkeypatch.setattr("detectron2.utils.comm.get_world_size", lambda: 2)
     args = ["--config-file", CONFIGS["mokd"], "--teacher-options"]
-    assert "--teacher-options compares within one process" in refused(*args, tool="benchmark")
+    assert "--teacher-options and --profile look at one process" in refused(*args, tool="benchmark")
 
 
 def test_prepare_voc(tmp_path, caplog):
