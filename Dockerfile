@@ -1,7 +1,7 @@
 # mokd_det on an NVIDIA GPU, with Detectron2 and its operators built from source.
 #
 #   docker build -t mokd_det .
-#   docker run --rm -it --gpus all --shm-size 8g -v "$PWD/datasets:/work/datasets" -v "$PWD/output:/work/output" mokd_det
+#   docker run --rm -it --gpus all --shm-size 8g -v "$PWD/datasets:/workspace/datasets" -v "$PWD/output:/workspace/output" mokd_det
 #
 # NOT BUILT by the project so far: its machines have no Docker and no network but package registries.
 # The base image must have the CUDA version that its PyTorch was built with, and a compiler (devel).
@@ -21,5 +21,5 @@ RUN pip install --no-cache-dir setuptools wheel \
 COPY . /opt/mokd_det
 RUN pip install --no-cache-dir "/opt/mokd_det[timm,onnx]" && python -c "import mokd_det.compat, detectron2._C"
 
-WORKDIR /work
+WORKDIR /workspace
 CMD ["bash"]
