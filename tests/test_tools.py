@@ -536,6 +536,7 @@ def test_every_tool_has_help_with_an_example(script):
     assert f"python tools/{script}.py" in run_here(f"tools/{script}.py", "--help")
 
 
+SHORT = ["MOKD.BALANCING.INTERVAL", 2]  # steps of a round
 SMALL = ["--size", 64, 64, "--batch", 1, "--rounds", 2]
 
 
@@ -543,7 +544,7 @@ SMALL = ["--size", 64, 64, "--batch", 1, "--rounds", 2]
 def test_benchmark(tmp_path):
     output = tmp_path / "bench.json"
     # With one distillation objective, for which TorchJD is compared, too.
-    opts = ["MODEL.DEVICE", "cpu", "MOKD.OBJECTIVES", "['features']"]
+    opts = ["MODEL.DEVICE", "cpu", "MOKD.OBJECTIVES", "['features']", *SHORT]
     args = ["--config-file", CONFIGS["mokd"], *SMALL, "--output", output, *opts]
     printed = run_here("tools/benchmark.py", *args)
     result = json.loads(output.read_text())
@@ -570,7 +571,7 @@ def test_benchmark_of_an_objective_that_a_pair_does_not_support(tmp_path):
     output = tmp_path / "bench.json"
     names = ["objective outputs", "objective features"]
     args = ["--config-file", CONFIGS["mokd"], *SMALL, "--output", output, "--variants", *names]
-    opts = ["MODEL.ROI_HEADS.NUM_CLASSES", 3, "MOKD.OBJECTIVES", "['features']"]
+    opts = ["MODEL.ROI_HEADS.NUM_CLASSES", 3, "MOKD.OBJECTIVES", "['features']", *SHORT]
     printed = run_here("tools/benchmark.py", *args, "MODEL.DEVICE", "cpu", *opts)
     variants = json.loads(output.read_text())["variants"]
     assert set(variants) == {"student", "fixed", *names}
@@ -622,7 +623,7 @@ def test_benchmark_of_two_processes(tmp_path):
     output = tmp_path / "bench.json"
     launcher = ["torch.distributed.run", "--nproc-per-node", 2, "tools/benchmark.py"]
     args = ["--config-file", CONFIGS["mokd"], *SMALL, "--output", output]
-    opts = ["MODEL.DEVICE", "cpu", "MOKD.OBJECTIVES", "['features']"]
+    opts = ["MODEL.DEVICE", "cpu", "MOKD.OBJECTIVES", "['features']", *SHORT]
     objectives = {"objective features", "objective outputs", "objective teacher_head"}
     done = run("-m", *launcher, *args, *opts)
     result = json.loads(output.read_text())
