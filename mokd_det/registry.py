@@ -43,7 +43,8 @@ class Registry:
         if name not in self._objects:
             raise ValueError(
                 f"{self.option} is '{name}', which is not in {self.name}: expected one of "
-                f"{', '.join(map(repr, self))}{self.others}."
+                f"{', '.join(map(repr, self))}{self.others}. One of your own: import its module "
+                "first (--import)."
             )
         return self._objects[name]
 

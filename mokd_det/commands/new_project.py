@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torchvision
 import yaml
 
 from .. import compat  # noqa: F401  (first: patches Detectron2 where it needs it)
@@ -17,7 +18,7 @@ from detectron2.config import CfgNode
 from detectron2.utils.file_io import PathManager
 
 from ..config import find_config, load_config
-from ..data import check_coco, read_coco
+from ..data import check_coco, local_path, read_coco
 from ..data.coco import class_names
 from ..modeling import detector_names
 from ..tasks import TASKS, task_of
@@ -59,6 +60,12 @@ def create(args: argparse.Namespace) -> None:
     Write the folder ``args.output``. ValueError, FileNotFoundError: an unknown model, a file that
     is missing or wrong, or a folder that is there already. Nothing is written then.
     """
+    for option, name in (("--student", args.student), ("--teacher", args.teacher)):
+        if name in torchvision.models.list_models(module=torchvision.models):
+            raise ValueError(
+                f"{option} '{name}' is a classifier, but mokd init writes detectors' configs: "
+                "docs/tutorials/classifier.md has those of classifiers."
+            )
     student = _known(args.student, STUDENTS, "--student")
     folder = Path(args.output or f"mokd_{args.student}")
     if folder.exists():
@@ -142,7 +149,12 @@ def _teacher(args: argparse.Namespace, folder: Path) -> tuple[Model | None, str,
 
 def _read(files: list[str], option: str) -> tuple[list[str], int]:
     """Return the classes of a set, and the number of images; its warnings are printed."""
-    json_file, images = files
+    json_file, images = map(_local, files)
+    if os.path.isdir(json_file):
+        raise ValueError(
+            f"{option} '{json_file}' is a folder: expected a JSON file in COCO's format, and the "
+            "folder of its images. Pascal-VOC folders are converted by datasets/prepare_voc.py."
+        )
     if not os.path.isfile(json_file):
         raise FileNotFoundError(f"{option} '{json_file}' does not exist.")
     if not os.path.isdir(images):
@@ -152,6 +164,11 @@ def _read(files: list[str], option: str) -> tuple[list[str], int]:
     for warning in report.warnings:
         print(f"warning: {option} '{json_file}': {warning}")
     return class_names(data), len(data["images"])
+
+
+def _local(path: str) -> str:
+    """Return the file of "datasets://x", as datasets/prepare_voc.py prints them, and of others."""
+    return local_path(path) if path.startswith("datasets://") else path
 
 
 def _check_classes(files: list[str], classes: list[str]) -> None:
@@ -170,7 +187,9 @@ def _common(args: argparse.Namespace, name: str, images: int) -> tuple[dict[str,
     name = re.sub(r"\W+", "_", name)
     sets = {f"{name}_train": args.data} | ({f"{name}_val": args.val} if args.val else {})
     return {
-        "DATASETS.COCO": [[n, *map(os.path.abspath, files)] for n, files in sets.items()],
+        "DATASETS.COCO": [
+            [n, *(os.path.abspath(_local(file)) for file in files)] for n, files in sets.items()
+        ],
         "DATASETS.TRAIN": [f"{name}_train"],
         "DATASETS.TEST": [f"{name}_val"] if args.val else [],
         "DATALOADER.NUM_WORKERS": 4 if gpus else 0,

@@ -73,8 +73,14 @@ def predict(args: argparse.Namespace) -> None:
     file = os.path.join(args.output, "predictions.json")
     content = json.dumps(results, indent=1).encode()
     replace_file(file, lambda f: f.write(content))
-    what = "the five best classes of each" if is_classifier else f"{len(results)} boxes"
+    least = _least_score(args)
+    boxes = f"{len(results)} boxes that score {least:g} or more (--threshold)"
+    what = "the five best classes of each" if is_classifier else boxes
     print(f"{len(photos)} photos, {what}: {file}")
+
+
+def _least_score(args: argparse.Namespace) -> float:
+    return USUAL_THRESHOLD if args.threshold is None else args.threshold
 
 
 def _find(paths: Sequence[str], output: str) -> list[Photo]:
@@ -155,7 +161,7 @@ def _detect(
     args: argparse.Namespace,
 ) -> list[dict[str, Any]]:
     pictures = {photo.path: os.path.join(args.output, _picture(photo.name)) for photo in photos}
-    least = USUAL_THRESHOLD if args.threshold is None else args.threshold
+    least = _least_score(args)
     ids = _category_ids(cfg, names)
     results = []
     with _loader(cfg, task, photos) as loader, torch.no_grad():

@@ -91,6 +91,14 @@ def test_teachers_by_name_are_tuned_first(create, tmp_path, teacher):
     )
 
 
+def test_data_in_the_folder_of_data_sets(create, own_teacher, tmp_path, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(TREES.parent))
+    data = [f"datasets://{TREES.name}/train{end}" for end in (".json", "")]
+    create(*own_teacher, data=data)
+    cfg = load_config(str(tmp_path / "cells" / "student_mokd.yaml"))
+    assert cfg.DATASETS.COCO == [["cells_train", *TRAIN]]
+
+
 @pytest.mark.parametrize(
     "gpus, images, expected", [(0, 100, (4, 1500)), (1, 1000, (4, 3000)), (8, 118_287, (32, 44358))]
 )
@@ -120,11 +128,15 @@ def write(path, **changes):
         ),
         ([], {"student": "xyz"}, "--student 'xyz' is unknown: expected r18-retinanet, "),
         (["--teacher", "r50-retinant"], {}, "no known name: did you mean r50-retinanet"),
+        ([], {"student": "resnet18"}, "--student 'resnet18' is a classifier"),
+        (["--teacher", "resnet34"], {}, "--teacher 'resnet34' is a classifier"),
         (["--teacher", "no.yaml"], {}, "--teacher 'no.yaml' does not exist"),
         (["--teacher-weights", "no.pth"], {}, "train it first: mokd train --config-file"),
         (["--teacher", str(ROOT / "configs/Digits/teacher.yaml")], {}, "is no detector's config"),
         (["--teacher", "r50-retinanet", "--teacher-weights", "t.pth"], {}, "has its own"),
         ([], {"data": ["no.json", TRAIN[1]]}, "--data 'no.json' does not exist"),
+        ([], {"data": [str(TREES), TRAIN[1]]}, "--data '.*' is a folder: .*prepare_voc.py"),
+        ([], {"data": ["datasets://no.json", TRAIN[1]]}, "--data '.*no.json' does not exist"),
         ([], {"data": [TRAIN[0], "no"]}, "--data: the folder of images 'no' does not exist"),
         ([], {"data": [TRAIN[0], str(TREES)]}, "(?s)--data '.*/train.json'.*6.* 0.jpg"),
         ([], {"data": "empty"}, "(?s)--data '.*/empty.json'.* no images"),

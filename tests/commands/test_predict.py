@@ -60,7 +60,8 @@ def test_a_detector(make_cfg, save, photos, tmp_path, capsys):
     call(*args, "--threshold", 0.51, photos, TREES / "val/2.jpg", "SEED", 3)
     found = read(tmp_path)
     said = capsys.readouterr().out
-    assert f"3 photos, {len(found)} boxes" in said and "category_id is as in" in said
+    assert f"3 photos, {len(found)} boxes that score 0.51 or more (--threshold)" in said
+    assert "category_id is as in" in said
     assert {x["category_name"] for x in found} == {"Tree"} and all(
         x["score"] >= 0.51 for x in found
     )

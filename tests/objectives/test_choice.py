@@ -40,7 +40,7 @@ def test_none_is_an_error(make_cfg):
 
 
 def test_an_unknown_name_is_an_error_also_unvalidated(make_cfg):
-    with pytest.raises(ValueError, match="MOKD.OBJECTIVES is 'boxes', which is not in OBJECTIVES"):
+    with pytest.raises(ValueError, match="is 'boxes', which is not in OBJECTIVES: .*--import"):
         DistillationTrainer.build_model(make_cfg("mokd", ["MOKD.OBJECTIVES", ["boxes"]]))
 
 
