@@ -313,7 +313,7 @@ def test_a_running_mean_may_begin_with_a_resumed_run_but_not_end(make_cfg):
 @pytest.mark.slow
 @pytest.mark.parametrize("where", ["features", "parameters"])
 def test_checkpointing_changes_nothing(make_cfg, where):
-    opts = ["MOKD.BALANCING.MEASURE_AT", where]
+    opts = ["MOKD.BALANCING.MEASURE_AT", where, "MOKD.BALANCING.INTERVAL", 1]
     plain = train(make_cfg("mokd", opts, "plain"))
     cfg = make_cfg("mokd", [*opts, "MODEL.BACKBONE.CHECKPOINTING", True], "checkpointed")
     runs = []
