@@ -169,6 +169,8 @@ def _train_here(rank, cfg):
 
 @pytest.mark.slow
 def test_of_two_processes_one_writes(make_digits_cfg, tmp_path):
-    cfg = make_digits_cfg(["LOGGING.WRITERS", ["csv", "json"], "DATASETS.TEST", ()])
+    # Each step measures, so that all scalars are of the last one.
+    opts = ["LOGGING.WRITERS", ["csv", "json"], "MOKD.BALANCING.INTERVAL", 1]
+    cfg = make_digits_cfg([*opts, "DATASETS.TEST", ()])
     assert on_two_ranks(_train_here, tmp_path, cfg) == [(1, 0), (0, 1)]
     assert [row["iteration"] for row in rows_of(f"{cfg.OUTPUT_DIR}/metrics.csv")] == ["2"]

@@ -147,7 +147,7 @@ def test_scale_of_the_distillation_losses_is_irrelevant(make_cfg):
     for scale in (1.0, 2.0**-10, 2.0**10):
         opts = ["MOKD.OBJECTIVES", ["features", "outputs"]]
         # A memory so short that the outputs are trusted within these few steps.
-        opts += ["MOKD.BALANCING.SMOOTHING", 0.3]
+        opts += ["MOKD.BALANCING.SMOOTHING", 0.3, "MOKD.BALANCING.INTERVAL", 1]
         opts += ["MOKD.FEATURES.LOSS_WEIGHT", scale, "MOKD.OUTPUTS.LOSS_WEIGHT", 1 / scale]
         trainer = train(make_cfg("mokd", opts, f"scale_{scale}"))
         assert trainer.model.boundary.balancer.rule.name == "loss_ratio"
