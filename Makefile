@@ -11,7 +11,7 @@ TORCH_BACKEND ?=
 .PHONY: help env demo demo-classification test test-all test-reliability lint docs pins clean
 
 help:
-	@echo "make demo   from nothing to a distilled detector (about 5 minutes on 2 CPU cores); also SEED=2"
+	@echo "make demo   from nothing to a distilled detector (about 4 minutes on 2 CPU cores); also SEED=2"
 	@echo "make demo-classification   the same for MNIST and a classifier (2 minutes); also SEED=2"
 	@echo "make test   the tests to run before every commit (5 minutes on 2 cores)"
 	@echo "make test-all   the rest of the suite (25 minutes)"
