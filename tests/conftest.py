@@ -1,6 +1,7 @@
 # Copyright (c) The mokd_det authors.
 """Small real detectors on nine real aerial tiles."""
 
+import contextlib
 import logging
 import os
 from pathlib import Path
@@ -52,14 +53,32 @@ def _reports(terminalreporter):
     return [r for r in reports if "executed" in dict(getattr(r, "user_properties", ()))]
 
 
+@contextlib.contextmanager
+def loggers_restored():
+    """A run writes its log into its folder, and hides its loggers from pytest."""
+    loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore", "mokd_det")]
+    before = [(logger, logger.handlers[:], logger.propagate, logger.level) for logger in loggers]
+    try:
+        yield
+    finally:
+        for logger, handlers, propagate, level in before:
+            logger.handlers[:], logger.propagate = handlers, propagate
+            logger.setLevel(level)
+
+
 @pytest.fixture(autouse=True)
 def at_root_with_a_seed(monkeypatch):
-    """Paths in configs count from the checkout; random numbers are the same in every run."""
+    """
+    Paths in configs count from the checkout, random numbers are the same in every run, and what a
+    test's runs do to the loggers ends with it.
+    """
     trust_files()  # any tool that runs in this process without --trust takes it back, too
     # Loggers of earlier tests write to streams that pytest has closed since.
     monkeypatch.setattr(logging, "raiseExceptions", False)
     monkeypatch.chdir(ROOT)
     seed_all_rng(0)
+    with loggers_restored():
+        yield
 
 
 TREE_OPTS = [
@@ -122,7 +141,8 @@ def teacher_weights(tmp_path_factory):
     cfg = load_config(str(ROOT / CONFIGS["teacher"]), ["MODEL.TORCHVISION.WEIGHTS", ""])
     seed_all_rng(3)
     path = folder / "teacher.pth"
-    torch.save({"model": build_model(cfg).state_dict()}, path)
+    run = {"class_names": ["Tree"]}  # the quick start's data need not be there
+    torch.save({"model": build_model(cfg).state_dict(), "run": run}, path)
     return str(path)
 
 

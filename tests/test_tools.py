@@ -5,7 +5,6 @@ import contextlib
 import importlib.util
 import io
 import json
-import logging
 import os
 import re
 import runpy
@@ -28,7 +27,7 @@ from mokd_det.data import register_datasets
 from mokd_det.evaluation.results import set_aside
 from mokd_det.report import plot_balance, read_balance
 
-from .conftest import CONFIGS, ROOT, TREE_OPTS, TREES
+from .conftest import CONFIGS, ROOT, TREE_OPTS, TREES, loggers_restored
 from .data.annotated import coco_layout
 from .modeling.families import FCOS
 
@@ -54,19 +53,6 @@ def run(script, *args, check=True, **variables):
     if check:
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done
-
-
-@contextlib.contextmanager
-def loggers_restored():
-    """A run writes its log into its folder, and hides its loggers from pytest."""
-    loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore", "mokd_det")]
-    before = [(logger, logger.handlers[:], logger.propagate, logger.level) for logger in loggers]
-    try:
-        yield
-    finally:
-        for logger, handlers, propagate, level in before:
-            logger.handlers[:], logger.propagate = handlers, propagate
-            logger.setLevel(level)
 
 
 def run_here(script, *args):

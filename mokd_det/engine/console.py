@@ -44,5 +44,6 @@ class ConsoleFilter(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         if self.verbosity == VERBOSE or record.levelno >= logging.WARNING:
             return True
-        is_read = record.name.startswith("mokd_det") or record.name in SHOWN
+        # Detectron2's formatter writes its abbreviation, mokd, into the record for later handlers.
+        is_read = record.name.startswith("mokd") or record.name in SHOWN
         return self.verbosity == USUAL and record.levelno >= logging.INFO and is_read

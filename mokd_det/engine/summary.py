@@ -15,7 +15,7 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 from torch import nn
 
-from ..data import ResumableLoader, known_class_names
+from ..data import ResumableLoader, known_class_names, trained_class_names
 from ..evaluation import count_parameters
 from ..files import replace_file
 from ..tasks import task_of
@@ -158,7 +158,9 @@ def _teacher(cfg: CfgNode, model: Any) -> dict[str, Any]:
         return {"model": "TorchScript", "parameters": count, "classes": None, "weights": script}
     teacher_cfg = task_of(cfg).teacher_config(cfg)
     weights = teacher_cfg.MODEL.WEIGHTS or cfg.MOKD.TEACHER.WEIGHTS
-    return {**_side(teacher_cfg, model.teacher.model), "weights": weights}
+    side = _side(teacher_cfg, model.teacher.model)
+    side["classes"] = trained_class_names(weights, "MOKD.TEACHER.WEIGHTS") or side["classes"]
+    return {**side, "weights": weights}
 
 
 def _model_name(cfg: CfgNode) -> str:
