@@ -24,6 +24,7 @@ from PIL import Image
 from mokd_det.commands import train, training, visualize, visualizing
 from mokd_det.config import load_config
 from mokd_det.data import register_datasets
+from mokd_det.engine.summary import next_steps
 from mokd_det.evaluation.results import set_aside
 from mokd_det.report import plot_balance, read_balance
 
@@ -104,6 +105,13 @@ def test_train_net_trains_evaluates_and_leaves_what_it_says(trained):
     cfg.merge_from_file(str(output / "student.yaml"))
     state = torch.load(output / "model_final.pth", weights_only=True)["model"]
     build_model(cfg).load_state_dict(state, strict=True)
+
+
+def test_next_steps_name_the_trained_weights_only():
+    """Not those that the training began with."""
+    opts = ["MODEL.WEIGHTS", "start.pth", "SEED", 3]
+    said = next_steps("c.yaml", opts, "out", "out/model_final.pth")
+    assert "start.pth" not in said and said.count("SEED 3") == 3
 
 
 def test_training_prints_what_a_person_checks(trained):

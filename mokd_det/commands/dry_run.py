@@ -10,6 +10,7 @@ import shutil
 import statistics
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -193,7 +194,10 @@ def _logs_said(findings: Findings) -> Iterator[None]:
     # Else the trainer starts Detectron2's own log on the console.
     logging.getLogger("detectron2").setLevel(logging.INFO)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("once")  # two trainers with the same loaders
+            yield
     finally:
         logger.removeHandler(handler)
-        logger.level, logger.propagate = before
+        logger.setLevel(before[0])
+        logger.propagate = before[1]

@@ -76,7 +76,7 @@ def predict(args: argparse.Namespace) -> None:
     least = _least_score(args)
     boxes = f"{len(results)} boxes that score {least:g} or more (--threshold)"
     what = "the five best classes of each" if is_classifier else boxes
-    print(f"{len(photos)} photos, {what}: {file}")
+    print(f"{len(photos)} photo{'s' * (len(photos) > 1)}, {what}: {file}")
 
 
 def _least_score(args: argparse.Namespace) -> float:
@@ -164,6 +164,7 @@ def _detect(
     least = _least_score(args)
     ids = _category_ids(cfg, names)
     results = []
+    best = 0.0
     with _loader(cfg, task, photos) as loader, torch.no_grad():
         for batch in loader:
             for element, outputs in zip(batch, model(batch)):
@@ -173,6 +174,7 @@ def _detect(
                         "but something else: expected a detector or a classifier."
                     )
                 found = outputs["instances"].to("cpu")
+                best = max([best, *found.scores.tolist()])
                 found = found[found.scores >= least]
                 for result in instances_to_coco_json(found, element["image_id"]):
                     label = result["category_id"]
@@ -182,6 +184,8 @@ def _detect(
                 picture = pictures[element["file_name"]]
                 os.makedirs(os.path.dirname(picture) or ".", exist_ok=True)
                 draw(read_rgb(element["file_name"]), found, names).save(picture)
+    if not results:
+        print(f"No box scores {least:g} or more; the highest score is {best:.3g}: see --threshold")
     return results
 
 

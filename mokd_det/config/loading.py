@@ -356,6 +356,8 @@ def _check_key(key, cfg, source):
                 raise ValueError(f"{source}: there is no option {key} any more: {moved}.")
             close = difflib.get_close_matches(key, _all_keys(cfg), n=3)
             hint = f" Did you mean {' or '.join(close)}?" if close else ""
+            if parts[0] == "MOKD" and (depth == 1 or parts[1] == "BALANCING"):
+                hint += " An option of your own rule or objective: import its module (--import)."
             unknown = printable(".".join(parts[: depth + 1]))
             raise ValueError(f"{source}: there is no option {unknown}.{hint}")
         node = node[part]

@@ -113,7 +113,8 @@ def next_steps(
     """
     flags = [flag for name in imports for flag in ("--import", name)]
     config = shlex.join([*flags, "--config-file", config_file])
-    given = shlex.join(map(str, opts))
+    pairs = [pair for pair in zip(opts[::2], opts[1::2]) if pair[0] != "MODEL.WEIGHTS"]
+    given = shlex.join(str(part) for pair in pairs for part in pair)
     with_opts = f"{given} {shlex.join(['MODEL.WEIGHTS', weights])}".strip()
     export = shlex.quote(os.path.join(output_dir, "export"))
     steps = {

@@ -84,7 +84,8 @@ class DetectorHeads(HeadReader):
         if moved := self.reader.elsewhere(boxes):
             logger.info(
                 f"teacher_head: {moved} of the first batch's {sum(map(len, boxes))} boxes are of "
-                "levels that the student does not have; they are read on the nearest one it has."
+                "levels that the student does not have (usual for RetinaNet, which has no p2); "
+                "they are read on the nearest one it has."
             )
 
 

@@ -149,8 +149,8 @@ def _pictures(runs: Sequence[Run], count: int, score: float) -> Iterator[str]:
         shown_runs = [run for run in runs if predictions_file(run, data_set)]
         if absent := [run.label for run in runs if run not in shown_runs]:
             yield note(
-                f"No predictions of {', '.join(absent)} (inference/{data_set} in the run's folder, "
-                "which evaluation writes)."
+                f"No predictions of {', '.join(absent)} (inference/{data_set} in the run's "
+                "folder): mokd train --eval-only with its config and OUTPUT_DIR writes them."
             )
         if shown_runs:
             colour_of = dict(zip((run.label for run in runs), colours(runs)))

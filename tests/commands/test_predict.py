@@ -81,6 +81,14 @@ def test_a_detector(make_cfg, save, photos, tmp_path, capsys):
         assert picture.shape == photo.shape and (picture.astype(int) - photo).any()
 
 
+def test_no_box_above_the_threshold(make_cfg, save, photos, tmp_path, capsys):
+    args = save(make_cfg("faster_rcnn", ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0]))
+    call(*args, "--threshold", 1.0, photos / "a.jpg")
+    said = capsys.readouterr().out
+    assert "No box scores 1 or more; the highest score is " in said and not read(tmp_path)
+    assert "\n1 photo, 0 boxes" in said
+
+
 def test_a_detector_of_torchvision(save, photos, tmp_path, capsys):
     opts = ["MODEL.TORCHVISION_DETECTOR.NUM_CLASSES", 3, "MODEL.DEVICE", "cpu"]
     cfg = load_config("mokd://COCO-Detection/tv_ssdlite320.yaml", opts)

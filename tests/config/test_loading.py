@@ -40,6 +40,7 @@ def test_five_lines_are_enough(tmp_path):
             "MOKD:\n  TEACHER:\n    WEIGTHS: x\n",
             "no option MOKD.TEACHER.WEIGTHS. Did you mean MOKD.TEACHER.WEIGHTS",
         ),
+        ("MOKD:\n  ATTENTION:\n    POWER: 2\n", "no option MOKD.ATTENTION.* .--import"),
         ("MOKDD:\n  ENABLED: True\n", "no option MOKDD"),
         ("MODEL:\n  WEIGTHS: x\n", "no option MODEL.WEIGTHS. Did you mean MODEL.WEIGHTS"),
         ("MODEL: [\n", "is not valid YAML"),
