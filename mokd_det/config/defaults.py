@@ -380,7 +380,7 @@ def add_mokd_config(cfg: CN) -> None:
     #                  gradient agrees with the task's; projectors learn at the task's pace
     #   "fixed"        the same weights at every step
     #   "cosine_gate"  the same, without distillation while it conflicts with the task
-    #   "min_norm"     the published rule; it can starve the task
+    #   "min_norm"     the published rule; a small distillation gradient dominates
     #   "famo"         the published amortised rule: one more student forward a step
     #   "torchjd.X"    TorchJD's XWeighting, e.g. "torchjd.UPGrad"
     cfg.MOKD.BALANCING.RULE = "loss_ratio"

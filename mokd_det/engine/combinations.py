@@ -33,6 +33,20 @@ def _has_roi_heads(cfg: CfgNode, *names: str) -> bool:
     return is_two_stage and cfg.MODEL.ROI_HEADS.NAME in names
 
 
+def _anchor_maps(cfg: CfgNode) -> Sequence[str]:
+    """The maps with anchors; empty: the model has none."""
+    if cfg.MODEL.META_ARCHITECTURE == "RetinaNet":
+        return cfg.MODEL.RETINANET.IN_FEATURES
+    has_rpn = cfg.MODEL.META_ARCHITECTURE in ("GeneralizedRCNN", "PanopticFPN", "ProposalNetwork")
+    return cfg.MODEL.RPN.IN_FEATURES if has_rpn else ()
+
+
+def _anchors_do_not_fit(cfg: CfgNode, values: Sequence[object]) -> bool:
+    is_nested = isinstance(values[0], Sequence)  # else they are every map's
+    maps = _anchor_maps(cfg)
+    return bool(maps) and is_nested and len(values) not in (1, len(maps))
+
+
 def _fits(labels: Sequence[int], thresholds: Sequence[float]) -> bool:
     return len(labels) == len(thresholds) + 1
 
@@ -93,6 +107,14 @@ OF_MODELS: Rows = (
             "thresholds.",
         )
         for node in ("RPN", "ROI_HEADS", "RETINANET")
+    ),
+    *(
+        (
+            lambda c, key=key: _anchors_do_not_fit(c, c.MODEL.ANCHOR_GENERATOR[key]),
+            f"MODEL.ANCHOR_GENERATOR.{key} is {{c.MODEL.ANCHOR_GENERATOR.{key}}}: expected one "
+            "list, or one for each map of IN_FEATURES (MODEL.RETINANET's or MODEL.RPN's).",
+        )
+        for key in ("SIZES", "ASPECT_RATIOS")
     ),
     (
         lambda c: bool(c.INPUT.MIN_SIZE_TEST) and c.INPUT.MAX_SIZE_TEST < c.INPUT.MIN_SIZE_TEST,

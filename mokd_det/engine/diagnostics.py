@@ -19,8 +19,8 @@ COUNTS = ("fallbacks_degenerate", "fallbacks_non_finite")  # steps so far
 
 class BalanceDiagnostics:
     """
-    Counts fallbacks and starved steps, and warns when the task starves: the update's cosine with
-    its gradient was below 0.1 in more than half of the last 100 steps. (Not its share of the
+    Counts fallbacks and dominated steps, and warns when the task is dominated: the update's cosine
+    with its gradient was below 0.1 in more than half of the last 100 steps. (Not its share of the
     weights: an update of the teacher's alone serves the task if both agree.) Also when another
     objective had no weight at all in more than half of them.
     """
@@ -29,8 +29,8 @@ class BalanceDiagnostics:
         self.prefix = f"balance/{measured_at}"
         self.degenerate = 0
         self.non_finite = 0
-        self.starved: collections.deque[bool] = collections.deque(maxlen=WINDOW)
-        self.warned = False
+        self.dominated: collections.deque[bool] = collections.deque(maxlen=WINDOW)
+        self.warned = self.warned_undefined = False
         # Objective -> whether it had no weight, of the last steps.
         self.idle: dict[str, collections.deque[bool]] = {}
         self.warned_idle: set[str] = set()
@@ -44,6 +44,12 @@ class BalanceDiagnostics:
         """
         self.non_finite += decision.fallback == "non_finite"
         self.degenerate += decision.fallback in ("vanished", "undefined")
+        if decision.fallback == "undefined" and not self.warned_undefined:
+            logger.warning(
+                "The rule gave weights that are not finite: a step takes the plain sum then, and "
+                f"{self.prefix}/{COUNTS[0]} counts such steps. Of a rule of your own, see its code."
+            )
+            self.warned_undefined = True
         counts = (self.degenerate, self.non_finite)
         values: dict[str, float] = dict(zip(COUNTS, counts))
         for i, name in enumerate(names):
@@ -51,7 +57,7 @@ class BalanceDiagnostics:
             if i > 0:
                 self._count_idle(name, values[f"weight_{name}"] == 0)
         if decision.gram is None:  # what was measured last stands, in windows of steps
-            self.starved.extend(list(self.starved)[-1:])
+            self.dominated.extend(list(self.dominated)[-1:])
         elif decision.gram.isfinite().all():
             values |= self._measured(names, decision, decision.gram, parts)
         return {f"{self.prefix}/{name}": value for name, value in values.items()}
@@ -76,9 +82,9 @@ class BalanceDiagnostics:
                     for part, square in zip(parts, squares)
                     if square > 0
                 }
-        self.starved.append(values["update_cosine"] < LEAST_COSINE)
-        values["starved"] = sum(self.starved) / len(self.starved)
-        self._warn(values["starved"])
+        self.dominated.append(values["update_cosine"] < LEAST_COSINE)
+        values["dominated"] = sum(self.dominated) / len(self.dominated)
+        self._warn(values["dominated"])
         return values
 
     def _count_idle(self, name: str, idle: bool) -> None:
@@ -93,14 +99,14 @@ class BalanceDiagnostics:
             )
             self.warned_idle.add(name)
 
-    def _warn(self, starved: float) -> None:
-        if len(self.starved) < WINDOW or starved <= 0.5:
-            self.warned = self.warned and starved > 0.5
+    def _warn(self, dominated: float) -> None:
+        if len(self.dominated) < WINDOW or dominated <= 0.5:
+            self.warned = self.warned and dominated > 0.5
             return
         if not self.warned:
             logger.warning(
-                "The task starves: the cosine of the update with its gradient at "
-                f"{self.prefix.split('/')[1]} was below {LEAST_COSINE} in {starved:.0%} of the "
+                "The task is dominated: the cosine of the update with its gradient at "
+                f"{self.prefix.split('/')[1]} was below {LEAST_COSINE} in {dominated:.0%} of the "
                 f"last {WINDOW} steps. Use less weight for distillation (LOSS_RATIO.RATIO, "
                 "FIXED.WEIGHTS), or a rule that follows the task (MOKD.BALANCING.RULE loss_ratio "
                 "or cosine_gate)."
@@ -109,9 +115,9 @@ class BalanceDiagnostics:
 
     def state_dict(self) -> dict[str, Any]:
         counts = {"degenerate": self.degenerate, "non_finite": self.non_finite}
-        return {**counts, "starved": list(self.starved)}
+        return {**counts, "dominated": list(self.dominated)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.degenerate = state["degenerate"]
         self.non_finite = state["non_finite"]
-        self.starved = collections.deque(state["starved"], maxlen=WINDOW)
+        self.dominated = collections.deque(state["dominated"], maxlen=WINDOW)

@@ -26,7 +26,7 @@ OF_TEACHER = "MOKD.TEACHER.CONFIG_FILE, or OPTS: "
 GONE = {
     **dict.fromkeys(("aligned", "anchored", "constant_dominance", "look_ahead"), "'loss_ratio'"),
     "imtl_g": "'torchjd.IMTLG'",
-    "protected_min_norm": "'min_norm', which can starve the task, or 'loss_ratio'",
+    "protected_min_norm": "'min_norm', which lets a small gradient dominate, or 'loss_ratio'",
 }
 
 

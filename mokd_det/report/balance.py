@@ -23,7 +23,7 @@ PANELS = (
         (0, 1),
     ),
     ("weights", "symlog", ("weight_",), (0, 1)),
-    ("the task in the update", "linear", ("share_task", "update_cosine", "starved"), (0, 0.1, 1)),
+    ("the task in the update", "linear", ("share_task", "update_cosine", "dominated"), (0, 0.1, 1)),
     ("levels' share of |g|^2", "linear", ("level_",), (0, 1)),
 )
 FALLBACKS = "fallbacks_"

@@ -52,7 +52,14 @@ class ScriptedDetector(nn.Module):
                 "two teachers: leave one of them empty."
             )
         file = teacher.TORCHSCRIPT.FILE
-        if not PathManager.isfile(file):
+        try:
+            is_there = PathManager.isfile(file)
+        except NotImplementedError as error:  # of an address
+            raise ValueError(
+                f"MOKD.TEACHER.TORCHSCRIPT.FILE '{file}' is an address: download it, and name the "
+                "file."
+            ) from error
+        if not is_there:
             raise FileNotFoundError(f"MOKD.TEACHER.TORCHSCRIPT.FILE '{file}' does not exist.")
 
     @classmethod

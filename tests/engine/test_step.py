@@ -427,7 +427,7 @@ def record(task_weight, fallback=""):
     return Decision(weights, gram, torch.ones(2, dtype=torch.float64), fallback)
 
 
-def test_starvation_is_warned_of_once(caplog):
+def test_a_dominated_task_is_warned_of_once(caplog):
     diagnostics = BalanceDiagnostics("features")
     names = ["task", "features"]
     with caplog.at_level(logging.WARNING, "mokd_det"):
@@ -435,26 +435,26 @@ def test_starvation_is_warned_of_once(caplog):
             diagnostics.scalars(names, record(0.01))
         for _ in range(50):
             scalars = diagnostics.scalars(names, record(1.0))
-        assert scalars["balance/features/starved"] == 0.5 and not caplog.records  # not yet more
+        assert scalars["balance/features/dominated"] == 0.5 and not caplog.records  # not yet more
         for _ in range(200):
             scalars = diagnostics.scalars(names, record(0.01))
-    assert scalars["balance/features/starved"] == 1
+    assert scalars["balance/features/dominated"] == 1
     assert scalars["balance/features/share_task"] == pytest.approx(0.01 / 1.01)
     assert scalars["balance/features/update_cosine"] == pytest.approx(0.01 / (1 + 0.01**2) ** 0.5)
-    assert len(caplog.records) == 1 and "task starves" in caplog.records[0].message
+    assert len(caplog.records) == 1 and "task is dominated" in caplog.records[0].message
 
 
-def test_a_task_that_the_teacher_agrees_with_does_not_starve():
+def test_a_task_that_the_teacher_agrees_with_is_not_dominated():
     gradients = torch.tensor([[1.0, 0.2], [1.0, 0.0]], dtype=torch.float64)
     agree = Decision(
         torch.tensor([0.01, 1.0]).double(), gradients @ gradients.T, torch.ones(2).double()
     )
     scalars = BalanceDiagnostics("features").scalars(["task", "features"], agree)
     assert scalars["balance/features/share_task"] < 0.1
-    assert scalars["balance/features/starved"] == 0
+    assert scalars["balance/features/dominated"] == 0
     against = dataclasses.replace(agree, weights=torch.tensor([0.01, -1.0]).double())
     assert BalanceDiagnostics("features").scalars(["task", "features"], against)[
-        "balance/features/starved"
+        "balance/features/dominated"
     ]
 
 
@@ -479,6 +479,16 @@ def test_an_objective_without_weight_is_warned_of_once(caplog):
             diagnostics.scalars(names, idle)
     assert len(caplog.records) == 1
     assert "'outputs' had no weight in more than half of the last 100" in caplog.records[0].message
+
+
+def test_weights_that_are_not_finite_are_warned_of_once(caplog):
+    diagnostics = BalanceDiagnostics("features")
+    with caplog.at_level(logging.WARNING, "mokd_det"):
+        for fallback in ("vanished", "undefined", "undefined"):
+            diagnostics.scalars(["task", "features"], record(1.0, fallback))
+    assert [r.message.split(":")[0] for r in caplog.records] == [
+        "The rule gave weights that are not finite"
+    ]
 
 
 def test_fallbacks_are_counted_apart_and_survive_a_checkpoint():

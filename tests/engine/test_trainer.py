@@ -341,7 +341,7 @@ def test_diagnostics_are_logged_with_their_place_and_never_in_the_loss(one_step)
             "seen_dominance_features",
             "share_task",
             "update_cosine",
-            "starved",
+            "dominated",
             "level_features_p3",
             "level_features_p4",
             "fallbacks_degenerate",

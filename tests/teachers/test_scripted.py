@@ -90,5 +90,7 @@ def test_files_that_cannot_be(make_cfg, tmp_path):
     # Before anything is built:
     with pytest.raises(FileNotFoundError, match="TORCHSCRIPT.FILE 'none.ts' does not exist"):
         validate(make_cfg("mokd", script_opts("none.ts")))
+    with pytest.raises(ValueError, match="'https://x/t.ts' is an address: download it"):
+        validate(make_cfg("mokd", script_opts("https://x/t.ts")))
     with pytest.raises(ValueError, match="name two teachers"):
         validate(make_cfg("mokd", ["MOKD.TEACHER.TORCHSCRIPT.FILE", "none.ts"]))

@@ -19,7 +19,7 @@ class MinNorm(Rule):
 
     With ``h_i = g_i / L_i``, ``pi`` minimises ``|sum_i pi_i h_i|`` over the simplex, and
     ``weights_i = pi_i / L_i``. No objective gets worse to first order. It follows the *smaller*
-    gradient, so a small distillation gradient can starve the task.
+    gradient, so a small distillation gradient can dominate.
     """
 
     def __init__(self, clip: bool = True, log_losses: bool = True):

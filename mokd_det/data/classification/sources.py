@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from detectron2.data import DatasetFromList
 
+from ...files import replace_file
 from ...untrusted import check_class_names
 from ..images import check_header, check_images, read_rgb
 from ..report import Report
@@ -152,10 +153,10 @@ def write_packed(path: str, images: np.ndarray, labels: np.ndarray, classes: Seq
     integers, indices of ``classes``.
     """
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    # Within one folder, so the file is either absent or whole.
-    part = f"{path}.part.npz"
-    np.savez_compressed(part, images=images, labels=labels, classes=np.array(classes, dtype=str))
-    os.replace(part, path)
+    names = np.array(classes, dtype=str)
+    replace_file(
+        path, lambda f: np.savez_compressed(f, images=images, labels=labels, classes=names)
+    )
 
 
 def class_names(path: str) -> list[str]:
