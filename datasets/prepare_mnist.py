@@ -70,11 +70,12 @@ def prepare(output):
     return summary
 
 
-def main():
+def main(description=__doc__, name="mnist", prepare=prepare):
+    """A command line around ``prepare``, which writes to the folder ``name`` by default."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output", default=str(datasets_root() / "mnist"))
+    parser.add_argument("--output", default=str(datasets_root() / name))
     add_debug(parser)
     args = parser.parse_args()
     with errors_as_messages(args.debug):
