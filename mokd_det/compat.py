@@ -20,7 +20,7 @@ from typing import Any
 
 BUILD_HINT = (
     "this Detectron2 has no compiled operators (the packaged 0.6 comes without them). "
-    "Build upstream's, see INSTALL.md: "
+    "Build upstream's, see docs/install.md: "
     "pip install --no-build-isolation 'git+https://github.com/facebookresearch/detectron2.git'"
 )
 

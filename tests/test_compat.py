@@ -174,7 +174,7 @@ def test_rotated_boxes_work_or_say_how_to_get_them(name):
         else None
     )
     if stand_in is None:
-        with pytest.raises(RuntimeError, match="is missing.*INSTALL.md"):
+        with pytest.raises(RuntimeError, match="is missing.*docs/install.md"):
             use()
     else:
         expected = torch.ones(2, 2) if name == "box_iou" else torch.tensor([0])

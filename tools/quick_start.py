@@ -3,15 +3,15 @@
 """
 From nothing to a distilled detector in minutes: make the data (real handwritten digits, composed
 onto real aerial photos), train a teacher, train the same small student from scratch and with MoKD,
-draw pictures, print one table. `make demo` runs it.
+draw pictures, export the student, print one table. `make demo` runs it.
 
 Examples:
   python tools/quick_start.py
   python tools/quick_start.py SEED 2 MODEL.DEVICE cuda      # overrides for every run
 
-Everything lands in output/demo/: results.json, predictions.png, logs/ and a folder for each run.
-After Ctrl-C the same command goes on. What a complete demo left is kept, as output/demo.1 (or .2,
-...). AP and AP50 are fractions, as in COCO's own table.
+Everything lands in output/demo/: results.json, predictions.png, export/, logs/ and a folder for
+each run. After Ctrl-C the same command goes on. What a complete demo left is kept,
+as output/demo.1 (or .2, ...). AP and AP50 are fractions, as in COCO's own table.
 """
 
 import argparse
@@ -49,6 +49,9 @@ def stages(opts):
     models = [part for name in CONFIGS for part in ("--model", name, CONFIGS[name], WEIGHTS[name])]
     draw = ["tools/visualize_predictions.py", "--dataset", SPLITS["val"], *models]
     draw += ["--score", "0.3", "--output", f"{OUTPUT}/predictions.png", *opts]
+    export = ["tools/export_model.py", "--config-file", CONFIGS["mokd"], "--format", "torchscript"]
+    export += ["--method", "tracing", "--output", f"{OUTPUT}/export", *opts]
+    export += ["MODEL.WEIGHTS", WEIGHTS["mokd"]]
     data = {
         "data": ["datasets/prepare_aerial_digits.py"],
         "weights": ["datasets/prepare_pretrained.py"],
@@ -62,7 +65,9 @@ def stages(opts):
             runs=RUNS,
         ),
         Stage("train the student with MoKD", train("mokd"), 80, runs=RUNS),
-        Stage("draw predictions", {"draw": draw}, 12),
+        Stage(
+            "draw predictions, export the distilled student", {"draw": draw, "export": export}, 15
+        ),
     ]
 
 
@@ -126,7 +131,8 @@ def quick_start(opts):
     print(f"\n{table(results)}\n\nPicture: {OUTPUT}/predictions.png")
     print(
         f"The distilled student is a plain Detectron2 model, {WEIGHTS['mokd']} with student.yaml "
-        "beside it. Now your own detector: GETTING_STARTED.md"
+        f"beside it, and {OUTPUT}/export/model.ts for torch alone. Now your own "
+        "detector: docs/tutorials/detector.md"
     )
 
 

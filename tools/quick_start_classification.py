@@ -144,7 +144,7 @@ def quick_start(opts):
     print(f"\n{table(results)}\n\nPicture: {OUTPUT}/digits.png")
     print(
         f"The distilled student: {RUNS['mokd']}/model_final.pth. Now your own classifier: "
-        "GETTING_STARTED.md"
+        "docs/tutorials/classifier.md"
     )
 
 

@@ -41,7 +41,8 @@ def stoppable(folder: str) -> Iterator[None]:
     says how to go on, exit code 130.
     """
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup's
+            signal.signal(number, signal.default_int_handler)
     try:
         yield
     except KeyboardInterrupt:

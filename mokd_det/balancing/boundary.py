@@ -46,8 +46,8 @@ class Boundary(abc.ABC):
         self.balancer = balancer
         self.names: list[str] = []
         self.last: Decision | None = None
-        self._has_started = False
         self.start()
+        self._has_started = False  # the balancer's state may be loaded before the first step
 
     def start(self, micro_batches: int = 1, scale: Tensor | None = None) -> None:
         """

@@ -33,7 +33,8 @@ def check_config(args: argparse.Namespace) -> tuple[Report, dict[str, Any]]:
     with tempfile.TemporaryDirectory() as cfg.OUTPUT_DIR, _logged_warnings(report):
         try:
             prepare_datasets(cfg, task_of(cfg))
-            for name in {*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST} if args.images else ():
+            names = dict.fromkeys([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
+            for name in names if args.images else ():
                 _decode_images(name, report, cfg.DATASETS.BROKEN_IMAGES)
         except (ValueError, FileNotFoundError) as error:
             report.error(str(error))

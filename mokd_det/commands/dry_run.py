@@ -23,7 +23,7 @@ from torch import nn
 
 from ..config import check_device, load_config
 from ..data import known_class_names, trained_class_names
-from ..engine import build_trainer, checkpoints_in, prepare_datasets, validate
+from ..engine import BalancedTrainer, build_trainer, checkpoints_in, prepare_datasets, validate
 from ..tasks import Task, task_of
 from .installation import GIB, Findings
 
@@ -139,7 +139,10 @@ def _describe_distillation(cfg: CfgNode, task: Task, model: Any, findings: Findi
 
 
 def _seconds_a_step(trainer: Any) -> float:
-    """Return the median of a few steps, the first left out if there is time for others."""
+    """
+    Return the mean of a step: the median of a few, the first left out if there is time for others,
+    and of an interval one that measures gradients.
+    """
     inner = trainer._trainer
     for group in inner.optimizer.param_groups:
         group["lr"] = 0.0
@@ -148,12 +151,21 @@ def _seconds_a_step(trainer: Any) -> float:
     with EventStorage(0):
         while len(seconds) <= STEPS and sum(seconds) < SECONDS:
             inner.iter = len(seconds)
-            start = time.perf_counter()
-            inner.run_step()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[1:] or seconds)
+            seconds.append(_seconds_of_step(inner))
+        usual = statistics.median(seconds[1:] or seconds)
+        balancer = inner.boundary.balancer if isinstance(inner, BalancedTrainer) else None
+        if balancer is None or balancer.interval == 1:
+            return usual
+        balancer.step = balancer.interval - 1  # the next that is due
+        return usual + (_seconds_of_step(inner) - usual) / balancer.interval
+
+
+def _seconds_of_step(inner: Any) -> float:
+    start = time.perf_counter()
+    inner.run_step()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def _check_space(trainer: Any, output: str, findings: Findings) -> None:

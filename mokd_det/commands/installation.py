@@ -81,7 +81,7 @@ def _import(name: str) -> None:
         importlib.import_module(name)
     except ImportError as error:
         raise ImportError(
-            f"{name} cannot be imported ({error}): install it as INSTALL.md says; torch and "
+            f"{name} cannot be imported ({error}): install it as docs/install.md says; torch and "
             "torchvision have to be of one release."
         ) from error
 

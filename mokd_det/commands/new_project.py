@@ -130,8 +130,8 @@ def _teacher(args: argparse.Namespace, folder: Path) -> tuple[Model | None, str,
             f"--teacher '{name}' is no config file and no known name: did you mean "
             f"{' or '.join(close)}?"
         )
-    file, _ = find_config(name, "--teacher")
-    weights = args.teacher_weights
+    file, of_zoo = find_config(name, "--teacher")
+    weights = args.teacher_weights or of_zoo
     if not file.endswith(".py"):
         cfg = load_config(file, option="--teacher")
         if not task_of(cfg).is_one_of([TASKS.get("detection").name]):

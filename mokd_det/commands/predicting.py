@@ -190,7 +190,12 @@ def _detect(
 
 
 def _category_ids(cfg: CfgNode, names: Sequence[str]) -> list[int]:
-    """Return the ids of classes in the annotations of the training set, if they are here."""
+    """Return the ids of classes in the training set's annotations, if it is known here."""
+    known = MetadataCatalog.get(next(iter(cfg.DATASETS.TRAIN), PHOTOS))
+    label_of = known.get("thing_dataset_id_to_contiguous_id") or {}
+    if names and len(label_of) == len(names):
+        print(f"category_id is as in '{known.name}'")
+        return sorted(label_of, key=label_of.__getitem__)
     files = {name: local_path(file) for name, file, _ in cfg.DATASETS.COCO}
     file = files.get(next(iter(cfg.DATASETS.TRAIN), ""))
     if names and file and os.path.isfile(file):
@@ -198,7 +203,7 @@ def _category_ids(cfg: CfgNode, names: Sequence[str]) -> list[int]:
         if all(isinstance(by_name.get(name), int) for name in names):
             print(f"category_id is as in {file}")
             return [by_name[name] for name in names]
-    print("category_id counts the classes from 0: the training set's annotations are not here")
+    print("category_id counts the classes from 0: the training set is not known here")
     return []
 
 

@@ -12,7 +12,7 @@ A RUN is the OUTPUT_DIR of a training. The file needs no network and no other fi
 
 import argparse
 
-from ..command_line import add_debug
+from ..command_line import add_debug, add_imports, import_modules
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -27,6 +27,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--score", type=float, default=0.5, help="least score of a detection shown (%(default)s)"
     )
+    add_imports(parser)
     add_debug(parser)
     return parser
 
@@ -35,5 +36,6 @@ def run(args: argparse.Namespace) -> None:
     """Write the page, and print its name."""
     from ..report import write_report
 
+    import_modules(args.imports)
     write_report(args.runs, args.output, args.pictures, args.score)
     print(args.output)

@@ -152,6 +152,6 @@ def main(args):
                 write_zoo_row(args, cfg, results)
         if comm.is_main_process() and not args.eval_only and args.verbosity >= USUAL:
             best = f"{cfg.OUTPUT_DIR}/model_best.pth"
-            weights = best if cfg.TEST.BEST_METRIC else cfg.MODEL.WEIGHTS
+            weights = best if PathManager.isfile(best) else cfg.MODEL.WEIGHTS
             print(next_steps(args.config_file, args.opts, cfg.OUTPUT_DIR, weights, args.imports))
     return results

@@ -61,7 +61,7 @@ def predict(cfg, elements, score):
 
 def ground_truth(element):
     """Return the Objects of a data set dict."""
-    annotations = element.get("annotations", [])
+    annotations = [a for a in element.get("annotations", []) if not a.get("iscrowd")]
     boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations]
     classes = [a["category_id"] for a in annotations]
     return Objects(np.array(boxes, dtype=np.float32).reshape(-1, 4), np.array(classes, dtype=int))

@@ -254,7 +254,8 @@ def find_config(name: str, option: str) -> tuple[str, str]:
             f"{option} '{name}' does not exist"
             + (
                 ": it is a name of Detectron2's model zoo, but the installed Detectron2 came "
-                "without the zoo's config files. Use one of configs/, or upstream's (INSTALL.md)."
+                "without the zoo's config files. Use one of configs/, or upstream's "
+                "(docs/install.md)."
                 if weights
                 else f" (looked in {os.getcwd()} and in Detectron2's model zoo)."
             )

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
+from detectron2.data import Metadata, MetadataCatalog
 from detectron2.engine import hooks
 
+from ..data.classification.sources import class_names
 from ..evaluation.results import CLASSIFICATION_METRICS, METRICS
 from .checkpoints import FINAL, RunCheckpointer
 from .launch import on_main_process
@@ -142,14 +143,38 @@ def check_best_metric(cfg: CfgNode) -> None:
     several = len(names) > 1
     name = next((n for n in names if metric.startswith(f"{n}/")), None) if several else names[0]
     rest = metric[len(name) + 1 :] if several and name else metric
-    kind = KNOWN.get(MetadataCatalog.get(name or names[0]).get("evaluator_type", ""))
+    metadata = MetadataCatalog.get(name or names[0])
+    kind = KNOWN.get(metadata.get("evaluator_type", ""))
     tasks, metrics = kind or ((), ())
     task, _, last = rest.partition("/")
-    is_known = kind is None or (task in tasks and last.split("-")[0] in (*metrics, "AP"))
-    if name is None or not last or not is_known:
+    is_there = kind is None or (
+        task in tasks and _is_said(cfg, task) and _is_measured(cfg, last, metrics, metadata)
+    )
+    if name is None or not last or not is_there:
         example = f"{tasks[0]}/{metrics[0]}" if kind else "bbox/AP"
         expected = f"{names[0]}/{example}" if several else example
         raise ValueError(
             f"TEST.BEST_METRIC is '{metric}': expected {'data set/' if several else ''}task/metric "
             f"of DATASETS.TEST {names}, such as '{expected}'."
         )
+
+
+def _is_said(cfg: CfgNode, task: str) -> bool:
+    """Whether the model says what is evaluated, as far as its options tell."""
+    if cfg.MODEL.META_ARCHITECTURE not in ("GeneralizedRCNN", "RetinaNet", "TorchvisionDetector"):
+        return True
+    is_on = {"segm": cfg.MODEL.MASK_ON, "keypoints": cfg.MODEL.KEYPOINT_ON}
+    return is_on.get(task, True)
+
+
+def _is_measured(cfg: CfgNode, metric: str, metrics: Sequence[str], metadata: Metadata) -> bool:
+    """Whether it is one of the metrics, the first also of one class."""
+    is_classifier = metrics == CLASSIFICATION_METRICS
+    classes = class_names(metadata.image_path) if is_classifier else metadata.get("thing_classes")
+    if metric == "top5":
+        return is_classifier and len(classes) > 5
+    first, of_one, name = metric.partition("-")
+    if of_one and first == metrics[0]:
+        has_each = cfg.TEST.PER_CLASS if is_classifier else classes is None or len(classes) > 1
+        return has_each and (classes is None or name in classes)
+    return metric in metrics

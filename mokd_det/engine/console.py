@@ -9,7 +9,8 @@ from detectron2.utils.logger import setup_logger
 
 from ..command_line import USUAL, VERBOSE, console_handlers
 
-# Of other libraries what a person reads. The rest is the environment, the config, models, weights
+TALKATIVE = ("detectron2", "fvcore")
+# Of these what a person reads. The rest is the environment, the config, models, weights
 # name by name, tables of classes.
 SHOWN = (
     "detectron2.engine.hooks",
@@ -44,6 +45,5 @@ class ConsoleFilter(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         if self.verbosity == VERBOSE or record.levelno >= logging.WARNING:
             return True
-        # Detectron2's formatter writes its abbreviation, mokd, into the record for later handlers.
-        is_read = record.name.startswith("mokd") or record.name in SHOWN
-        return self.verbosity == USUAL and record.levelno >= logging.INFO and is_read
+        is_noise = record.name.split(".")[0] in TALKATIVE and record.name not in SHOWN
+        return self.verbosity == USUAL and record.levelno >= logging.INFO and not is_noise

@@ -15,6 +15,7 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 from torch import nn
 
+from ..config import is_trusted
 from ..data import ResumableLoader, known_class_names, trained_class_names
 from ..evaluation import count_parameters
 from ..files import replace_file
@@ -111,7 +112,8 @@ def next_steps(
     Return lines on what one does with a trained model: ``opts`` and ``imports`` are those of its
     training.
     """
-    flags = [flag for name in imports for flag in ("--import", name)]
+    flags = ["--trust"] * is_trusted()
+    flags += [flag for name in imports for flag in ("--import", name)]
     config = shlex.join([*flags, "--config-file", config_file])
     pairs = [pair for pair in zip(opts[::2], opts[1::2]) if pair[0] != "MODEL.WEIGHTS"]
     given = shlex.join(str(part) for pair in pairs for part in pair)

@@ -6,7 +6,9 @@ import csv
 import functools
 import importlib
 import importlib.util
+import logging
 import os
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter
 from detectron2.utils.events import get_event_storage
 
 from ..files import replace_file
+
+logger = logging.getLogger(__name__)
 
 Scalars = dict[int, dict[str, float]]
 """By iteration and name."""
@@ -121,6 +125,16 @@ class ServiceWriter(TrackingWriter):
         self.id_file.write_text(identifier)
         self._begun = True
 
+    def put(self, scalars: Scalars) -> None:
+        for iteration, values in sorted(scalars.items()):
+            try:
+                self.send(values, iteration)
+            except Exception as error:  # of many kinds; metrics.json has all that is lost there
+                logger.warning(
+                    f"The writer '{self.name}' could not take the scalars of iteration "
+                    f"{iteration}, which it lacks from now on: {error}"
+                )
+
     def close(self) -> None:
         if self._begun:
             self.end()
@@ -128,6 +142,10 @@ class ServiceWriter(TrackingWriter):
     @abc.abstractmethod
     def begin(self, label: str, known: str | None) -> str:
         """Begin a run of this label, or go on with that of a known id; return its id."""
+
+    @abc.abstractmethod
+    def send(self, values: dict[str, float], iteration: int) -> None:
+        """Take the scalars of an iteration."""
 
     @abc.abstractmethod
     def end(self) -> None:
@@ -146,9 +164,8 @@ class WandbWriter(ServiceWriter):
         )
         return self.run.id
 
-    def put(self, scalars: Scalars) -> None:
-        for iteration, values in sorted(scalars.items()):
-            self.run.log(values, step=iteration)
+    def send(self, values: dict[str, float], iteration: int) -> None:
+        self.run.log(values, step=iteration)
 
     def end(self) -> None:
         self.run.finish()
@@ -165,9 +182,10 @@ class MLflowWriter(ServiceWriter):
             self.service.log_text(self.config, "config.yaml")
         return run.info.run_id
 
-    def put(self, scalars: Scalars) -> None:
-        for iteration, values in sorted(scalars.items()):
-            self.service.log_metrics(values, step=iteration)
+    def send(self, values: dict[str, float], iteration: int) -> None:
+        # It takes letters, digits and _-./: in names; those of classes may have others.
+        named = {re.sub(r"[^\w\-. /:]", "_", name): value for name, value in values.items()}
+        self.service.log_metrics(named, step=iteration)
 
     def end(self) -> None:
         self.service.end_run()

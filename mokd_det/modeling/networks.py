@@ -200,7 +200,7 @@ def _timm_state(name, option):
     except OSError as error:  # of the hub's client: there is neither internet nor a copy
         page = getattr(timm.get_pretrained_cfg(name), "hf_hub_id", "timm")
         raise ValueError(
-            f"{option} 'DEFAULT' of '{TIMM_PREFIX}{name}' cannot be downloaded. Download "
+            f"{option} 'DEFAULT' of '{TIMM_PREFIX}{name}' cannot be downloaded ({error}). Download "
             f"model.safetensors of https://huggingface.co/{page} on a machine that can, copy it "
             f"here, and set {option} to the path of that file."
         ) from error

@@ -31,7 +31,9 @@ def _restore(module: nn.Module, own: Callable | None) -> None:
         module.forward = own
 
 
-def _remembering(forward: Callable, first: list, *args: Any) -> Any:
+def _remembering(forward: Callable, first: list, *args: Any, **kwargs: Any) -> Any:
+    if kwargs:  # nothing in Detectron2 or torchvision calls a head so
+        return forward(*args, **kwargs)
     given = list(_tensors(args))
     if first and len(first[0]) == len(given) and all(a is b for a, b in zip(first[0], given)):
         return first[1]

@@ -1,5 +1,5 @@
 # Copyright (c) The mokd_det authors.
-"""What runs did, from the files in their folders, as pictures and as a page. No torch is needed."""
+"""What runs did, from the files in their folders, as pictures and as a page."""
 
 from .balance import plot_balance, read_balance
 from .page import write_report

@@ -150,6 +150,7 @@ def _coco_source(runs: Sequence[Run], data_set: str) -> tuple[str, str] | None:
         for name, file, root in run.options.get("DATASETS.COCO") or []:
             if name == data_set:
                 return _local(file), _local(root)
+    from .. import compat  # noqa: F401  (first: patches Detectron2 where it needs it)
     from detectron2.data import MetadataCatalog  # here: it needs torch
 
     metadata = MetadataCatalog.get(data_set)

@@ -90,14 +90,17 @@ def role_of(run: Run, runs: Sequence[Run]) -> str:
     students = [other for other in runs if other.is_distilled]
     if any(run.folder == _teacher_folder(student) for student in students):
         return "teacher"
-    if any(_model(run) == _model(student) for student in students):
-        return "from scratch"
-    return "run"
+    return "from scratch" if any(has_model_of(run, student) for student in students) else "run"
 
 
 def _teacher_folder(run: Run) -> Path:
     weights = str(run.options.get("MOKD.TEACHER.WEIGHTS", ""))
     return Path(os.path.abspath(os.path.dirname(weights)))
+
+
+def has_model_of(run: Run, other: Run) -> bool:
+    """Whether the options of both models are the same, but for device and initial weights."""
+    return _model(run) == _model(other)
 
 
 def _model(run: Run) -> dict[str, Any]:
@@ -129,7 +132,6 @@ def _read_run(folder: Path, label: str) -> Run:
     options = dict(_flat(config))
     metrics = _series(folder / "metrics.json")
     names = options.get("DATASETS.TEST") or ["test"]
-    results = _results(_json(folder / "results.json"), names)
     results, results_at = _results(_json(folder / "results.json"), names), None
     if not results and (evaluated := evaluations(metrics)):
         results = _results(_last_evaluation(evaluated), names)

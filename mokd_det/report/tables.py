@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from .runs import Results, Run, role_of
+from .runs import Results, Run, has_model_of, role_of
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "PQ", "SQ", "RQ", "mIoU", "top1", "top5")
 # What differs between any two runs and says nothing.
@@ -62,13 +62,12 @@ def _best(rows: Sequence[Sequence[Any]]) -> list[Any]:
 
 
 def gains(runs: Sequence[Run]) -> list[str]:
-    """Return a sentence for each student beside a run from scratch, on the main metric."""
-    scratch = next((run for run in runs if role_of(run, runs) == "from scratch"), None)
-    if scratch is None:
-        return []
+    """Return a sentence for each student beside its model from scratch, on the main metric."""
+    bases = [run for run in runs if role_of(run, runs) == "from scratch"]
     sentences = []
-    for run in runs:
-        if role_of(run, runs) != "student":
+    for run in [run for run in runs if run.is_distilled]:
+        scratch = next((base for base in bases if has_model_of(base, run)), None)
+        if scratch is None:
             continue
         for data_set, tasks in run.results.items():
             for task, values in tasks.items():

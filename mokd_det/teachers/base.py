@@ -170,7 +170,7 @@ def noise_image(channels: int, side: int) -> Tensor:
 def _fast_precision(device: torch.device, look: Callable[[], Any] | None) -> str:
     """
     What "auto" stands for. By what the device has and by a fixed image, not by a clock or a batch:
-    a resumed run and all ranks choose the same.
+    a resumed run and all ranks, on machines of one kind, choose the same.
     """
     if look is None or not computes_bfloat16(device):
         return ""

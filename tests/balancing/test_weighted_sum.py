@@ -114,3 +114,16 @@ def test_a_sum_of_weights_one_is_the_plain_sum_bit_for_bit():
     assert found.gram is None
     for name, gradient in gradients_of(net).items():
         assert torch.equal(gradient, plain[name]), name
+
+
+def test_a_state_may_be_loaded_before_the_first_step():
+    """Into a new boundary: its first step measures where the uninterrupted one's does."""
+    net, x = net_with_uses_and_data()
+    first = attach(net, "loss_ratio", "features", schedule=(1.0, 1.0))
+    boundary = first
+    for step in range(4):
+        if step == 2:
+            boundary = attach(net, "loss_ratio", "features", schedule=(1.0, 1.0))
+            boundary.balancer.load_state_dict(first.balancer.state_dict())
+        decision = boundary.backward(net(x))
+        assert (decision.gram is None) == (step > 0), step

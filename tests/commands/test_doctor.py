@@ -103,5 +103,5 @@ def test_what_is_not_installed(monkeypatch, capsys):
     assert doctor.run(args) == 1
     (problem,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("PROBLEM")]
     assert (
-        "torchvision cannot be imported (operator does not exist): install it as INSTALL" in problem
+        "torchvision cannot be imported (operator does not exist): install it as docs" in problem
     )

@@ -136,6 +136,12 @@ def test_a_metric_that_is_not_there_is_an_error(make_cfg):
         (["TEST.BEST_METRIC", "top1"], "such as 'classification/top1'"),
         (["TEST.BEST_METRIC", "bbox/AP"], "such as 'classification/top1'"),
         (["TEST.BEST_METRIC", "classification/AP5O"], "such as 'classification/top1'"),
+        (["TEST.BEST_METRIC", "classification/AP"], "such as 'classification/top1'"),
+        (["TEST.BEST_METRIC", "classification/top1-3"], "such as 'classification/top1'"),
+        (
+            ["TEST.BEST_METRIC", "classification/top1-cat", "TEST.PER_CLASS", True],
+            "such as 'classification/top1'",
+        ),
         (
             ["DATASETS.TEST", ("tests_digits_train", "tests_digits_val")],
             "expected data set/task/metric .* such as 'tests_digits_train/classification/top1'",
@@ -160,7 +166,8 @@ def test_options_that_cannot_be(make_cfg, opts, message):
     ],
 )
 def test_options_that_can(make_cfg, sets, metric):
-    cfg = make_cfg(["DATASETS.TEST", sets, "TEST.BEST_METRIC", metric])
+    opts = ["DATASETS.TEST", sets, "TEST.BEST_METRIC", metric, "TEST.PER_CLASS", True]
+    cfg = make_cfg(opts)
     prepare_datasets(cfg, validate(cfg))
 
 

@@ -21,6 +21,7 @@ from mokd_det.engine.summary import STEPS, ExpectedTime
         ("detectron2", "INFO", (VERBOSE,)),  # the config
         ("detectron2.checkpoint.c2_model_loading", "INFO", (VERBOSE,)),
         ("mokd.engine.summary", "INFO", (USUAL, VERBOSE)),  # as an earlier handler abbreviates
+        ("my_module", "INFO", (USUAL, VERBOSE)),  # of --import
         ("mokd_det.engine.trainer", "DEBUG", (VERBOSE,)),
         ("detectron2", "WARNING", (QUIET, USUAL, VERBOSE)),
         ("fvcore.common.checkpoint", "ERROR", (QUIET, USUAL, VERBOSE)),

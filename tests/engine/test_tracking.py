@@ -5,6 +5,7 @@ import csv
 import importlib.machinery
 import sys
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 from detectron2.engine import hooks
@@ -174,3 +175,16 @@ def test_of_two_processes_one_writes(make_digits_cfg, tmp_path):
     cfg = make_digits_cfg([*opts, "DATASETS.TEST", ()])
     assert on_two_ranks(_train_here, tmp_path, cfg) == [(1, 0), (0, 1)]
     assert [row["iteration"] for row in rows_of(f"{cfg.OUTPUT_DIR}/metrics.csv")] == ["2"]
+
+
+def test_a_service_that_goes_away_ends_no_training(monkeypatch, make_digits_cfg, caplog):
+    service = Service("mlflow")
+    monkeypatch.setitem(sys.modules, "mlflow", service)
+    (writer,) = build_writers(make_digits_cfg(["LOGGING.WRITERS", ["mlflow"]]))
+    writer.start(0)
+    writer.put({19: {"bbox/AP-a (b)": 1.0}})
+    service.log_metrics = mock.Mock(side_effect=ConnectionError("gone"))
+    with caplog.at_level("WARNING", "mokd_det"):
+        writer.put({39: {"bbox/AP-a (b)": 1.0}})
+    assert "'mlflow' could not take the scalars of iteration 39" in caplog.messages[-1]
+    assert service.log_metrics.call_args.args == ({"bbox/AP-a _b_": 1.0},)

@@ -4,7 +4,7 @@
 import pytest
 
 from mokd_det.config import load_config, merge_overrides
-from mokd_det.engine import validate
+from mokd_det.engine import prepare_datasets, validate
 
 DETECTOR = "configs/Quick-Start/student_scratch.yaml"
 CLASSIFIER = "configs/Digits/student_scratch.yaml"
@@ -138,3 +138,12 @@ def test_without_a_teacher_its_options_do_not_matter(distilled):
     cfg = distilled(["MOKD.ENABLED", False, "MOKD.BALANCING.FAMO.LR", 1.0])
     cfg.MOKD.TEACHER.WEIGHTS = "no.pth"
     validate(cfg)
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize("metric", ["segm/AP", "keypoints/AP", "bbox/AP-shrub", "bbox/top1"])
+def test_metrics_that_a_detector_does_not_give(make_cfg, metric):
+    opts = ["DATASETS.TEST", ("tests_trees_val",), "TEST.EVAL_PERIOD", 1]
+    cfg = make_cfg("faster_rcnn", [*opts, "TEST.BEST_METRIC", metric])
+    with pytest.raises(ValueError, match="such as 'bbox/AP'"):
+        prepare_datasets(cfg, validate(cfg))

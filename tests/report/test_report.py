@@ -68,6 +68,10 @@ def test_roles_labels_results_and_gains(make_run):
     assert table.head == ["run", "is", "AP"] and table.best[2] == 20  # not the teacher's
     assert [row[2:] for row in table.rows] == [[20.0], [18.5], [40.0]]
     assert gains(runs) == ["a/mokd: +1.5 AP on val (bbox) against a/scratch, from scratch."]
+    # A student of another model has no baseline among them.
+    distilled = make_run("c/mokd", {"bbox": {"AP": 60.0}}, teacher="a/teacher", **other)
+    runs = read_runs([*(run.folder for run in runs), distilled])
+    assert role_of(runs[-1], runs) == "student" and len(gains(runs)) == 1
 
 
 def test_a_run_that_has_not_ended_has_its_last_evaluation(make_run):
