@@ -2,6 +2,7 @@
 """A distillation that is described in Python, with the habits of Detectron2's LazyConfig."""
 
 import copy
+import functools
 import logging
 import os
 import weakref
@@ -84,18 +85,26 @@ def evaluate_lazy(cfg: DictConfig) -> Any:
     ValueError: they do not fit.
     """
     weights, option = cfg.train.init_checkpoint, "train.init_checkpoint"
-    if not weights or "evaluator" not in cfg.dataloader:
+    if not weights or cfg.dataloader.get("evaluator") is None:
         raise ValueError(f"Evaluation needs {option} and dataloader.evaluator: one is not there.")
     check_device(CfgNode({"MODEL": {"DEVICE": cfg.train.device}}))
-    student = instantiate(cfg.model.student).to(cfg.train.device)
+    student = _built(cfg, "model", "student").to(cfg.train.device)
     StrictCheckpointer(student, option=option).load(weights, checkpointables=[])
     return _evaluated(cfg, student)
 
 
+def _built(cfg: DictConfig, *names: str) -> Any:
+    """Build a part of a config, such as ("dataloader", "test"); ValueError: arguments that fail."""
+    try:
+        return instantiate(functools.reduce(getattr, names, cfg))
+    except TypeError as error:
+        raise ValueError(f"{'.'.join(names)} cannot be built: {error}") from error
+
+
 def _evaluated(cfg: DictConfig, model: nn.Module) -> Any:
-    if "evaluator" not in cfg.dataloader:
+    if cfg.dataloader.get("evaluator") is None:
         return {}
-    loader, evaluator = map(instantiate, (cfg.dataloader.test, cfg.dataloader.evaluator))
+    loader, evaluator = (_built(cfg, "dataloader", name) for name in ("test", "evaluator"))
     results = inference_on_dataset(model, loader, evaluator)
     print_csv_format(results)
     return results
@@ -119,17 +128,18 @@ class LazyTrainer(BalancedTrainer):
         self.options = filled(cfg.train)
         if "train" in cfg.model and filled(cfg.model.train) != self.options:
             raise ValueError("model.train is not the config's train: set it to '${train}'.")
-        model = instantiate(cfg.model)
+        model = _built(cfg, "model")
         if not isinstance(model, DistillationModel):
             raise ValueError(
                 f"model builds a {type(model).__name__}: expected L(mokd_det.engine.distil)(...). "
                 "A model without a teacher is for Detectron2's tools/lazyconfig_train_net.py."
             )
         self.described = self._check_data(cfg, model)
-        optimizer_cfg = copy.deepcopy(cfg.optimizer)
-        optimizer_cfg.params.model = model
-        optimizer = maybe_add_gradient_clipping(self.described, instantiate(optimizer_cfg))
-        loader = instantiate(cfg.dataloader.train)
+        with_model = copy.deepcopy(cfg)
+        with_model.optimizer.params.model = model
+        optimizer = _built(with_model, "optimizer")
+        optimizer = maybe_add_gradient_clipping(self.described, optimizer)
+        loader = _built(cfg, "dataloader", "train")
         check_loader(loader, "dataloader.train")
         self.described.SOLVER.IMS_PER_BATCH = loader.batch_size * comm.get_world_size()
         self.described.SOLVER.OPTIMIZER = type(optimizer).__name__
@@ -161,7 +171,7 @@ class LazyTrainer(BalancedTrainer):
             prepare_datasets(run, model.task)
             check_classes_of_teacher(run, model.task)
             model.task.check_model(run, model.student)
-        if "evaluator" not in cfg.dataloader:
+        if cfg.dataloader.get("evaluator") is None:
             logger.warning("The student is not evaluated: there is no dataloader.evaluator.")
         return run
 
@@ -174,7 +184,7 @@ class LazyTrainer(BalancedTrainer):
             best = BestCheckpointer(period, self.checkpointer, metric, options["patience"])
         return [
             hooks.IterationTimer(),
-            hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
+            hooks.LRScheduler(scheduler=_built(cfg, "lr_multiplier")),
             saving if main else None,
             self._stop,
             hooks.EvalHook(period, lambda: self._evaluate(cfg)),

@@ -138,26 +138,37 @@ def describe_evaluation(cfg: CfgNode, lazy: DictConfig, train: Mapping[str, Any]
 
 def check_keys(lazy: DictConfig, source: str) -> None:
     """Raise ValueError for a config that lacks something, or has what nothing reads."""
-    if missing := [key for key in REQUIRED if key not in lazy]:
-        raise ValueError(f"{source} has no '{missing[0]}': expected {', '.join(REQUIRED)}.")
-    if unknown := [key for key in lazy if key not in REQUIRED]:
-        raise ValueError(
-            f"{source} has '{unknown[0]}', which nothing reads: expected {', '.join(REQUIRED)}. "
-            + _instead(unknown[0], lazy[unknown[0]])
-        )
-    loaders = lazy.dataloader
-    if unknown := [key for key in loaders if key not in DATALOADER]:
-        raise ValueError(
-            f"{source} has 'dataloader.{unknown[0]}', which nothing reads: expected "
-            f"{', '.join(DATALOADER)}. {did_you_mean(unknown[0], DATALOADER)}"
-        )
-    needed = [key for key in DATALOADER[: 2 if "evaluator" in loaders else 1] if key not in loaders]
-    if needed:
-        raise ValueError(f"{source} has no 'dataloader.{needed[0]}': add it.")
-    if lazy.train.best_metric and "evaluator" not in loaders:
+    loaders: Any = lazy.get("dataloader")
+    for key in REQUIRED:
+        if not isinstance(lazy.get(key), DictConfig):
+            raise ValueError(
+                f"{source} has no '{key}': expected {', '.join(REQUIRED)}, each a dict or a call."
+            )
+    for key in map(str, lazy):
+        if key not in REQUIRED:
+            raise ValueError(
+                f"{source} has '{key}', which nothing reads: expected {', '.join(REQUIRED)}. "
+                + _instead(key, lazy[key])
+            )
+    for key in loaders:
+        if key not in DATALOADER:
+            raise ValueError(
+                f"{source} has 'dataloader.{key}', which nothing reads: expected "
+                f"{', '.join(DATALOADER)}. {did_you_mean(key, DATALOADER)}"
+            )
+    is_evaluated = loaders.get("evaluator") is not None
+    for key in DATALOADER[: 2 if is_evaluated else 1]:
+        if loaders.get(key) is None:
+            raise ValueError(f"{source} has no 'dataloader.{key}': add it.")
+    if lazy.train.best_metric and not is_evaluated:
         raise ValueError(
             f"{source} has train.best_metric '{lazy.train.best_metric}', but no "
             "'dataloader.evaluator' that measures it: add one, or leave best_metric out."
+        )
+    if not isinstance(lazy.optimizer.get("params"), DictConfig):
+        raise ValueError(
+            f"{source} has no 'optimizer.params': expected "
+            "L(detectron2.solver.build.get_default_optimizer_params)(...), which gets the model."
         )
     period = lazy.train.log_period
     if not isinstance(period, int) or isinstance(period, bool) or period < 1:
@@ -189,16 +200,15 @@ def _check_arguments(config: Any, name: str) -> None:
             _check_arguments(part, f"{name}[{index}]")
     if not isinstance(config, DictConfig):
         return
-    given = [key for key in config if key != "_target_"]
-    if "_target_" in config:
-        known = _parameters(config._target_)
-        for key in given if known is not None else ():
-            if key not in known:
-                raise ValueError(
-                    f"{name} has '{key}', which {config._target_} does not take. "
-                    f"{did_you_mean(key, known)}"
-                )
+    given = [str(key) for key in config if key != "_target_"]
+    target = config.get("_target_")
+    known = _parameters(target)
     for key in given:
+        if known is not None and key not in known:
+            raise ValueError(
+                f"{name} has '{key}', which {getattr(target, '__name__', target)} does not take. "
+                f"{did_you_mean(key, known)}"
+            )
         _check_arguments(config[key], f"{name}.{key}")
 
 
