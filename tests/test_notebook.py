@@ -34,6 +34,7 @@ def folder(tmp_path, monkeypatch):
             shutil.copytree(there / name, tmp_path / "data" / name)
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "data"))
     monkeypatch.setenv("DEMO_ITERATIONS", "4")
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     return tmp_path
 
 
