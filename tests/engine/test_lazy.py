@@ -154,6 +154,9 @@ def test_steps_that_are_not_finite_are_left_out(make_lazy, tmp_path):
     far = ["optimizer.lr=1e30", "dataloader.evaluator=null"]
     trainer = train(make_lazy(tmp_path / "skip", [*far, "train.non_finite_gradients=skip"]))
     assert trainer.skipped.total == 3
+    next(trainer.inner.student.parameters()).data.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="The checkpoint was not written"):
+        trainer.checkpointer.save("model_nan")
     with pytest.raises(FloatingPointError, match="The gradient is not finite in iteration 1"):
         train(make_lazy(tmp_path / "raise", far))
 
