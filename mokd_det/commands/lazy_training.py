@@ -8,13 +8,12 @@ from .. import compat  # noqa: F401  (first: patches Detectron2 where it needs i
 from detectron2.config import CfgNode
 from detectron2.engine import default_setup
 from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig
 
 from ..command_line import errors_as_messages, import_modules
 from ..config import config_path, trust_files
-from ..engine import FolderBefore, LazyTrainer, claim_folder, evaluate_lazy, output_errors
-from ..engine import read_lazy
+from ..engine import FolderBefore, LazyTrainer, claim_folder, evaluate_lazy, find_checkpoint
+from ..engine import on_main_process, output_errors, read_lazy, setup_console
 from ..evaluation import write_results
 
 
@@ -34,11 +33,14 @@ def main(args: argparse.Namespace) -> Any:
     with errors_as_messages(args.debug):
         cfg = read(args)
         folder = cfg.train.output_dir
+        of_folder = CfgNode({"OUTPUT_DIR": folder})
         before = FolderBefore(folder)
         if not args.eval_only:
-            claim_folder(CfgNode({"OUTPUT_DIR": folder}), args.resume)
+            claim_folder(of_folder, args.resume)
+        elif args.resume and (last := on_main_process(find_checkpoint, folder)):
+            cfg.train.init_checkpoint = last
+        setup_console(of_folder, args.verbosity)
         default_setup(cfg, args)
-        setup_logger(folder, comm.get_rank(), name="mokd_det", abbrev_name="mokd")
     with errors_as_messages(args.debug), output_errors(folder):
         if args.eval_only:
             results = evaluate_lazy(cfg)

@@ -2,48 +2,43 @@
 """A distillation that is described in Python, with the habits of Detectron2's LazyConfig."""
 
 import copy
+import functools
+import logging
 import os
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from detectron2.config import CfgNode, instantiate
 from detectron2.engine import HookBase, hooks
-from detectron2.engine.defaults import default_writers
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
-from omegaconf import DictConfig, OmegaConf
+from detectron2.utils.events import EventWriter
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
-from ..config import check_device, check_targets, get_cfg, merge_overrides
+from ..config import check_device, check_targets
 from ..modeling import DistillationModel, StrictCheckpointer, load_lazy_config
-from ..registry import did_you_mean
 from ..tasks import task_of
-from .checkpoints import PeriodicCheckpointer, RunCheckpointer
+from .around_step import check_classes_of_teacher, check_loader, check_trained, inherit
+from .around_step import inherited_names, step_options, wrap_distributed
+from .average import AverageCheckpointer
+from .best import BestCheckpointer, EnoughTrained
+from .checkpoints import PeriodicCheckpointer
+from .combinations import check_batch, images_at_once
 from .folder import claim_folder, release_folder
 from .identity import RunIdentity
+from .lazy_options import check_keys, describe_evaluation, described, filled
 from .step import BalancedTrainer
 from .stopping import StopOnSignal
-from .trainer import check_classes_of_teacher, check_loader, prepare_datasets, wrap_distributed
+from .tracking import build_writers, start_writers
+from .trainer import prepare_datasets
 from .validate import validate
-from .writers import BalanceWriter, bound_history
+from .writers import BalanceWriter, ProgressPrinter, bound_history
 
-# Of ``train``, as in Detectron2's configs/common/train.py, and what our step has besides.
-TRAIN: dict[str, Any] = {
-    "output_dir": "./output",
-    "init_checkpoint": "",
-    "max_iter": 90000,
-    "amp": {"enabled": False, "precision": "float16"},
-    "checkpointer": {"period": 5000, "max_to_keep": 0},
-    "eval_period": 5000,
-    "log_period": 20,
-    "device": "cuda",
-    "seed": -1,
-    "micro_batches": 1,
-    "clip_gradients": {"clip_type": "", "clip_value": 1.0, "norm_type": 2.0},
-}
-REQUIRED = ("model", "train", "optimizer", "lr_multiplier", "dataloader")
+logger = logging.getLogger(__name__)
 
 
 def distil(
@@ -60,22 +55,10 @@ def distil(
 
     ValueError, FileNotFoundError: as for a YAML config.
     """
-    options = _filled(train)
-    cfg = get_cfg()
-    cfg.MODEL.META_ARCHITECTURE = "LazyConfigDetector"
-    cfg.MODEL.DEVICE, cfg.INPUT.FORMAT = options["device"], input_format
-    cfg.OUTPUT_DIR, cfg.SOLVER.MAX_ITER = options["output_dir"], options["max_iter"]
-    cfg.SOLVER.STEPS, cfg.SOLVER.MICRO_BATCHES = (), options["micro_batches"]
-    for key in ("enabled", "precision"):
-        cfg.SOLVER.AMP[key.upper()] = options["amp"][key]
-    if options["clip_gradients"]["clip_type"]:
-        clip = {key.upper(): value for key, value in options["clip_gradients"].items()}
-        cfg.SOLVER.CLIP_GRADIENTS.update({"ENABLED": True, **clip})
-    given = _flat(_plain(mokd), "MOKD")
-    merge_overrides(cfg, ["MOKD.ENABLED", True, *(x for pair in given for x in pair)], "model")
-    check_device(cfg)
+    cfg = described(train, input_format, mokd)
     validate(cfg)
-    model = DistillationModel(cfg, task=task_of(cfg), student=student.to(options["device"]))
+    check_device(cfg)
+    model = DistillationModel(cfg, task=task_of(cfg), student=student.to(cfg.MODEL.DEVICE))
     model.cfg = cfg
     return model
 
@@ -87,11 +70,12 @@ def read_lazy(config_file: str, overrides: Sequence[str] = ()) -> DictConfig:
     """
     cfg = load_lazy_config(config_file, overrides, "--config-file")
     check_targets(cfg, f"--config-file '{config_file}'")
-    if missing := [key for key in REQUIRED if key not in cfg]:
-        raise ValueError(
-            f"--config-file '{config_file}' has no '{missing[0]}': expected {', '.join(REQUIRED)}."
-        )
-    cfg.train = _filled(cfg.train)
+    try:
+        if "train" in cfg:
+            cfg.train = filled(cfg.train)
+        check_keys(cfg, f"--config-file '{config_file}'")
+    except OmegaConfBaseException as error:  # "${...}" of what is not there
+        raise ValueError(f"--config-file '{config_file}' is no config: {error}") from error
     return cfg
 
 
@@ -101,52 +85,29 @@ def evaluate_lazy(cfg: DictConfig) -> Any:
     ValueError: they do not fit.
     """
     weights, option = cfg.train.init_checkpoint, "train.init_checkpoint"
-    if not weights or "evaluator" not in cfg.dataloader:
+    if not weights or cfg.dataloader.get("evaluator") is None:
         raise ValueError(f"Evaluation needs {option} and dataloader.evaluator: one is not there.")
-    student = instantiate(cfg.model.student).to(cfg.train.device)
+    check_device(CfgNode({"MODEL": {"DEVICE": cfg.train.device}}))
+    student = _built(cfg, "model", "student").to(cfg.train.device)
     StrictCheckpointer(student, option=option).load(weights, checkpointables=[])
     return _evaluated(cfg, student)
 
 
-def _evaluated(cfg: DictConfig, student: nn.Module) -> Any:
-    if "evaluator" not in cfg.dataloader:
+def _built(cfg: DictConfig, *names: str) -> Any:
+    """Build a part of a config, such as ("dataloader", "test"); ValueError: arguments that fail."""
+    try:
+        return instantiate(functools.reduce(getattr, names, cfg))
+    except TypeError as error:
+        raise ValueError(f"{'.'.join(names)} cannot be built: {error}") from error
+
+
+def _evaluated(cfg: DictConfig, model: nn.Module) -> Any:
+    if cfg.dataloader.get("evaluator") is None:
         return {}
-    loader, evaluator = map(instantiate, (cfg.dataloader.test, cfg.dataloader.evaluator))
-    results = inference_on_dataset(student, loader, evaluator)
+    loader, evaluator = (_built(cfg, "dataloader", name) for name in ("test", "evaluator"))
+    results = inference_on_dataset(model, loader, evaluator)
     print_csv_format(results)
     return results
-
-
-def _plain(value: Any) -> Any:
-    if OmegaConf.is_config(value):
-        return OmegaConf.to_container(value, resolve=True)
-    return {k: _plain(v) for k, v in value.items()} if isinstance(value, dict) else value
-
-
-def _flat(node: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for key, value in node.items():
-        name = f"{prefix}.{key.upper()}"
-        if isinstance(value, dict):
-            yield from _flat(value, name)
-        else:
-            yield name, value
-
-
-def _filled(train: Any) -> dict[str, Any]:
-    """Return ``train`` with defaults; ValueError for what nobody reads."""
-
-    def filled(given: Mapping[str, Any], usual: Mapping[str, Any], name: str) -> dict[str, Any]:
-        for key in given:
-            if key not in usual:
-                raise ValueError(f"There is no option {name}.{key}. {did_you_mean(key, usual)}")
-        return {
-            key: filled(given.get(key, {}), value, f"{name}.{key}")
-            if isinstance(value, dict)
-            else given.get(key, value)
-            for key, value in usual.items()
-        }
-
-    return filled(_plain(train), TRAIN, "train")
 
 
 class LazyTrainer(BalancedTrainer):
@@ -164,32 +125,33 @@ class LazyTrainer(BalancedTrainer):
 
         ValueError, FileNotFoundError: what does not fit.
         """
-        self.options = _filled(cfg.train)
-        model = instantiate(cfg.model)
+        self.options = filled(cfg.train)
+        if "train" in cfg.model and filled(cfg.model.train) != self.options:
+            raise ValueError("model.train is not the config's train: set it to '${train}'.")
+        model = _built(cfg, "model")
         if not isinstance(model, DistillationModel):
             raise ValueError(
                 f"model builds a {type(model).__name__}: expected L(mokd_det.engine.distil)(...). "
                 "A model without a teacher is for Detectron2's tools/lazyconfig_train_net.py."
             )
         self.described = self._check_data(cfg, model)
-        optimizer_cfg = copy.deepcopy(cfg.optimizer)
-        optimizer_cfg.params.model = model
-        optimizer = maybe_add_gradient_clipping(self.described, instantiate(optimizer_cfg))
-        loader = instantiate(cfg.dataloader.train)
+        with_model = copy.deepcopy(cfg)
+        with_model.optimizer.params.model = model
+        optimizer = _built(with_model, "optimizer")
+        optimizer = maybe_add_gradient_clipping(self.described, optimizer)
+        loader = _built(cfg, "dataloader", "train")
         check_loader(loader, "dataloader.train")
-        amp = self.options["amp"]
-        super().__init__(
-            wrap_distributed(model),
-            loader,
-            optimizer,
-            loader.seed,
-            self.options["micro_batches"],
-            amp["precision"] if amp["enabled"] else None,
-        )
         self.described.SOLVER.IMS_PER_BATCH = loader.batch_size * comm.get_world_size()
         self.described.SOLVER.OPTIMIZER = type(optimizer).__name__
-        self.checkpointer = RunCheckpointer(
+        check_batch(self.described)
+        model.task.check_batch(self.described, model.student, images_at_once(self.described))
+        ddp_model = wrap_distributed(model)
+        self._inherited = inherited_names(self.described, model)
+        options = step_options(self.described, model)
+        super().__init__(ddp_model, loader, optimizer, loader.seed, **options)
+        self.checkpointer = AverageCheckpointer(
             model.student,
+            self.average,
             self.options["output_dir"],
             RunIdentity(self.described),
             trainer=weakref.proxy(self),
@@ -197,50 +159,66 @@ class LazyTrainer(BalancedTrainer):
         )
         self.results: Any = {}
         self._stop = StopOnSignal()
+        self._writers: list[EventWriter] = []
         self.register_hooks(self._hooks_of(cfg))
 
     def _check_data(self, cfg: DictConfig, model: Any) -> CfgNode:
         """Return the run's options as those of a YAML config; ValueError: data that do not fit."""
-        described = model.cfg
-        for split in ("train", "test"):
-            names = OmegaConf.select(cfg, f"dataloader.{split}.dataset.names") or ()
-            names = (names,) if isinstance(names, str) else tuple(names)
-            described.DATASETS[split.upper()] = names
-        if described.DATASETS.TRAIN:
-            prepare_datasets(described, model.task)
-            check_classes_of_teacher(described, model.task)
-            model.task.check_model(described, model.student)
-        return described
+        run = model.cfg
+        describe_evaluation(run, cfg, self.options)
+        validate(run)
+        if run.DATASETS.TRAIN:
+            prepare_datasets(run, model.task)
+            check_classes_of_teacher(run, model.task)
+            model.task.check_model(run, model.student)
+        if cfg.dataloader.get("evaluator") is None:
+            logger.warning("The student is not evaluated: there is no dataloader.evaluator.")
+        return run
 
     def _hooks_of(self, cfg: DictConfig) -> list[HookBase | None]:
-        options = self.options
-        keep, main = options["checkpointer"], comm.is_main_process()
+        options, main = self.options, comm.is_main_process()
+        keep, period = options["checkpointer"], options["eval_period"]
         saving = PeriodicCheckpointer(self.checkpointer, keep["period"], keep["max_to_keep"])
+        best = None
+        if metric := options["best_metric"]:
+            best = BestCheckpointer(period, self.checkpointer, metric, options["patience"])
         return [
-            hooks.CallbackHook(before_train=lambda trainer: bound_history(trainer.storage)),
             hooks.IterationTimer(),
-            hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
+            hooks.LRScheduler(scheduler=_built(cfg, "lr_multiplier")),
             saving if main else None,
             self._stop,
-            hooks.EvalHook(options["eval_period"], lambda: self._evaluate(cfg)),
-            hooks.PeriodicWriter(self._writers(), options["log_period"]) if main else None,
+            hooks.EvalHook(period, lambda: self._evaluate(cfg)),
+            best,
+            hooks.PeriodicWriter(self._build_writers(), options["log_period"]) if main else None,
         ]
 
-    def _writers(self) -> list[Any]:
-        folder, max_iter = self.options["output_dir"], self.options["max_iter"]
-        os.makedirs(folder, exist_ok=True)
-        balance = BalanceWriter(os.path.join(folder, "balance.json"))
-        return [*default_writers(folder, max_iter), balance]
+    def _build_writers(self) -> list[EventWriter]:
+        self._writers = build_writers(self.described)
+        balance = BalanceWriter(os.path.join(self.options["output_dir"], "balance.json"))
+        return [ProgressPrinter(self.options["max_iter"]), *self._writers, balance]
 
     def _evaluate(self, cfg: DictConfig) -> Any:
-        self.results = _evaluated(cfg, self.inner.student)
+        self.results = _evaluated(cfg, self.inner)
         return self.results
+
+    def before_train(self) -> None:
+        bound_history(self.storage)
+        start_writers(self._writers, self.start_iter)
+        super().before_train()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return this part of a checkpoint; FloatingPointError if its weights are not finite."""
+        check_trained(self.checkpointer)
+        return super().state_dict()
 
     def resume_or_load(self, resume: bool) -> None:
         """Load the last checkpoint of ``train.output_dir``, or ``train.init_checkpoint``."""
         self.checkpointer.resume_or_load(self.options["init_checkpoint"], resume=resume)
-        self.start_iter = self.iter + 1 if resume and self.checkpointer.has_checkpoint() else 0
+        goes_on = resume and self.checkpointer.has_checkpoint()
+        self.start_iter = self.iter + 1 if goes_on else 0
         self.data_loader.start = self.start_iter
+        if self._inherited and not goes_on:
+            inherit(self, self._inherited)
 
     def run(self) -> Any:
         """Train; return the last results. Errors: see :meth:`Trainer.train`."""
@@ -248,6 +226,8 @@ class LazyTrainer(BalancedTrainer):
         try:
             with self._stop.listening():
                 self.train(self.start_iter, self.options["max_iter"])
+        except EnoughTrained:
+            pass
         finally:
             release_folder(self.described.OUTPUT_DIR)
         return self.results

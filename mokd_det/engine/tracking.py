@@ -216,6 +216,13 @@ def build_writers(cfg: CfgNode) -> list[EventWriter]:
     return [WRITERS[name](cfg) for name in dict.fromkeys(cfg.LOGGING.WRITERS)]
 
 
+def start_writers(writers: Iterable[EventWriter], iteration: int) -> None:
+    """Begin, or go on with the run before this iteration."""
+    for writer in writers:
+        if isinstance(writer, TrackingWriter):
+            writer.start(iteration)
+
+
 def check_installed(names: Iterable[str]) -> None:
     """Raise ImportError for writers whose packages are not there."""
     for name in names:

@@ -8,10 +8,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_train_loader
-from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model, hooks
+from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, hooks
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils import comm
@@ -21,25 +20,25 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ..data import ResumableLoader, build_train_mapper, check_datasets, check_proposals
-from ..data import check_teacher_classes, register_datasets, schedule_in_iterations
+from ..data import register_datasets, schedule_in_iterations
 from ..data import workers_that_outlive_signals
 from ..evaluation import build_evaluator, check_evaluators
-from ..modeling import DistillationModel, SupervisedModel, accelerate_student, copy_weights
-from ..modeling import inheritable_names
-from ..objectives import OBJECTIVES
+from ..modeling import DistillationModel, SupervisedModel
 from ..tasks import Task, task_of
-from .average import AverageCheckpointer, WeightAverage
+from .around_step import check_classes_of_teacher, check_loader, check_trained, inherit
+from .around_step import inherited_names, step_options, wrap_distributed
+from .average import AverageCheckpointer
 from .best import BestCheckpointer, EnoughTrained, check_best_metric
 from .checkpoints import PeriodicCheckpointer, RunCheckpointer
 from .combinations import images_at_once
-from .finite import SkippedSteps, check_weights, describe, raise_before_steps
+from .finite import describe, raise_before_steps
 from .folder import claim_folder, output_errors, release_folder
 from .identity import NEW_RUN, RunIdentity
 from .optimizer import build_optimizer
 from .step import BalancedTrainer
 from .stopping import StopOnSignal
 from .summary import ExpectedTime
-from .tracking import TrackingWriter, build_writers
+from .tracking import build_writers, start_writers
 from .validate import needs_own_step, validate
 from .writers import BalanceWriter, ProgressPrinter, bound_history
 
@@ -150,17 +149,12 @@ class Trainer(DefaultTrainer):
 
     def before_train(self) -> None:
         bound_history(self.storage)
-        for writer in self._writers:
-            if isinstance(writer, TrackingWriter):
-                writer.start(self.start_iter)
+        start_writers(self._writers, self.start_iter)
         super().before_train()
 
     def state_dict(self) -> dict[str, Any]:
         """Return this part of a checkpoint; FloatingPointError if its weights are not finite."""
-        checkpointer = self.checkpointer
-        parts = {n: x for n, x in checkpointer.checkpointables.items() if isinstance(x, nn.Module)}
-        latest = checkpointer.get_checkpoint_file() if checkpointer.has_checkpoint() else ""
-        check_weights({"model": checkpointer.model, **parts}, latest)
+        check_trained(self.checkpointer)
         # Detectron2 0.6 forgets its inner trainer here, and with it the optimizer's momentum.
         return {**super().state_dict(), "_trainer": self._trainer.state_dict()}
 
@@ -208,26 +202,13 @@ class DistillationTrainer(Trainer):
         data_loader = self.build_train_loader(cfg)
         check_loader(data_loader, type(self).__name__)
         ddp_model = wrap_distributed(model)
-        self.average: WeightAverage | None = None
-        if cfg.SOLVER.EMA_DECAY:
-            self.average = WeightAverage(model.student, cfg.SOLVER.EMA_DECAY)
-            # Bound, because a module as attribute would become a part of the model.
-            model.inference = self.average.model.__call__
         self.inherited: list[str] = []
         if cfg.MOKD.ENABLED:
-            teacher = model.teacher.model
-            self.inherited = inheritable_names(model.student, teacher, cfg.MOKD.INHERIT)
-        accelerate_student(cfg, model.student)
-        amp = cfg.SOLVER.AMP
+            self.inherited = inherited_names(cfg, model)
+        options = step_options(cfg, model)
+        self.average = options["average"]
         self._trainer = BalancedTrainer(
-            ddp_model,
-            data_loader,
-            optimizer,
-            data_loader.seed,
-            cfg.SOLVER.MICRO_BATCHES,
-            amp.PRECISION if amp.ENABLED else None,
-            average=self.average,
-            skipped=SkippedSteps(cfg.SOLVER.NON_FINITE_GRADIENTS, cfg.SOLVER.MAX_SKIPPED_STEPS),
+            ddp_model, data_loader, optimizer, data_loader.seed, **options
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = AverageCheckpointer(
@@ -274,43 +255,7 @@ class DistillationTrainer(Trainer):
         super().resume_or_load(resume)
         self._trainer.data_loader.start = self.start_iter
         if self.inherited and not (resume and self.checkpointer.has_checkpoint()):
-            model = self._trainer.inner
-            copy_weights(model.teacher.model, model.student, self.inherited)
-            if self.average is not None:
-                self.average.model.load_state_dict(model.student.state_dict())
-
-
-def check_classes_of_teacher(cfg: CfgNode, task: Task) -> None:
-    """Raise ValueError if an objective compares classes that the teacher numbers otherwise."""
-    if cfg.MOKD.ENABLED and not cfg.MOKD.TEACHER.TORCHSCRIPT.FILE:
-        comparing = [n for n in task.objectives(cfg) if OBJECTIVES.get(n).compares_classes]
-        if comparing:
-            reader = f"MOKD.OBJECTIVES {comparing}"
-            check_teacher_classes(cfg, task.teacher_config(cfg), reader)
-
-
-def check_loader(data_loader: Any, trainer: str) -> None:
-    """Raise TypeError for a loader that cannot go on where a run stopped."""
-    if not (hasattr(data_loader, "seed") and hasattr(data_loader, "start")):
-        raise TypeError(
-            f"build_train_loader of {trainer} returned a {type(data_loader).__name__}, but a "
-            "distilled run has to be able to go on where it stopped. Return "
-            "mokd_det.data.build_resumable_train_loader(cfg, mapper=your_mapper), or a "
-            "mokd_det.data.ResumableLoader."
-        )
-
-
-def wrap_distributed(model: Any) -> nn.Module:
-    """
-    As Detectron2's ``create_ddp_model`` (in DistributedDataParallel if there are several
-    processes), with equal buffers on all ranks to start with.
-    """
-    for buffer in model.buffers() if comm.get_world_size() > 1 else ():
-        # DistributedDataParallel does that for parameters only if buffers are not broadcast in
-        # every step. A frozen projection is a buffer, and each process has drawn its own.
-        dist.broadcast(buffer, 0)
-    device_ids = None if model.device.type == "cpu" else [comm.get_local_rank()]
-    return create_ddp_model(model, broadcast_buffers=False, device_ids=device_ids)
+            inherit(self._trainer, self.inherited)
 
 
 def build_trainer(cfg: CfgNode) -> Trainer:

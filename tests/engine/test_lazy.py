@@ -12,11 +12,12 @@ from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
 from fvcore.common.param_scheduler import MultiStepParamScheduler
 
-from mokd_det.config import load_config, trust_files
+from mokd_det.config import get_cfg, load_config, trust_files
 from mokd_det.data import register_coco
-from mokd_det.engine import DistillationTrainer, LazyTrainer, read_lazy
+from mokd_det.engine import DistillationTrainer, LazyTrainer, lazy, read_lazy
+from mokd_det.engine.lazy_options import IN_YAML, TRAIN
 
-from ..conftest import CONFIGS, TREE_OPTS, TREES
+from ..conftest import CONFIGS, ROOT, TREE_OPTS, TREES
 from ..test_tools import refused, run_here
 
 FILE = "configs/Quick-Start/student_retinanet_mokd.py"
@@ -70,13 +71,53 @@ def losses(trainer):
     }
 
 
+@pytest.fixture(scope="session")
+def retinanet_weights(tmp_path_factory):
+    """Of a teacher that is built as the student: there is something to inherit."""
+    seed_all_rng(3)
+    path = tmp_path_factory.mktemp("retinanet") / "teacher.pth"
+    run = {"class_names": ["Tree"]}
+    torch.save({"model": build_model(load_config(YAML)).state_dict(), "run": run}, path)
+    return str(path)
+
+
+# By name of the test: overrides of the Python config, and of the YAML config.
+ALIKE = {
+    "defaults": ([], []),
+    "all": (
+        [
+            f"model.teacher.config_file={YAML}",
+            "model.inherit=[backbone.fpn_, head.]",
+            "model.student.test_score_thresh=0.0",
+            "train.ema_decay=0.9",
+            "train.micro_batches=2",
+            "train.non_finite_gradients=skip",
+            "train.max_skipped_steps=3",
+            "train.backbone.checkpointing=true",
+            "train.eval_period=2",
+            "train.best_metric=bbox/AP",
+            "train.patience=9",
+            "train.writers=[csv, json]",
+        ],
+        [
+            *("MOKD.TEACHER.CONFIG_FILE", YAML, "MOKD.INHERIT", ["backbone.fpn_", "head."]),
+            *("MODEL.RETINANET.SCORE_THRESH_TEST", 0.0, "SOLVER.EMA_DECAY", 0.9),
+            *("SOLVER.MICRO_BATCHES", 2, "MODEL.BACKBONE.CHECKPOINTING", True),
+        ],
+    ),
+}
+
+
 @pytest.mark.slow
-def test_it_is_the_yamls_run(make_lazy, teacher_weights, tmp_path):
+@pytest.mark.parametrize("name", ALIKE)
+def test_it_is_the_yamls_run(name, make_lazy, teacher_weights, retinanet_weights, tmp_path):
     """All losses of all steps and the trained student, bit for bit."""
-    lazy = train(make_lazy(tmp_path / "lazy"))
+    ours, theirs = ALIKE[name]
+    weights = teacher_weights if name == "defaults" else retinanet_weights
+    lazy = train(make_lazy(tmp_path / "lazy", [*ours, f"model.teacher.weights='{weights}'"]))
     opts = [*TREE_OPTS, "MOKD.OBJECTIVES", None, "MOKD.ENABLED", True, "SOLVER.MAX_ITER", 4]
     opts += ["MOKD.TEACHER.CONFIG_FILE", CONFIGS["teacher"], "MOKD.TEACHER.PROPOSALS", 64]
-    opts += ["MOKD.TEACHER.WEIGHTS", teacher_weights, "OUTPUT_DIR", str(tmp_path / "yaml")]
+    opts += ["MOKD.TEACHER.WEIGHTS", weights, "OUTPUT_DIR", str(tmp_path / "yaml"), *theirs]
     cfg = load_config(YAML, opts)
     cfg.DATASETS.TEST = ()
     seed_all_rng(7)
@@ -86,10 +127,38 @@ def test_it_is_the_yamls_run(make_lazy, teacher_weights, tmp_path):
     mine, theirs = losses(lazy), losses(trainer)
     assert len(theirs) > 5 and len(theirs["total_loss"]) == 4
     assert mine == theirs
-    states = [torch.load(tmp_path / run / "model_final.pth")["model"] for run in ("lazy", "yaml")]
-    assert states[0].keys() == states[1].keys()
-    assert all(torch.equal(states[0][key], states[1][key]) for key in states[1])
-    build_model(cfg).load_state_dict(states[0], strict=True)  # the student is plain
+    saved = [torch.load(tmp_path / run / "model_final.pth") for run in ("lazy", "yaml")]
+    for key in ("model", *(["student"] if name == "all" else [])):
+        states = [checkpoint[key] for checkpoint in saved]
+        assert states[0].keys() == states[1].keys()
+        assert all(torch.equal(states[0][key], states[1][key]) for key in states[1])
+    build_model(cfg).load_state_dict(saved[0]["model"], strict=True)  # the student is plain
+    made = {path.name for path in (tmp_path / "lazy").iterdir()}
+    assert {"metrics.json", "balance.json"} <= made
+    more = {"model_best.pth", "metrics.csv"}
+    assert (made & more == more) == (name == "all")
+    assert any(file.startswith("events.") for file in made) == (name == "defaults")
+
+
+@pytest.mark.slow
+def test_a_run_ends_when_its_metric_no_longer_rises(make_lazy, tmp_path, monkeypatch):
+    monkeypatch.setattr(lazy, "_evaluated", lambda cfg, model: {"bbox": {"AP": 1.0}})
+    opts = ["train.best_metric=bbox/AP", "train.patience=2"]
+    trainer = train(make_lazy(tmp_path / "run", opts, max_iter=9, eval_period=1))
+    assert (trainer.iter, trainer.results) == (2, {"bbox": {"AP": 1.0}})
+    assert {"model_best.pth", "model_final.pth"} <= {f.name for f in (tmp_path / "run").iterdir()}
+
+
+@pytest.mark.slow
+def test_steps_that_are_not_finite_are_left_out(make_lazy, tmp_path):
+    far = ["optimizer.lr=1e30", "dataloader.evaluator=null"]
+    trainer = train(make_lazy(tmp_path / "skip", [*far, "train.non_finite_gradients=skip"]))
+    assert trainer.skipped.total == 3
+    next(trainer.inner.student.parameters()).data.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="The checkpoint was not written"):
+        trainer.checkpointer.save("model_nan")
+    with pytest.raises(FloatingPointError, match="The gradient is not finite in iteration 1"):
+        train(make_lazy(tmp_path / "raise", far))
 
 
 @pytest.mark.slow
@@ -119,6 +188,9 @@ def test_the_command_trains_and_evaluates(teacher_weights, make_lazy, tmp_path):
     out = f"train.output_dir='{tmp_path}/eval'"
     run_here(tool, "--eval-only", *args, *opts, weights, gone, out)
     assert json.loads((tmp_path / "eval/results.json").read_text()) == first
+    said = run_here(tool, "-q", "--eval-only", "--resume", *args, *opts, gone)  # the last weights
+    assert json.loads((run / "results.json").read_text()) == first
+    assert "results.json" in said and "Environment info" not in said
     assert "has checkpoints of an earlier run" in refused(*args, *opts, script=tool)
     assert "--zoo-row is for YAML configs" in refused("--zoo-row", *args, *opts, script=tool)
     said = refused(*args, *opts, gone, f"train.output_dir='{tmp_path}/no'", script=tool)
@@ -146,11 +218,98 @@ def test_the_command_trains_and_evaluates(teacher_weights, make_lazy, tmp_path):
         ),
         (["model.student.num_classes=2"], "student has 2 classes and the teacher 1"),
         (["train.clip_gradients.clip_type=nrom"], "CLIP_TYPE is 'nrom'"),
+        (["train.ema_decay=2"], "SOLVER.EMA_DECAY is 2: expected"),
+        (["train.writers=[jsn]"], r"LOGGING.WRITERS is \['jsn'\].*did you mean 'json'"),
+        (["train.non_finite_gradients=skp"], "NON_FINITE_GRADIENTS is 'skp'.*did you mean 'skip'"),
+        (["train.max_skipped_steps=3"], "MAX_SKIPPED_STEPS is 3, but it is read with"),
+        (["train.backbone.compile=indctor"], "MODEL.BACKBONE.COMPILE is 'indctor'"),
+        (["train.checkpointer.period=0"], "SOLVER.CHECKPOINT_PERIOD is 0: expected"),
+        (["train.micro_batches=3"], "MICRO_BATCHES is 3: expected a divisor of the 2 images"),
+        (["train.best_metric=bbox/AP"], "BEST_METRIC is 'bbox/AP', but .* TEST.EVAL_PERIOD 0"),
+        (["train.best_metric=bbox/AQ", "train.eval_period=2"], "BEST_METRIC is 'bbox/AQ'"),
+        (["train.patience=2"], "TEST.PATIENCE is 2, but TEST.BEST_METRIC, which it waits for"),
+        (["model.inherit=[neck]"], "MOKD.INHERIT has 'neck', of which nothing fits"),
+        (
+            ["model.balancing.rule=torchjd.CAGrad", "model.balancing.torchjd.q=1"],
+            "{'q': 1} does not fit",
+        ),
+        (["dataloader.train.mapper.brokn=skip"], "dataloader.train cannot be built: .*'brokn'"),
+        (["model.enabled=false"], "model.enabled is False, but MOKD.ENABLED is for YAML"),
+        (["model.meta_architecture=X"], "MOKD.META_ARCHITECTURE is for YAML"),
+        (["model.teacher={}", "model.techer={}"], "no option MOKD.TECHER"),
+        (["model.train={max_iter: 3}"], r"model.train is not the config's train.*\$\{train\}"),
     ],
 )
 def test_mistakes_are_one_message(make_lazy, tmp_path, opts, message):
     with pytest.raises(ValueError if "gone" not in opts[0] else FileNotFoundError, match=message):
         LazyTrainer(make_lazy(tmp_path, opts))
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    "opt, message",
+    [
+        # of a YAML config
+        ("TEST.BEST_METRIC=bbox/AP", "has 'TEST', .*TEST.BEST_METRIC is train.best_metric here"),
+        ("test.patience=3", "has 'test', .*TEST.PATIENCE is train.patience here"),
+        ("SOLVER.EMA_DECAY=0.9", "SOLVER.EMA_DECAY is train.ema_decay here"),
+        ("SOLVER.NON_FINITE_GRADIENTS=skip", "is train.non_finite_gradients here"),
+        ("MODEL.BACKBONE.COMPILE=inductor", "is train.backbone.compile here"),
+        ("MODEL.BACKBONE.CHECKPOINTING=true", "is train.backbone.checkpointing here"),
+        ("LOGGING.WRITERS=[csv]", "LOGGING.WRITERS is train.writers here"),
+        ("MOKD.INHERIT=[backbone]", "MOKD.INHERIT is model.inherit here"),
+        ("MOKD.TEACHER.WEIGHTS=x", "MOKD.TEACHER.WEIGHTS is model.teacher.weights here"),
+        ("INPUT.COLOR_JITTER=0.3", "to set INPUT.COLOR_JITTER, use a YAML config"),
+        # misspelt, or of nobody
+        ("optimiser.lr=1", "has 'optimiser', which nothing reads.*Did you mean 'optimizer'"),
+        ("sizes.a=1", "has 'sizes'.* begins with '_': _sizes"),
+        ("train.ema_decai=0.9", "no option train.ema_decai. Did you mean 'ema_decay'"),
+        ("train.best_metrik=x", "no option train.best_metrik. Did you mean 'best_metric'"),
+        ("train.amp.precision=bfloat16", "train.amp.enabled is not, and nothing reads it"),
+        ("train.amp=true", "train.amp is True: expected its options"),
+        ("train=3", "train is 3: expected its options"),
+        ("train.log_period=0", "train.log_period is 0: expected an integer"),
+        ("dataloader.tests=1", "has 'dataloader.tests', .*Did you mean 'test'"),
+        ("dataloader.train.total_batchsize=2", "'total_batchsize'.*mean 'total_batch_size'"),
+        ("model.student.num_clases=2", "model.student has 'num_clases'.*mean 'num_classes'"),
+        ("optimizer.momentm=1", "optimizer has 'momentm'.*Did you mean 'momentum'"),
+        ("lr_multiplier.warmup_len=1", "lr_multiplier has 'warmup_len'.*mean 'warmup_length'"),
+        ("optimizer.params=3", "has no 'optimizer.params': expected L"),
+        ("dataloader=3", "has no 'dataloader': expected model, .* each a dict or a call"),
+        ("train.max_iter='${gone}'", "is no config: .*gone"),
+    ],
+)
+def test_nothing_is_accepted_that_nothing_reads(opt, message):
+    with pytest.raises(ValueError, match=message):
+        read_lazy(FILE, [opt])
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    "gone, opts, message",
+    [
+        ("evaluator", ["train.best_metric=bbox/AP"], "but no 'dataloader.evaluator' that measures"),
+        ("test", [], "has no 'dataloader.test'"),
+        ("train", [], "has no 'dataloader.train'"),
+    ],
+)
+def test_parts_of_the_loaders_that_are_not_there(tmp_path, gone, opts, message):
+    path = tmp_path / "lazy.py"
+    path.write_text(f"{(ROOT / FILE).read_text()}\ndel dataloader['{gone}']\n")
+    with pytest.raises(ValueError, match=message):
+        read_lazy(str(path), opts)
+
+
+def test_options_of_train_have_the_defaults_of_yaml_or_of_detectron2():
+    cfg = get_cfg()
+    for name, key in IN_YAML.items():
+        place, option = TRAIN, cfg
+        for part in name.split("."):
+            place = place[part]
+        for part in key.split("."):
+            option = option[part]
+        detectron2s = ("init_checkpoint", "max_iter", "eval_period", "clip_gradients.clip_type")
+        assert place == option or name in detectron2s, name
 
 
 @pytest.mark.bad_input
