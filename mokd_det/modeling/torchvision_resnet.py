@@ -1,11 +1,14 @@
 # Copyright (c) The mokd_det authors.
 """torchvision's ResNets as weights of Detectron2's, so that a ResNet-18 is a stock student."""
 
+import logging
 import re
 from typing import Any
 
 from detectron2.modeling.backbone.resnet import BottleneckBlock
 from torch import nn
+
+logger = logging.getLogger(__name__)
 
 # As Detectron2's tools/convert-torchvision-to-d2.py.
 RENAMED = (
@@ -32,6 +35,15 @@ def for_detectron2(checkpoint: dict[str, Any], model: nn.Module, name: str) -> d
         raise ValueError(
             f"{name} is a ResNet of torchvision, which has its strides in the 3x3 convolutions, "
             "but MODEL.RESNETS.STRIDE_IN_1X1 is True: set it to False."
+        )
+    pixel_std = getattr(model, "pixel_std", None)
+    has_unit = pixel_std is not None and bool((pixel_std == 1).all())
+    if getattr(model, "input_format", "RGB") != "RGB" or has_unit:
+        logger.warning(
+            f"{name} is a ResNet of torchvision, which reads normalised RGB, but INPUT.FORMAT is "
+            f"'{getattr(model, 'input_format', 'RGB')}' and MODEL.PIXEL_STD "
+            f"{None if pixel_std is None else pixel_std.flatten().tolist()}: set them to 'RGB' and "
+            "[58.395, 57.12, 57.375], and MODEL.PIXEL_MEAN to [123.675, 116.28, 103.53]."
         )
     renamed = {}
     for key, value in state.items():

@@ -102,6 +102,4 @@ def test_what_is_not_installed(monkeypatch, capsys):
     args = doctor.argument_parser().parse_args(["--config-file", "no.yaml"])
     assert doctor.run(args) == 1
     (problem,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("PROBLEM")]
-    assert (
-        "torchvision cannot be imported (operator does not exist): install it as docs" in problem
-    )
+    assert "torchvision cannot be imported (operator does not exist): install it as docs" in problem

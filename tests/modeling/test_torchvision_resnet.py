@@ -61,6 +61,14 @@ def test_its_config_is_stock(name):
     assert stock.MODEL.PIXEL_STD == pytest.approx([255 * x for x in weights.transforms().std])
 
 
+@pytest.mark.parametrize("opts, warned", [((), False), (["INPUT.FORMAT", "BGR"], True)])
+def test_other_pixels_are_warned_of(resnet18, caplog, opts, warned):
+    model = build_model(cfg_of(CONFIGS[0], opts))
+    with caplog.at_level("WARNING", "mokd_det"):
+        SafeCheckpointer(model).load(resnet18[1], checkpointables=[])
+    assert ("which reads normalised RGB, but INPUT.FORMAT is 'BGR'" in caplog.text) == warned
+
+
 def test_a_bottleneck_of_other_strides_is_refused(tmp_path):
     torch.save(torchvision.models.resnet50().state_dict(), tmp_path / "r.pth")
     path = str(tmp_path / "r.pth")
