@@ -23,9 +23,10 @@ scaled with the batch (Goyal et al. 2017).
 
 Classifiers have a folder with a folder of images for each class. Students and teachers by name: any
 classifier of torchvision, timm.X for timm's X, or one that --import registers; from ImageNet's
-weights where there are any. 20 epochs of AdamW with a cosine, but at least 500 steps, of 64 images
-for each GPU (on a CPU 32, of at most 128 pixels). A teacher by name is ready as it is with
---teacher-weights of yours, or if the folders are those of ImageNet (then 100 epochs).
+weights where there are any. 20 epochs with a cosine, but at least 500 steps, of 64 images for each
+GPU (on a CPU 32, of at most 128 pixels), by SGD; networks with LayerNorm by AdamW. A teacher by
+name is ready as it is with --teacher-weights of yours, or if the folders are those of ImageNet
+(then 100 epochs).
 
 Any teacher may be the config file of your own one, or the model_final.pth of a run. Change what you
 like in common.yaml and in each config.

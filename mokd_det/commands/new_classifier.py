@@ -20,7 +20,7 @@ from ..data.classification import check_source, open_source
 from ..data.classification.sources import ClassFolders
 from ..data.images import opened
 from ..modeling import CLASSIFIERS, NetworkFacts, check_name, classes_of_weights
-from ..modeling import is_classifier_name, network_facts
+from ..modeling import has_layer_norm, is_classifier_name, network_facts
 from ..modeling.networks import IMAGENET_MEAN, IMAGENET_STD
 from .new_kind import Data, Kind, Model, local
 
@@ -30,7 +30,8 @@ WEIGHTS = "--teacher-weights"
 SIZE = "INPUT.CLASSIFICATION.SIZE_TRAIN"
 MOST_PIXELS, MOST_ON_CPU = 224, 128  # of a side, unless a network wants more
 SMALL = 64  # images up to this are padded, not cut
-RATE, RATE_OF_RANDOM = 2e-4, 1e-3  # of AdamW, for 64 images
+# Learning rates for 64 images: tuned from ImageNet's weights, and from random ones.
+SGD, ADAMW = (0.01, 0.025), (1e-4, 2.5e-4)
 TUNED_EPOCHS, RANDOM_EPOCHS = 20, 100
 
 
@@ -99,18 +100,16 @@ class Classifiers(Kind):
         return {
             "DATASETS.CLASSIFICATION": [[name, *files] for name, files in sets.items()],
             "INPUT.RANDOM_FLIP": "horizontal",
-            "SOLVER.OPTIMIZER": "AdamW",
-            "SOLVER.WEIGHT_DECAY": 0.05,
             "SOLVER.WEIGHT_DECAY_BIAS": 0.0,
             "SOLVER.LR_SCHEDULER_NAME": "WarmupCosineLR",
         }
 
     def options(self, model: Model, data: Data, batch: int) -> dict[str, Any]:
+        name = model.options[NAME]
         # Weights of ImageNet would know the answers.
         is_random = self.is_random or _is_imagenet(data)
-        facts = network_facts(model.options[NAME], NAME, is_random)
+        facts = network_facts(name, NAME, is_random)
         size, is_small = _size(facts, data), data.side <= SMALL
-        rate = RATE if facts.weights else RATE_OF_RANDOM
         return {
             f"{NODE}.NUM_CLASSES": len(data.classes),
             **model.options,
@@ -120,8 +119,7 @@ class Classifiers(Kind):
             SIZE: size,
             "INPUT.CLASSIFICATION.SIZE_TEST": size,
             "INPUT.CLASSIFICATION.RESIZE_TEST": size if is_small else round(size * 8 / 7),
-            # Of Adam it grows with the root of the batch (Malladi et al. 2022).
-            "SOLVER.BASE_LR": round(rate * math.sqrt(batch / 64), 6),
+            **_solver(has_layer_norm(name, len(data.classes)), not facts.weights, batch),
         }
 
     def distilled(self, size: int) -> dict[str, Any]:
@@ -131,6 +129,18 @@ class Classifiers(Kind):
 def _is_imagenet(data: Data) -> bool:
     """Its folders are called as WordNet numbers them, in the order of the weights' classes."""
     return len(data.classes) == 1000 and all(re.fullmatch(r"n\d{8}", c) for c in data.classes)
+
+
+def _solver(is_transformer: bool, is_random: bool, batch: int) -> dict[str, Any]:
+    """Rates grow with the batch, AdamW's with its root."""
+    if not is_transformer:  # Goyal et al. 2017
+        return {"SOLVER.BASE_LR": round(SGD[is_random] * batch / 64, 6)}
+    rate = ADAMW[is_random] * math.sqrt(batch / 64)  # Malladi et al. 2022
+    return {
+        "SOLVER.OPTIMIZER": "AdamW",
+        "SOLVER.BASE_LR": round(rate, 6),
+        "SOLVER.WEIGHT_DECAY": 0.05,
+    }
 
 
 def _normalisation(facts: NetworkFacts) -> dict[str, Any]:

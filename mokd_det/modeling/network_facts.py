@@ -1,12 +1,14 @@
 # Copyright (c) The mokd_det authors.
-"""What is known of a classification network by its name, before it is built."""
+"""What a classification network needs, by its name."""
 
 import inspect
 from typing import NamedTuple
 
+import torch
+from torch import nn
 from torchvision.models import get_model_weights
 
-from .networks import CLASSIFIERS, TIMM_PREFIX, check_name, input_normalisation
+from .networks import CLASSIFIERS, TIMM_PREFIX, build_network, check_name, input_normalisation
 
 
 class NetworkFacts(NamedTuple):
@@ -52,3 +54,10 @@ def network_facts(name: str, option: str, is_random: bool = False) -> NetworkFac
         # A transformer's is the only one that it takes; of random weights it is the smallest.
         least = min((member.meta["min_size"][0] for member in given), default=1)
     return NetworkFacts(weights, *input_normalisation(name, weights), least, is_fixed)
+
+
+def has_layer_norm(name: str, classes: int) -> bool:
+    """Return whether a network, which is built for this, has one: transformers and their like."""
+    with torch.random.fork_rng([]):
+        network = build_network(name, classes)
+    return any(isinstance(module, nn.LayerNorm) for module in network.modules())

@@ -13,7 +13,7 @@ from mokd_det.commands import new_classifier
 from mokd_det.commands.new_kind import Data
 from mokd_det.config import load_config
 from mokd_det.engine import prepare_datasets, validate
-from mokd_det.modeling import CLASSIFIERS, build_network
+from mokd_det.modeling import CLASSIFIERS, build_network, network_facts
 from mokd_det.tasks import task_of
 
 from ..conftest import DIGITS, ROOT, TREES
@@ -88,45 +88,72 @@ def test_a_teacher_by_name_is_trained_on_the_data_first(create, photos, tmp_path
 
 
 def test_without_weights_that_are_downloaded(create, tmp_path, monkeypatch):
-    """Nothing asks for any, and the rate is that of random weights."""
+    """Nothing asks for any."""
     monkeypatch.setattr(get_model_weights("resnet18"), "get_state_dict", None)
     said, _ = create("--no-download", "--epochs", 3)
     assert "Schedule: 3 epochs; change" in said and "downloaded" not in said
     cfg = read(tmp_path, "teacher.yaml")
     assert cfg.MODEL.CLASSIFIER.WEIGHTS == "" and cfg.SOLVER.MAX_ITER == 1
-    assert cfg.SOLVER.BASE_LR == pytest.approx(1e-3 / 2**0.5, rel=1e-3)
     task_of(cfg).build_student(cfg)
 
 
 @pytest.mark.parametrize(
-    "side, teacher, student, sizes, crop",
+    "side, name, size",
     [
-        (28, "resnet18", "shufflenet_v2_x0_5", (32, 32), "padded"),
-        (64, "resnet18", "shufflenet_v2_x0_5", (64, 64), "padded"),
-        (70, "resnet18", "shufflenet_v2_x0_5", (96, 96), "resized"),
-        (300, "resnet18", "shufflenet_v2_x0_5", (128, 128), "resized"),
-        (28, "vit_b_16", "resnet18", (224, 32), "padded"),
-        (28, "inception_v3", "vit_tiny_16", (75, 224), "padded"),
-        (300, "timm.vit_tiny_patch16_224", "timm.resnet10t", (224, 128), "resized"),
+        (28, "resnet18", 32),
+        (64, "resnet18", 64),
+        (70, "resnet18", 96),
+        (300, "resnet18", 128),
+        (28, "vit_b_16", 224),
+        (28, "inception_v3", 75),
+        (28, "vit_tiny_16", 224),
+        (300, "timm.vit_tiny_patch16_224", 224),
+        (300, "timm.resnet10t", 128),
     ],
 )
 def test_images_have_the_size_of_the_data_unless_a_network_needs_more(
-    create, tmp_path, side, teacher, student, sizes, crop
+    monkeypatch, side, name, size
 ):
-    if "timm" in teacher:
+    if "timm" in name:
         pytest.importorskip("timm")
-    create(teacher=teacher, student=student, side=side)
-    for name, size in zip(RUNS, sizes):
-        images = load_config(str(tmp_path / "pets" / name)).INPUT.CLASSIFICATION
-        expected = round(size * 8 / 7) if crop == "resized" else size
-        assert (images.CROP, images.SIZE_TRAIN, images.SIZE_TEST) == (crop, size, size)
-        assert images.RESIZE_TEST == expected
-    cfg = load_config(str(tmp_path / "pets/student_mokd.yaml"))
-    assert cfg.MOKD.TEACHER.IMAGE_SIZE == sizes[0]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(new_classifier, "has_layer_norm", lambda name, classes: False)
+    kind = new_classifier.Classifiers()
+    options = kind.options(kind.student(name), Data(["cat", "dog"], 4, side), 32)
+    keys = [f"INPUT.CLASSIFICATION.{key}" for key in ("SIZE_TRAIN", "SIZE_TEST", "RESIZE_TEST")]
+    is_small = side <= 64
+    resized = size if is_small else round(size * 8 / 7)
+    assert [options[key] for key in keys] == [size, size, resized]
+    assert options["INPUT.CLASSIFICATION.CROP"] == ("padded" if is_small else "resized")
 
 
-def test_timms_networks_have_their_normalisation(create, tmp_path):
+def test_weights_may_need_a_size_of_their_own():
+    sizes = [network_facts("vit_h_14", "--student", x).least_size for x in (False, True)]
+    assert sizes == [518, 224]
+
+
+@pytest.mark.parametrize(
+    "student, weights, solver",
+    [
+        ("resnet18", "DEFAULT", ("SGD", 0.005, 0.0001)),
+        ("resnet18", "", ("SGD", 0.0125, 0.0001)),
+        ("timm.vit_tiny_patch16_224", "DEFAULT", ("AdamW", 0.000071, 0.05)),
+        ("vit_tiny_16", "", ("AdamW", 0.000177, 0.05)),
+    ],
+)
+def test_solvers_and_rates(create, tmp_path, student, weights, solver):
+    if "timm" in student:
+        pytest.importorskip("timm")
+    create(*([] if weights else ["--no-download"]), student=student)
+    cfg = read(tmp_path, "student_scratch.yaml")
+    assert (cfg.SOLVER.OPTIMIZER, cfg.SOLVER.BASE_LR, cfg.SOLVER.WEIGHT_DECAY) == solver
+    assert cfg.MODEL.CLASSIFIER.WEIGHTS == weights
+    assert cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupCosineLR"
+
+
+def test_timms_networks_have_their_normalisation(create, tmp_path, monkeypatch):
     pytest.importorskip("timm")
+    monkeypatch.setattr(new_classifier, "has_layer_norm", lambda name, classes: False)
     create(teacher="timm.vit_tiny_patch16_224", student="timm.mobilenetv3_small_100")
     teacher, student = (read(tmp_path, name) for name in RUNS[:2])
     assert teacher.MODEL.PIXEL_MEAN == [127.5] * 3 and student.MODEL.PIXEL_MEAN[0] == 123.675
