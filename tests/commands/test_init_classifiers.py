@@ -5,7 +5,6 @@ import os
 
 import pytest
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 from torchvision.models import get_model_weights
 
@@ -37,7 +36,7 @@ def photos(tmp_path):
 
 
 @pytest.fixture
-def create(run_init, photos):
+def create(run_init, photos, catalogs_restored):
     """From arguments beside student and data to what is printed, and the commands in it."""
 
     def run(*args, teacher="resnet18", student="shufflenet_v2_x0_5", data="train", **images):
@@ -47,10 +46,7 @@ def create(run_init, photos):
         said = run_init(*given, *args)
         return said, [line.split()[1::2] for line in said.splitlines() if "  mokd " in line]
 
-    yield run
-    for name in {"pets_train", "pets_val"} & set(DatasetCatalog.list()):
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
+    return run
 
 
 def read(tmp_path, name):
