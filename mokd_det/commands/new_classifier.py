@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torchvision
 from detectron2.config import CfgNode
-from detectron2.utils.file_io import PathManager
 
 from ..config import get_cfg
 from ..data import known_class_names, trained_class_names
@@ -164,8 +163,8 @@ def _side(file_name: str) -> int:
 
 
 def _check_weights(name: str, weights: str, classes: list[str]) -> None:
-    if not PathManager.isfile(weights):
-        raise FileNotFoundError(f"{WEIGHTS} '{weights}' does not exist.")
+    if not os.path.isfile(weights):
+        raise FileNotFoundError(f"{WEIGHTS} '{weights}' does not exist: expected a file here.")
     _check_names(trained_class_names(weights, WEIGHTS), classes)
     _check_number(_number(name, weights, classes), classes)
 
