@@ -56,6 +56,17 @@ def test_students_with_a_teacher_that_is_trained(create, own_teacher, tmp_path, 
     assert cfg.MOKD.TEACHER.WEIGHTS == str(tmp_path / "t.pth")
 
 
+def test_a_teacher_by_the_checkpoint_of_a_run(create, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/model_final.pth").touch()
+    (tmp_path / "run/config.yaml").write_text(f"_BASE_: {ROOT / CONFIGS['teacher']}\n")
+    said = create("--teacher", "run/model_final.pth")
+    assert "teacher.yaml" not in said
+    teacher = load_config(str(tmp_path / "cells/student_mokd.yaml")).MOKD.TEACHER
+    assert teacher.CONFIG_FILE == str(tmp_path / "run/config.yaml")
+    assert teacher.WEIGHTS == str(tmp_path / "run/model_final.pth")
+
+
 NAMES = [*new_detector.TEACHERS, "retinanet_resnet50_fpn_v2", "ssd300_vgg16"]
 
 
