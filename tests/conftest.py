@@ -9,6 +9,7 @@ from pathlib import Path
 import mokd_det.compat  # noqa: F401  (first: patches Detectron2 where it needs it)
 import pytest
 import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
 
@@ -51,6 +52,16 @@ def _reports(terminalreporter):
     """Of tests with a hostile file, which say whether it was executed."""
     reports = sum((terminalreporter.stats.get(key, []) for key in ("passed", "failed")), [])
     return [r for r in reports if "executed" in dict(getattr(r, "user_properties", ()))]
+
+
+@pytest.fixture
+def catalogs_restored():
+    """Another test may have other data sets under the same names."""
+    before = set(DatasetCatalog.list())
+    yield
+    for name in set(DatasetCatalog.list()) - before:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from mokd_det.objectives import OBJECTIVES
 from mokd_det.tasks import TASKS
 
 from .conftest import DIGITS, ROOT, TREES
+from .test_tools import run_here
 
 TORCHVISION = ROOT / "docs/torchvision_detectors.md"
 TUTORIALS = ROOT / "docs/tutorials"
@@ -156,19 +157,66 @@ def test_detector_tutorial_holds(folder):
     assert load_config("backbone.yaml").MODEL.TORCHVISION.NORM == "FrozenBN"
 
 
-def test_classifier_tutorial_holds(folder):
-    """Also the script that makes files of the packed digits."""
+CLASSIFIER = TUTORIALS / "classifier.md"
+MOKD = "mokd_det/__main__.py"
+
+
+@pytest.fixture
+def digits_as_files(folder, catalogs_restored):
+    """The files of the page's script, of the packed digits."""
     (folder / "datasets/mnist").mkdir(parents=True)
     for split in ("train", "val"):
         shutil.copy(DIGITS / f"{split}.npz", folder / "datasets/mnist")
-    make_files, load = code_of(TUTORIALS / "classifier.md")
-    exec(make_files, {})
+    exec(code_of(CLASSIFIER)[0], {})
     files = list((folder / "datasets/photos/train").glob("*/*.png"))
     assert len(files) == len(np.load(DIGITS / "train.npz")["labels"])
-    teacher, student = validated(folder, TUTORIALS / "classifier.md")
-    assert student.SOLVER.MAX_ITER == teacher.SOLVER.MAX_ITER
-    state = save_student(student, "output/my_student_net/model_final.pth")
-    assert loads_in_its_library(load, "network", state)
+
+
+def plain_blocks(page):
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    return [text for language, text in fenced if not language]
+
+
+def commands_of(page):
+    """The words of each command that a page has or prints."""
+    lines = "".join(plain_blocks(page)).replace("\\\n", "").splitlines()
+    commands = [line.split() for line in lines if line.strip().startswith(("mokd ", "python "))]
+    return [words[1:] if "python" in words else [MOKD, *words[1:]] for words in commands]
+
+
+def test_classifier_tutorial_holds(folder, digits_as_files):
+    """What `mokd init` says and writes, the configs, and the checkpoint in torchvision."""
+    _, init, *others = commands_of(CLASSIFIER)
+    said = run_here(*init)
+    shown = plain_blocks(CLASSIFIER)[3]
+    assert re.sub(r"\d+", "1", said) == re.sub(r"\d+", "1", shown)
+    for words in others:
+        if "--config-file" in words:
+            assert (folder / words[words.index("--config-file") + 1]).is_file()
+    (example,) = map(yaml.safe_load, code_of(CLASSIFIER, "yaml"))
+    written = (folder / "digits/student_mokd.yaml").read_text().replace(f"{folder}/", "")
+    assert yaml.safe_load(written) == example
+    (folder / "digits/runs/teacher").mkdir(parents=True)
+    (folder / "digits/runs/teacher/model_final.pth").touch()
+    for name in ("teacher", "student_scratch", "student_mokd"):
+        cfg = load_config(f"digits/{name}.yaml")
+        register_datasets(cfg)
+        validate(cfg).check_data(cfg)
+    (folder / "digits/runs/mokd").mkdir()
+    state = save_student(cfg, "digits/runs/mokd/model_final.pth")
+    assert loads_in_its_library(code_of(CLASSIFIER)[1], "network", state)
+
+
+@pytest.mark.slow
+def test_classifier_tutorial_runs(folder, digits_as_files):
+    """Every command as it stands, but for two steps."""
+    photo = next((folder / "datasets/photos/val/7").iterdir())
+    for words in commands_of(CLASSIFIER)[1:]:
+        if words[1] == "train":
+            words += ["SOLVER.MAX_ITER", "2"]
+        run_here(*(str(photo) if word.endswith(".png") else word for word in words))
+    for made in ("report.html", "predictions", "out/model.ts"):
+        assert (folder / made).exists()
 
 
 def test_readme_is_a_page_and_its_configs_are_read(folder):

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torchvision
 import yaml
 
 from .. import compat  # noqa: F401  (first: patches Detectron2 where it needs it)
@@ -18,178 +17,208 @@ from detectron2.config import CfgNode
 from detectron2.utils.file_io import PathManager
 
 from ..config import find_config, load_config
-from ..data import check_coco, local_path, read_coco
-from ..data.coco import class_names
-from ..modeling import detector_names
+from ..data.classes import listed_names
 from ..tasks import TASKS, task_of
-from ..tasks.detection import NUM_CLASSES
-
-EPOCHS, LEAST_STEPS = 12, 1500
-IMAGES = 4  # a step, on each device
-SIZE_ON_CPU = 320  # of the shorter side
+from .new_classifier import NODE, SIZE, Classifiers
+from .new_detector import Detectors
+from .new_kind import Data, Kind, Model, local
 
 
-class Model(NamedTuple):
-    """A config that comes with mokd_det, and what is added to it."""
+class Trained(NamedTuple):
+    """A teacher by its config (None: a Python file, which is not read) and weights."""
 
-    config: str
-    options: dict[str, Any] = {}
-
-
-BACKBONE_WEIGHTS = {"MODEL.TORCHVISION_DETECTOR.BACKBONE_WEIGHTS": "DEFAULT"}
-STUDENTS = {
-    "r18-retinanet": Model("COCO-Detection/retinanet_R_18_FPN_1x.yaml"),
-    "r50-retinanet": Model("COCO-Detection/retinanet_R_50_FPN_1x.yaml"),
-    "mobilenet-retinanet": Model("COCO-Detection/retinanet_MobileNetV2_FPN_1x.yaml"),
-    "r18-faster-rcnn": Model("COCO-Detection/faster_rcnn_R_18_FPN_1x.yaml"),
-    "r50-faster-rcnn": Model("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"),
-    "mobilenet-faster-rcnn": Model("COCO-Detection/faster_rcnn_MobileNetV2_FPN_1x.yaml"),
-    "ssdlite": Model("COCO-Detection/tv_ssdlite320.yaml", BACKBONE_WEIGHTS),
-    "tv-mobilenet-faster-rcnn": Model("COCO-Detection/tv_faster_rcnn_mobilenet_v3.yaml"),
-}
-TEACHERS = {
-    "r50-retinanet": Model("COCO-Detection/retinanet_R_50_FPN_3x.yaml"),
-    "r101-retinanet": Model("COCO-Detection/retinanet_R_101_FPN_3x.yaml"),
-    "r50-faster-rcnn": Model("COCO-Detection/faster_rcnn_R_50_FPN_3x.yaml"),
-    "r101-faster-rcnn": Model("COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml"),
-}
+    file: str
+    weights: str
+    cfg: CfgNode | None
 
 
 def create(args: argparse.Namespace) -> None:
     """
-    Write the folder ``args.output``. ValueError, FileNotFoundError: an unknown model, a file that
-    is missing or wrong, or a folder that is there already. Nothing is written then.
+    Write the folder ``args.output``. ValueError, FileNotFoundError, ImportError: an unknown model,
+    a file that is missing or wrong, or a folder that is there already. Nothing is written then.
     """
-    for option, name in (("--student", args.student), ("--teacher", args.teacher)):
-        if name in torchvision.models.list_models(module=torchvision.models):
-            raise ValueError(
-                f"{option} '{name}' is a classifier, but mokd init writes detectors' configs: "
-                "docs/tutorials/classifier.md has those of classifiers."
-            )
-    student = _known(args.student, STUDENTS, "--student")
+    kind = _kind(args)
+    student = kind.student(args.student)
     folder = Path(args.output or f"mokd_{args.student}")
     if folder.exists():
         raise ValueError(f"--output '{folder}' is there already: name a new folder.")
-    named, teacher_file, weights = _teacher(args, folder)
-    classes, images = _read(args.data, "--data")
+    teacher = kind.teacher(args.teacher) or _trained(args, kind)
+    data = kind.read(args.data, "--data")
     if args.val:
-        _check_classes(args.val, classes)
-    common, factor = _common(args, folder.resolve().name, images)
-    files = {"common.yaml": common}
-    if named is not None:
-        files[teacher_file] = _config(named, len(classes), factor, folder, "teacher")
-    files["student_scratch.yaml"] = _config(student, len(classes), factor, folder, "scratch")
-    files["student_mokd.yaml"] = {
-        "_BASE_": "student_scratch.yaml",
-        "OUTPUT_DIR": _run(folder, "mokd"),
-        "MOKD.ENABLED": True,
-        "MOKD.TEACHER.CONFIG_FILE": teacher_file,
-        "MOKD.TEACHER.WEIGHTS": weights,
+        _check_classes(args, kind.read(args.val, "--val"), data)
+    schedule = _schedule(args, kind, data)
+    common = _common(args, kind, data, folder.resolve().name)
+    batch = common["SOLVER.IMS_PER_BATCH"]
+    taught, tuned = _distilled(args, kind, teacher, data, batch, folder)
+    files = {
+        "common.yaml": common,
+        **({"teacher.yaml": tuned} if tuned is not None else {}),
+        "student_scratch.yaml": _config(kind, student, data, batch, _run(folder, "scratch"))
+        | kind.baseline(),
+        "student_mokd.yaml": {
+            "_BASE_": "student_scratch.yaml",
+            "OUTPUT_DIR": _run(folder, "mokd"),
+            "MOKD.ENABLED": True,
+            **taught,
+        },
     }
     folder.mkdir(parents=True)
     for name, options in files.items():
-        (folder / name).write_text(f"# {HEADS.get(name, HEADS['*'])}\n{_as_yaml(options)}")
-    _print_next(folder, classes, images, common, named is not None)
+        head = HEADS.get(name, f"Data, schedule and device of all runs: {schedule}.")
+        (folder / name).write_text(f"# {head}\n{_as_yaml(options)}")
+    _print_next(folder, data, files, schedule)
 
 
 HEADS = {
-    "common.yaml": "Data, schedule and device of all runs: 12 epochs, at least 1,500 steps.",
+    "teacher.yaml": "The teacher, which is trained on the data first.",
     "student_scratch.yaml": "The student without a teacher: the baseline.",
     "student_mokd.yaml": "The same student and schedule, with the help of the teacher.",
-    "*": "The teacher, fine-tuned from COCO's weights.",
 }
 
 
-def _known(name: str, models: dict[str, Model], option: str) -> Model:
-    if name not in models:
-        close = difflib.get_close_matches(name, models, n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(close)}?" if close else f"expected {', '.join(models)}."
-        raise ValueError(f"{option} '{name}' is unknown: {hint}")
-    return models[name]
-
-
-def _teacher(args: argparse.Namespace, folder: Path) -> tuple[Model | None, str, str]:
-    """Return the model to fine-tune (None: it is trained), its config file, and its weights."""
-    name = args.teacher
-    if name in TEACHERS or name in detector_names():
-        if args.teacher_weights:
-            raise ValueError(f"--teacher-weights is for a config file: '{name}' has its own.")
-        of_torchvision = Model(
-            "Base-TorchvisionDetector.yaml",
-            {
-                "MODEL.TORCHVISION_DETECTOR.NAME": name,
-                "MODEL.TORCHVISION_DETECTOR.WEIGHTS": "DEFAULT",
-            },
-        )
-        weights = f"{_run(folder, 'teacher')}/model_final.pth"
-        return TEACHERS.get(name, of_torchvision), "teacher.yaml", weights
-    if not name.endswith((".yaml", ".yml", ".py")):
-        names = [*TEACHERS, *detector_names()]
-        close = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or [*TEACHERS]
+def _kind(args: argparse.Namespace) -> Kind:
+    """Return what the data are for; ValueError: the other set or a model is of another kind."""
+    kind: Kind = Detectors()
+    other: Kind = Classifiers(args.no_download)
+    if not _is_for(kind, other, args.data, "--data"):
+        kind, other = other, kind
+    elif args.no_download:
         raise ValueError(
-            f"--teacher '{name}' is no config file and no known name: did you mean "
-            f"{' or '.join(close)}?"
+            "--no-download is for classifiers: detectors do not learn from random weights on your "
+            "data alone. Without internet mokd train names each file to copy, and where to put it."
+        )
+    for option, name in (("--student", args.student), ("--teacher", args.teacher)):
+        if other.knows(name) and not kind.knows(name):
+            raise ValueError(
+                f"{option} '{name}' is a {other.noun}, but --data '{args.data[0]}' is for a "
+                f"{kind.noun}: a {other.noun} takes {other.needs}."
+            )
+    if args.val and not _is_for(kind, other, args.val, "--val"):
+        raise ValueError(
+            f"--val '{args.val[0]}' is for a {other.noun}, but --data '{args.data[0]}' for a "
+            f"{kind.noun}: expected {kind.needs}."
+        )
+    return kind
+
+
+def _is_for(kind: Kind, other: Kind, files: list[str], option: str) -> bool:
+    """Return whether a set is for this kind; ValueError, FileNotFoundError: it is for neither."""
+    first = local(files[0])
+    is_source = os.path.isdir(first) or first.endswith(".npz")
+    if len(files) == 1 and not os.path.exists(first):
+        raise FileNotFoundError(f"{option} '{first}' does not exist.")
+    if len(files) != (1 if is_source else 2):
+        raise ValueError(
+            f"{option} {' '.join(map(repr, files))}: a {kind.noun} takes {kind.needs}, a "
+            f"{other.noun} {other.needs}. A set to evaluate on goes to --val; Pascal-VOC folders "
+            "are converted by datasets/prepare_voc.py."
+        )
+    return is_source == isinstance(kind, Classifiers)
+
+
+def _trained(args: argparse.Namespace, kind: Kind) -> Trained:
+    """Return a teacher that is no name: a config file, or a checkpoint with the config beside."""
+    name, weights = args.teacher, args.teacher_weights
+    if name.endswith(".pth"):
+        return _of_run(args, kind)
+    if not name.endswith((".yaml", ".yml", ".py")):
+        known = kind.teacher_names()
+        close = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known[:4]
+        raise ValueError(
+            f"--teacher '{name}' is no config file, no checkpoint (.pth) and no known name: did "
+            f"you mean {' or '.join(close)}?"
         )
     file, of_zoo = find_config(name, "--teacher")
-    weights = args.teacher_weights or of_zoo
-    if not file.endswith(".py"):
-        cfg = load_config(file, option="--teacher")
-        if not task_of(cfg).is_one_of([TASKS.get("detection").name]):
-            raise ValueError(f"--teacher '{name}' is no detector's config, but the student is one.")
+    cfg, weights = None, weights or of_zoo
+    if not (file.endswith(".py") and kind.has_python_configs):
+        cfg = _config_of_kind(file, name, kind)
         weights = weights or os.path.join(cfg.OUTPUT_DIR, "model_final.pth")
     if "://" not in weights and not PathManager.isfile(weights):
         raise FileNotFoundError(
             f"--teacher '{name}': its weights '{weights}' do not exist. Name them by "
             "--teacher-weights, or train it first: mokd train --config-file " + name
         )
-    if "://" not in weights:
-        weights = os.path.abspath(weights)
-    return None, file if "://" in file else os.path.abspath(file), weights
+    return Trained(_absolute(file), _absolute(weights), cfg)
 
 
-def _read(files: list[str], option: str) -> tuple[list[str], int]:
-    """Return the classes of a set, and the number of images; its warnings are printed."""
-    json_file, images = map(_local, files)
-    if os.path.isdir(json_file):
-        raise ValueError(
-            f"{option} '{json_file}' is a folder: expected a JSON file in COCO's format, and the "
-            "folder of its images. Pascal-VOC folders are converted by datasets/prepare_voc.py."
+def _of_run(args: argparse.Namespace, kind: Kind) -> Trained:
+    """Return a teacher by its checkpoint, beside which training has written the config."""
+    name = args.teacher
+    if args.teacher_weights:
+        raise ValueError(f"--teacher-weights is for a config file: '{name}' has weights itself.")
+    if not os.path.isfile(name):
+        raise FileNotFoundError(f"--teacher '{name}' does not exist.")
+    file = os.path.join(os.path.dirname(name), "config.yaml")
+    if not os.path.isfile(file):
+        raise FileNotFoundError(
+            f"--teacher '{name}' is a checkpoint, but '{file}' is not there, which mokd train "
+            "writes beside it: name its config by --teacher, and this file by --teacher-weights."
         )
-    if not os.path.isfile(json_file):
-        raise FileNotFoundError(f"{option} '{json_file}' does not exist.")
-    if not os.path.isdir(images):
-        raise FileNotFoundError(f"{option}: the folder of images '{images}' does not exist.")
-    data, report = check_coco(read_coco(json_file), images)
-    report.raise_for_errors(f"{option} '{json_file}'")
-    for warning in report.warnings:
-        print(f"warning: {option} '{json_file}': {warning}")
-    return class_names(data), len(data["images"])
+    return Trained(_absolute(file), _absolute(name), _config_of_kind(file, name, kind))
 
 
-def _local(path: str) -> str:
-    """Return the file of "datasets://x", as datasets/prepare_voc.py prints them, and of others."""
-    return local_path(path) if path.startswith("datasets://") else path
-
-
-def _check_classes(files: list[str], classes: list[str]) -> None:
-    names, _ = _read(files, "--val")
-    if sorted(names) != sorted(classes):
+def _config_of_kind(file: str, name: str, kind: Kind) -> CfgNode:
+    cfg = load_config(file, option="--teacher")
+    if not task_of(cfg).is_one_of([TASKS.get(kind.task).name]):
         raise ValueError(
-            f"--val '{files[0]}' has the classes {names}, but --data {classes}: expected the same."
+            f"--teacher '{name}' is no {kind.noun}'s config, but --data is for a {kind.noun}."
+        )
+    return cfg
+
+
+def _absolute(path: str) -> str:
+    return path if "://" in path else os.path.abspath(path)
+
+
+def _distilled(
+    args: argparse.Namespace,
+    kind: Kind,
+    teacher: Model | Trained,
+    data: Data,
+    batch: int,
+    folder: Path,
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Return the student's options of its teacher, and the config to train that with if any."""
+    tuned = None
+    if isinstance(teacher, Trained):
+        options, size = {"CONFIG_FILE": teacher.file, "WEIGHTS": teacher.weights}, 0
+        if teacher.cfg is not None:
+            kind.check_teacher(teacher.cfg, teacher.weights, data)
+            size = teacher.cfg.INPUT.CLASSIFICATION.SIZE_TEST
+    elif (ready := kind.ready(args.teacher, args.teacher_weights, data)) is not None:
+        options, size = ready
+    else:
+        output = _run(folder, "teacher")
+        tuned = _config(kind, teacher, data, batch, output)
+        options = {"CONFIG_FILE": "teacher.yaml", "WEIGHTS": f"{output}/model_final.pth"}
+        size = tuned.get(SIZE, 0)
+    return {f"MOKD.TEACHER.{k}": v for k, v in options.items()} | kind.distilled(size), tuned
+
+
+def _check_classes(args: argparse.Namespace, val: Data, data: Data) -> None:
+    if sorted(val.classes) != sorted(data.classes):
+        raise ValueError(
+            f"--val '{args.val[0]}' has the classes {listed_names(val.classes)}, but --data "
+            f"{listed_names(data.classes)}: expected the same."
         )
 
 
-def _common(args: argparse.Namespace, name: str, images: int) -> tuple[dict[str, Any], int]:
-    """Return what all configs share, and the number of images a step."""
+def _schedule(args: argparse.Namespace, kind: Kind, data: Data) -> str:
+    if args.epochs:
+        return f"{args.epochs} epochs"
+    return f"{kind.epochs(data)} epochs, but at least {kind.least_steps} steps"
+
+
+def _common(args: argparse.Namespace, kind: Kind, data: Data, name: str) -> dict[str, Any]:
+    """Return what all configs share."""
     gpus = torch.cuda.device_count()
-    batch = IMAGES * max(gpus, 1)
-    steps = max(math.ceil(EPOCHS * images / batch), LEAST_STEPS)
+    batch = kind.images * max(gpus, 1)
+    epochs, least = (args.epochs, 1) if args.epochs else (kind.epochs(data), kind.least_steps)
+    steps = max(math.ceil(epochs * data.images / batch), least)
     name = re.sub(r"\W+", "_", name)
     sets = {f"{name}_train": args.data} | ({f"{name}_val": args.val} if args.val else {})
+    paths = {key: [os.path.abspath(local(file)) for file in files] for key, files in sets.items()}
     return {
-        "DATASETS.COCO": [
-            [n, *(os.path.abspath(_local(file)) for file in files)] for n, files in sets.items()
-        ],
         "DATASETS.TRAIN": [f"{name}_train"],
         "DATASETS.TEST": [f"{name}_val"] if args.val else [],
         "DATALOADER.NUM_WORKERS": 4 if gpus else 0,
@@ -197,45 +226,21 @@ def _common(args: argparse.Namespace, name: str, images: int) -> tuple[dict[str,
         "SOLVER.UNIT": "iteration",
         "SOLVER.IMS_PER_BATCH": batch,
         "SOLVER.MAX_ITER": steps,
-        "SOLVER.STEPS": [steps * 2 // 3, steps * 8 // 9],
         "SOLVER.WARMUP_ITERS": min(1000, steps // 10),
         "SOLVER.CHECKPOINT_PERIOD": max(steps // 5, 1),
         "SOLVER.KEEP_CHECKPOINTS": 2,
         "SEED": 1,
-    }, batch
-
-
-def _config(model: Model, classes: int, batch: int, folder: Path, run: str) -> dict[str, Any]:
-    """Return the options of a model that is trained without a teacher."""
-    base = f"mokd://{model.config}"
-    cfg = load_config(base)
-    options = {
-        "_BASE_": [base, "common.yaml"],
-        "OUTPUT_DIR": _run(folder, run),
-        NUM_CLASSES[cfg.MODEL.META_ARCHITECTURE]: classes,
-        **model.options,
-        "SOLVER.BASE_LR": round(cfg.SOLVER.BASE_LR * batch / cfg.SOLVER.IMS_PER_BATCH, 6),
+        **kind.common(paths, steps),
     }
-    if run == "scratch":  # the same images and augmentations as with a teacher
-        options["DATALOADER.RESUMABLE"] = True
-    return options | _small_images(cfg, model) if not torch.cuda.is_available() else options
 
 
-def _small_images(cfg: CfgNode, model: Model) -> dict[str, Any]:
-    """Of a size that a CPU can train on."""
-    longest = SIZE_ON_CPU * 5 // 3
-    if cfg.MODEL.META_ARCHITECTURE != "TorchvisionDetector":
-        return {
-            "INPUT.MIN_SIZE_TRAIN": [SIZE_ON_CPU],
-            "INPUT.MAX_SIZE_TRAIN": longest,
-            "INPUT.MIN_SIZE_TEST": SIZE_ON_CPU,
-            "INPUT.MAX_SIZE_TEST": longest,
-        }
-    node = "MODEL.TORCHVISION_DETECTOR"
-    name = model.options.get(f"{node}.NAME", cfg.MODEL.TORCHVISION_DETECTOR.NAME)
-    if name.startswith("ssd"):  # its size is fixed
-        return {}
-    return {f"{node}.OPTIONS": {"min_size": SIZE_ON_CPU, "max_size": longest}}
+def _config(kind: Kind, model: Model, data: Data, batch: int, output: str) -> dict[str, Any]:
+    """Return the options of a model that is trained without a teacher."""
+    return {
+        "_BASE_": [f"mokd://{model.config}", "common.yaml"],
+        "OUTPUT_DIR": output,
+        **kind.options(model, data, batch),
+    }
 
 
 def _run(folder: Path, name: str) -> str:
@@ -254,21 +259,22 @@ def _as_yaml(options: dict[str, Any]) -> str:
     return yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, width=100)
 
 
-def _print_next(
-    folder: Path, classes: list[str], images: int, common: dict[str, Any], tunes: bool
-) -> None:
+def _print_next(folder: Path, data: Data, files: dict[str, dict[str, Any]], schedule: str) -> None:
+    common, *_ = files.values()
+    _, *runs = files
     gpus = torch.cuda.device_count()
     processes = f" --num-gpus {gpus}" if gpus > 1 else ""
     steps, batch = common["SOLVER.MAX_ITER"], common["SOLVER.IMS_PER_BATCH"]
     print(
-        f"{folder}: {images} images, {len(classes)} classes; {steps} steps of {batch} images "
-        f"({steps * batch / images:.0f} epochs) on {max(gpus, 1)} {'GPU' if gpus else 'CPU'}\n"
-        f"Schedule: {EPOCHS} epochs, but at least {LEAST_STEPS} steps; change it in common.yaml."
+        f"{folder}: {data.images} images, {len(data.classes)} classes; {steps} steps of {batch} "
+        f"images ({steps * batch / data.images:.0f} epochs) on {max(gpus, 1)} "
+        f"{'GPU' if gpus else 'CPU'}\nSchedule: {schedule}; change it in common.yaml."
     )
     if not common["DATASETS.TEST"]:
         print("Without --val nothing is evaluated: add a set to DATASETS.TEST in common.yaml.")
+    if any(options.get(f"{NODE}.WEIGHTS") for options in files.values()):
+        print("ImageNet's weights will be downloaded; without internet: mokd init --no-download.")
     print("Next:")
-    runs = [*(["teacher"] if tunes else []), "student_scratch", "student_mokd"]
-    print(f"  mokd doctor --config-file {folder / runs[0]}.yaml")
-    for name in runs:
-        print(f"  mokd train --config-file {folder / name}.yaml{processes}")
+    print(f"  mokd doctor --config-file {folder / runs[0]}")
+    for file in runs:
+        print(f"  mokd train --config-file {folder / file}{processes}")

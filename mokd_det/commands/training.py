@@ -102,7 +102,7 @@ def evaluate(args, cfg, before):
             teacher_cfg.DATASETS = cfg.DATASETS
             teacher_cfg.OUTPUT_DIR = f"{cfg.OUTPUT_DIR}/teacher"
             teacher_task = task_of(teacher_cfg)
-            teacher = teacher_task.load_trained(teacher_cfg, "MOKD.TEACHER.WEIGHTS")
+            teacher = teacher_task.load_trained(teacher_cfg, task.teacher_weights_option(cfg))
             teacher_task.check_model(teacher_cfg, teacher, ["TEST"])
     results = Trainer.test(cfg, student)
     if args.with_teacher:

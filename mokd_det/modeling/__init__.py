@@ -9,8 +9,9 @@ from .focal_loss import uncompiled_focal_loss
 from .inherit import copy_weights, inheritable_names
 from .lazy_config import LazyConfigDetector, load_lazy_config
 from .loading import SafeCheckpointer, StrictCheckpointer, shortened
-from .networks import CLASSIFIERS, TIMM_PREFIX, build_network, classes_of_weights
-from .networks import implied_options, input_normalisation
+from .network_facts import NetworkFacts, has_layer_norm, network_facts
+from .networks import CLASSIFIERS, TIMM_PREFIX, build_network, check_name, classes_of_weights
+from .networks import implied_options, input_normalisation, is_classifier_name
 from .state import RestoredState, module_numbers, set_module_numbers
 from .supervised_model import SupervisedModel
 from .taps import TapShape, as_map, check_batch_norm, common_grid, find_taps

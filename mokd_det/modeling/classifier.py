@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..data.classification import Batch
 from ..teachers import PRE_LOGITS
 from .loading import StrictCheckpointer
-from .networks import HEADS, build_network
+from .networks import HEADS, WEIGHTS, build_network
 from .state import PlainState
 
 # Weight of the heads for training only, of GoogLeNet (Szegedy et al. 2015) and Inception.
@@ -58,8 +58,13 @@ class Classifier(PlainState):
         self.head_name = _find_head(network, head)
 
     @classmethod
-    def from_config(cls, cfg: CfgNode, strict: bool = False) -> dict[str, Any]:
-        """``strict``: MODEL.CLASSIFIER.WEIGHTS must be for this number of classes."""
+    def from_config(
+        cls, cfg: CfgNode, strict: bool = False, option: str = WEIGHTS
+    ) -> dict[str, Any]:
+        """
+        ``strict``: MODEL.CLASSIFIER.WEIGHTS must be for this number of classes. ``option``: what
+        named them, for messages.
+        """
         options = cfg.MODEL.CLASSIFIER
         if cfg.INPUT.FORMAT != "RGB":
             raise ValueError(
@@ -69,7 +74,9 @@ class Classifier(PlainState):
         settings = {key.lower(): value for key, value in options.OPTIONS.items()}
         classes = options.NUM_CLASSES
         return {
-            "network": build_network(options.NAME, classes, options.WEIGHTS, strict, settings),
+            "network": build_network(
+                options.NAME, classes, options.WEIGHTS, strict, settings, option
+            ),
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
             "num_classes": classes,
@@ -114,7 +121,8 @@ def load_trained_classifier(cfg: CfgNode, option: str = "MODEL.WEIGHTS") -> Clas
     From ``MODEL.WEIGHTS``, or else ``MODEL.CLASSIFIER.WEIGHTS``, in eval mode. ``option``: the key
     they were given with, for messages. ValueError: they do not fit.
     """
-    model = Classifier(cfg, strict=True).to(cfg.MODEL.DEVICE)
+    named_by = WEIGHTS if option == "MODEL.WEIGHTS" else option
+    model = Classifier(cfg, strict=True, option=named_by).to(cfg.MODEL.DEVICE)
     if cfg.MODEL.WEIGHTS:
         checkpointer = StrictCheckpointer(model.network, option=option)
         checkpointer.load(cfg.MODEL.WEIGHTS, checkpointables=[])

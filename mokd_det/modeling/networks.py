@@ -29,6 +29,7 @@ MODEL.CLASSIFIER.HEAD names) that runs once, takes one tensor, and returns the l
 
 HEADS = ("fc", "classifier", "head", "heads")
 TIMM_PREFIX = "timm."
+WEIGHTS = "MODEL.CLASSIFIER.WEIGHTS"
 # With torchvision's own weights, these convert images from the others' normalisation.
 TRANSFORM_INPUT = ("googlenet", "inception_v3")
 # Arguments by which timm and torchvision load files of weights.
@@ -52,19 +53,21 @@ def build_network(
     weights: str = "",
     strict: bool = True,
     options: dict[str, Any] | None = None,
+    option: str = WEIGHTS,
 ) -> nn.Module:
     """
     Args:
         name, weights: see ``MODEL.CLASSIFIER``.
         strict: False: of weights for another number of classes, the last layer stays random.
         options: for the network's constructor.
+        option: what named the weights, for messages.
 
     ValueError, ImportError: unknown name, options or weights; weights that do not fit; no timm.
     """
-    option, options = "MODEL.CLASSIFIER.WEIGHTS", dict(options or {})
+    options = dict(options or {})
     if loading := sorted(NOT_OPTIONS & options.keys()):
         raise ValueError(
-            f"MODEL.CLASSIFIER.OPTIONS has {loading[0]}: weights are named in {option} only."
+            f"MODEL.CLASSIFIER.OPTIONS has {loading[0]}: weights are named in {WEIGHTS} only."
         )
     make, state = _resolve(name, weights, option)
     try:
@@ -94,6 +97,17 @@ def _resolve(name, weights, option, named_by="MODEL.CLASSIFIER.NAME"):
         member = torchvision_weights(name, weights, option)
         state = functools.partial(torchvision_state, member, f"{option} '{weights}'")
     return functools.partial(make_torchvision, name, implied_options(name, weights)), state
+
+
+def check_name(name: str, option: str) -> None:
+    """Raise ValueError, or ImportError without timm, unless there is a network of this name."""
+    _resolve(name, "", WEIGHTS, option)
+
+
+def is_classifier_name(name: str) -> bool:
+    """Return whether a name is a classifier's; timm's is recognised by its prefix."""
+    known = name in CLASSIFIERS or name in list_models(module=torchvision.models)
+    return known or name.startswith(TIMM_PREFIX)
 
 
 def check_torchvision_name(name: str, option: str, others: str = "") -> None:

@@ -129,6 +129,10 @@ class Task(abc.ABC):
         FileNotFoundError: config or weights are not given, missing, or of another kind of model.
         """
 
+    def teacher_weights_option(self, cfg: CfgNode) -> str:
+        """Return what names the weights of the teacher, for messages."""
+        return "MOKD.TEACHER.WEIGHTS"
+
     def teacher_config_at_students_size(self, cfg: CfgNode) -> CfgNode:
         """Return the teacher's config with the student's data and test images: the same work."""
         teacher_cfg = self.teacher_config(cfg)

@@ -87,14 +87,7 @@ class ClassificationTask(Task):
                 f"'{options.CONFIG_FILE}': for a classifier give one of the two, a network's name "
                 "or the teacher's config file."
             )
-        if options.CLASSIFIER:
-            teacher_cfg = _config_by_name(cfg)
-        else:
-            option = "MOKD.TEACHER.CONFIG_FILE"
-            config_file, _ = find_config(options.CONFIG_FILE, option)
-            teacher_cfg = load_config(
-                config_file, options.OPTS, option, "MOKD.TEACHER.OPTS: override"
-            )
+        teacher_cfg = _own_config(cfg)
         if teacher_cfg.MODEL.META_ARCHITECTURE != cfg.MODEL.META_ARCHITECTURE:
             raise ValueError(
                 f"MOKD.TEACHER.CONFIG_FILE '{options.CONFIG_FILE}' has MODEL.META_ARCHITECTURE "
@@ -102,17 +95,17 @@ class ClassificationTask(Task):
                 "classifier's config."
             )
         teacher_cfg.MODEL.DEVICE = cfg.MODEL.DEVICE
-        given = options.WEIGHTS or teacher_cfg.MODEL.WEIGHTS or teacher_cfg.MODEL.CLASSIFIER.WEIGHTS
+        option, given = _given_weights(cfg, teacher_cfg)
         if not given:
             raise ValueError(
-                "MOKD.TEACHER.WEIGHTS is empty, and so are the weights of the teacher's config: "
-                "give 'DEFAULT', the name of a weight enum, or a file."
+                f"{option} is empty, and so are the weights of the teacher's config: give "
+                "'DEFAULT', the name of a weight enum, or a file."
             )
         is_file = "://" in given or PathManager.isfile(given)
         if not is_file and ("/" in given or os.path.splitext(given)[1]):
             raise FileNotFoundError(
-                f"MOKD.TEACHER.WEIGHTS '{given}' does not exist (looked in {os.getcwd()}). Train "
-                "the teacher first, or give 'DEFAULT' for its ImageNet weights."
+                f"{option} '{given}' does not exist (looked in {os.getcwd()}). Train the teacher "
+                "first, or give 'DEFAULT' for its ImageNet weights."
             )
         if is_file:
             teacher_cfg = self.untrained_config(teacher_cfg)
@@ -120,6 +113,9 @@ class ClassificationTask(Task):
             teacher_cfg.MODEL.CLASSIFIER.WEIGHTS = given
         teacher_cfg.MODEL.WEIGHTS = given if is_file else ""
         return teacher_cfg
+
+    def teacher_weights_option(self, cfg: CfgNode) -> str:
+        return _given_weights(cfg, _own_config(cfg))[0]
 
     def teacher_config_at_students_size(self, cfg: CfgNode) -> CfgNode:
         teacher_cfg = super().teacher_config_at_students_size(cfg)
@@ -129,12 +125,12 @@ class ClassificationTask(Task):
     def build_teacher(self, cfg: CfgNode) -> ClassifierTeacher:
         student_size = cfg.INPUT.CLASSIFICATION.SIZE_TRAIN
         teacher_cfg, options = self.teacher_config(cfg), cfg.MOKD.TEACHER
-        network = teacher_cfg.MODEL.CLASSIFIER
+        network, option = teacher_cfg.MODEL.CLASSIFIER, self.teacher_weights_option(cfg)
         # A name says nothing of classes, which features need not share with the student.
         if options.CLASSIFIER and "MODEL.CLASSIFIER.NUM_CLASSES" not in options.OPTS:
             given = teacher_cfg.MODEL.WEIGHTS or network.WEIGHTS
-            network.NUM_CLASSES = classes_of_weights(network, given, "MOKD.TEACHER.WEIGHTS")
-        model = self.load_trained(teacher_cfg, "MOKD.TEACHER.WEIGHTS")
+            network.NUM_CLASSES = classes_of_weights(network, given, option)
+        model = self.load_trained(teacher_cfg, option)
         size = cfg.MOKD.TEACHER.IMAGE_SIZE or student_size
         return ClassifierTeacher(model, size, size != student_size, **speed_options(cfg))
 
@@ -294,6 +290,31 @@ def _onto_grid(
     teacher = as_map(teacher, teacher_shape)
     size = (teacher.shape[-2], teacher.shape[-1])
     return F.adaptive_avg_pool2d(as_map(student, shape), size), teacher
+
+
+def _own_config(cfg: CfgNode) -> CfgNode:
+    """Return the teacher's config as its name or its file gives it."""
+    options, option = cfg.MOKD.TEACHER, "MOKD.TEACHER.CONFIG_FILE"
+    if options.CLASSIFIER:
+        return _config_by_name(cfg)
+    config_file, _ = find_config(options.CONFIG_FILE, option)
+    return load_config(config_file, options.OPTS, option, "MOKD.TEACHER.OPTS: override")
+
+
+def _given_weights(cfg: CfgNode, teacher_cfg: CfgNode) -> tuple[str, str]:
+    """Return what names the teacher's weights, for messages, and them; the first that is set."""
+    options = cfg.MOKD.TEACHER
+    if options.WEIGHTS:
+        return "MOKD.TEACHER.WEIGHTS", options.WEIGHTS
+    for key, value in (
+        ("MODEL.WEIGHTS", teacher_cfg.MODEL.WEIGHTS),
+        ("MODEL.CLASSIFIER.WEIGHTS", teacher_cfg.MODEL.CLASSIFIER.WEIGHTS),
+    ):
+        if value and key in options.OPTS[::2]:
+            return f"MOKD.TEACHER.OPTS: {key}", value
+        if value:
+            return f"{key} of MOKD.TEACHER.CONFIG_FILE '{options.CONFIG_FILE}'", value
+    return "MOKD.TEACHER.WEIGHTS", ""
 
 
 def _config_by_name(cfg: CfgNode) -> CfgNode:

@@ -1,5 +1,5 @@
 # Copyright (c) The mokd_det authors.
-"""``mokd init``, in this process: what it writes is read and checked as training does."""
+"""``mokd init`` for detectors: what it writes is read and checked as in training."""
 
 import json
 import os
@@ -7,7 +7,8 @@ import os
 import pytest
 import torch
 
-from mokd_det.commands import init, new_project
+from mokd_det.commands import init, new_detector, new_project
+from mokd_det.commands.new_kind import Data
 from mokd_det.config import load_config
 from mokd_det.engine import prepare_datasets, validate
 from mokd_det.tasks import task_of
@@ -18,16 +19,11 @@ TRAIN, VAL = ([f"{TREES}/{split}.json", f"{TREES}/{split}"] for split in ("train
 
 
 @pytest.fixture
-def create(tmp_path, monkeypatch, capsys):
+def create(run_init):
     """From arguments, beside a student and data, to what is printed; in a folder of its own."""
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.chdir(tmp_path)
 
     def run(*args, student="r18-retinanet", data=TRAIN, output="cells"):
-        given = ["--student", student, "--data", *map(str, data), "--output", output, *args]
-        init.run(init.argument_parser().parse_args(given))
-        return capsys.readouterr().out
+        return run_init("--student", student, "--data", *data, "--output", output, *args)
 
     return run
 
@@ -39,7 +35,7 @@ def own_teacher(tmp_path):
     return ["--teacher", str(ROOT / CONFIGS["teacher"]), "--teacher-weights", "t.pth"]
 
 
-@pytest.mark.parametrize("student", new_project.STUDENTS)
+@pytest.mark.parametrize("student", new_detector.STUDENTS)
 def test_students_with_a_teacher_that_is_trained(create, own_teacher, tmp_path, student):
     said = create(*own_teacher, "--val", *VAL, student=student, output=student)
     assert "6 images, 1 classes; 1500 steps of 4 images (1000 epochs) on 1 CPU" in said
@@ -60,7 +56,18 @@ def test_students_with_a_teacher_that_is_trained(create, own_teacher, tmp_path, 
     assert cfg.MOKD.TEACHER.WEIGHTS == str(tmp_path / "t.pth")
 
 
-NAMES = [*new_project.TEACHERS, "retinanet_resnet50_fpn_v2", "ssd300_vgg16"]
+def test_a_teacher_by_the_checkpoint_of_a_run(create, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/model_final.pth").touch()
+    (tmp_path / "run/config.yaml").write_text(f"_BASE_: {ROOT / CONFIGS['teacher']}\n")
+    said = create("--teacher", "run/model_final.pth")
+    assert "teacher.yaml" not in said
+    teacher = load_config(str(tmp_path / "cells/student_mokd.yaml")).MOKD.TEACHER
+    assert teacher.CONFIG_FILE == str(tmp_path / "run/config.yaml")
+    assert teacher.WEIGHTS == str(tmp_path / "run/model_final.pth")
+
+
+NAMES = [*new_detector.TEACHERS, "retinanet_resnet50_fpn_v2", "ssd300_vgg16"]
 
 
 @pytest.mark.parametrize("teacher", NAMES)
@@ -100,15 +107,20 @@ def test_data_in_the_folder_of_data_sets(create, own_teacher, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize(
-    "gpus, images, expected", [(0, 100, (4, 1500)), (1, 1000, (4, 3000)), (8, 118_287, (32, 44358))]
+    "gpus, images, args, expected",
+    [
+        (0, 100, [], (4, 1500)),
+        (1, 1000, [], (4, 3000)),
+        (8, 118_287, [], (32, 44358)),
+        (0, 100, ["--epochs", "2"], (4, 50)),
+    ],
 )
-def test_the_schedule_grows_with_data_and_devices(monkeypatch, gpus, images, expected):
+def test_the_schedule_grows_with_data_and_devices(monkeypatch, gpus, images, args, expected):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    args = init.argument_parser().parse_args(
-        ["--teacher", "x", "--student", "x", "--data", "a.json", "a"]
-    )
-    common, batch = new_project._common(args, "x", images)
-    assert (batch, common["SOLVER.MAX_ITER"]) == expected
+    given = ["--teacher", "x", "--student", "x", "--data", "a.json", "a", *args]
+    args = init.argument_parser().parse_args(given)
+    common = new_project._common(args, new_detector.Detectors(), Data([], images), "x")
+    assert (common["SOLVER.IMS_PER_BATCH"], common["SOLVER.MAX_ITER"]) == expected
     assert common["MODEL.DEVICE"] == ("cuda" if gpus else "cpu")
 
 
@@ -129,19 +141,27 @@ def write(path, **changes):
         ([], {"student": "xyz"}, "--student 'xyz' is unknown: expected r18-retinanet, "),
         (["--teacher", "r50-retinant"], {}, "no known name: did you mean r50-retinanet"),
         ([], {"student": "resnet18"}, "--student 'resnet18' is a classifier"),
-        (["--teacher", "resnet34"], {}, "--teacher 'resnet34' is a classifier"),
+        (
+            ["--teacher", "resnet34"],
+            {},
+            "--teacher 'resnet34' is a classifier, but --data '.*json'",
+        ),
         (["--teacher", "no.yaml"], {}, "--teacher 'no.yaml' does not exist"),
         (["--teacher-weights", "no.pth"], {}, "train it first: mokd train --config-file"),
         (["--teacher", str(ROOT / "configs/Digits/teacher.yaml")], {}, "is no detector's config"),
         (["--teacher", "r50-retinanet", "--teacher-weights", "t.pth"], {}, "has its own"),
         ([], {"data": ["no.json", TRAIN[1]]}, "--data 'no.json' does not exist"),
-        ([], {"data": [str(TREES), TRAIN[1]]}, "--data '.*' is a folder: .*prepare_voc.py"),
+        ([], {"data": [str(TREES), TRAIN[1]]}, "--data '.*' '.*': a detector .*prepare_voc.py"),
+        ([], {"data": TRAIN[:1]}, "--data '.*json': a detector takes a JSON .* and the folder"),
+        ([], {"data": ["no"]}, "--data 'no' does not exist"),
+        (["--no-download"], {}, "--no-download is for classifiers"),
         ([], {"data": ["datasets://no.json", TRAIN[1]]}, "--data '.*no.json' does not exist"),
         ([], {"data": [TRAIN[0], "no"]}, "--data: the folder of images 'no' does not exist"),
         ([], {"data": [TRAIN[0], str(TREES)]}, "(?s)--data '.*/train.json'.*6.* 0.jpg"),
         ([], {"data": "empty"}, "(?s)--data '.*/empty.json'.* no images"),
+        (["--val", VAL[1]], {}, "--val '.*/val' is for a classifier, but --data"),
         (["--val", *VAL[:1], "no"], {}, "--val: the folder of images 'no' does not exist"),
-        (["--val", "other"], {}, "--val '.*/other.json' has the classes .'pear'., but --data .'"),
+        (["--val", "other"], {}, "--val '.*/other.json' has the classes 1: pear, but --data 1: "),
         ([], {"output": "."}, "--output '.' is there already: name a new folder"),
     ],
 )

@@ -136,3 +136,65 @@ def test_a_teacher_by_name_may_have_other_classes_where_none_are_compared(
         cfg.MOKD.TEACHER.OPTS = ["MODEL.CLASSIFIER.NUM_CLASSES", 9]
         with pytest.raises(ValueError, match="does not fit"):  # what one says oneself counts
             build_teacher(cfg)
+
+
+NAME = ["MOKD.TEACHER.CONFIG_FILE", "", "MOKD.TEACHER.CLASSIFIER"]
+FILE = ["MOKD.TEACHER.CONFIG_FILE", "configs/Digits/teacher.yaml", "MOKD.TEACHER.WEIGHTS"]
+OF_FILE = "MODEL.CLASSIFIER.WEIGHTS"
+
+
+@pytest.mark.bad_input
+@pytest.mark.parametrize(
+    "opts, named",
+    [
+        ([*NAME, "resnet18", "MOKD.TEACHER.WEIGHTS", "DEFAULT"], "MOKD.TEACHER.WEIGHTS 'DEFAULT'"),
+        ([*FILE, "IMAGENET1K_V1"], "MOKD.TEACHER.WEIGHTS 'IMAGENET1K_V1'"),
+        (
+            [*FILE, "", "MOKD.TEACHER.OPTS", [OF_FILE, "DEFAULT"]],
+            f"MOKD.TEACHER.OPTS: {OF_FILE} 'DEFAULT'",
+        ),
+        (
+            ["MOKD.TEACHER.CONFIG_FILE", "own.yaml", "MOKD.TEACHER.WEIGHTS", ""],
+            f"{OF_FILE} of MOKD.TEACHER.CONFIG_FILE 'own.yaml' 'DEFAULT'",
+        ),
+    ],
+)
+def test_weights_that_cannot_be_downloaded_are_called_as_they_were_given(
+    make_digits_cfg, monkeypatch, tmp_path, opts, named
+):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    cfg = make_digits_cfg(opts)
+    if "own.yaml" in opts:
+        monkeypatch.chdir(tmp_path)
+        network = '{NAME: "resnet18", WEIGHTS: "DEFAULT"}'
+        (tmp_path / "own.yaml").write_text(
+            f"_BASE_: mokd://Digits/teacher.yaml\nMODEL: {{CLASSIFIER: {network}}}\n"
+        )
+    cached = f"copy it here as {tmp_path}/hub/checkpoints/resnet18-.*pth"
+    with pytest.raises(ValueError, match=f"^{named} cannot be downloaded .*https://.*{cached}"):
+        build_teacher(cfg)
+
+
+@pytest.mark.bad_input
+def test_weights_of_timm_that_cannot_be_downloaded(make_digits_cfg, monkeypatch):
+    timm = pytest.importorskip("timm")
+    create = timm.create_model
+
+    def without_internet(name, pretrained=False, **options):
+        if pretrained:
+            raise OSError("no connection")
+        return create(name, **options)
+
+    monkeypatch.setattr(timm, "create_model", without_internet)
+    cfg = make_digits_cfg([*NAME, "timm.resnet10t", "MOKD.TEACHER.WEIGHTS", "DEFAULT"])
+    remedy = "https://huggingface.co/timm/resnet10t.* set MOKD.TEACHER.WEIGHTS to the path"
+    with pytest.raises(ValueError, match=f"^MOKD.TEACHER.WEIGHTS 'DEFAULT' of .*{remedy}"):
+        build_teacher(cfg)
+
+
+@pytest.mark.bad_input
+def test_weights_of_the_teachers_config_that_do_not_exist(make_digits_cfg):
+    opts = [*FILE, "", "MOKD.TEACHER.OPTS", ["MODEL.WEIGHTS", "no/file.pth"]]
+    with pytest.raises(FileNotFoundError, match="^MOKD.TEACHER.OPTS: MODEL.WEIGHTS 'no/file.pth'"):
+        validate(make_digits_cfg(opts))
