@@ -80,11 +80,16 @@ def _existing(folder: str) -> str:
 
 
 def _describe_data(cfg: CfgNode, findings: Findings) -> None:
-    names = known_class_names(cfg)
-    classes = f"{len(names)} classes: {', '.join(names[:10])}" if names else "classes without names"
-    more = " ..." * bool(names and len(names) > 10)
-    findings.say("data", f"train on {_joined(cfg.DATASETS.TRAIN)}, {classes}{more}")
+    classes = _listed_classes(known_class_names(cfg)) or "classes without names"
+    findings.say("data", f"train on {_joined(cfg.DATASETS.TRAIN)}, {classes}")
     findings.say("", f"evaluate on {_joined(cfg.DATASETS.TEST) or 'nothing (DATASETS.TEST)'}")
+
+
+def _listed_classes(names: Sequence[str] | None) -> str:
+    if not names:
+        return ""
+    more = " ..." if len(names) > 10 else ""
+    return f"{len(names)} class{'es' * (len(names) > 1)}: {', '.join(names[:10])}{more}"
 
 
 def _joined(names: Sequence[str]) -> str:
@@ -132,7 +137,7 @@ def _describe_distillation(cfg: CfgNode, task: Task, model: Any, findings: Findi
         weights = teacher_cfg.MODEL.WEIGHTS or cfg.MOKD.TEACHER.WEIGHTS
         names = trained_class_names(weights) or known_class_names(teacher_cfg)
         teacher += f", weights {weights}"
-        teacher += f", {len(names)} classes: {', '.join(names[:10])}" if names else ""
+        teacher += f", {_listed_classes(names)}" if names else ""
     findings.say("teacher", teacher)
     rule = cfg.MOKD.BALANCING.RULE
     findings.say("objectives", f"{', '.join(model.names[1:])}; balanced by '{rule}'")

@@ -265,8 +265,9 @@ def _print_next(folder: Path, data: Data, files: dict[str, dict[str, Any]], sche
     gpus = torch.cuda.device_count()
     processes = f" --num-gpus {gpus}" if gpus > 1 else ""
     steps, batch = common["SOLVER.MAX_ITER"], common["SOLVER.IMS_PER_BATCH"]
+    classes = f"{len(data.classes)} class{'es' * (len(data.classes) > 1)}"
     print(
-        f"{folder}: {data.images} images, {len(data.classes)} classes; {steps} steps of {batch} "
+        f"{folder}: {data.images} images, {classes}; {steps} steps of {batch} "
         f"images ({steps * batch / data.images:.0f} epochs) on {max(gpus, 1)} "
         f"{'GPU' if gpus else 'CPU'}\nSchedule: {schedule}; change it in common.yaml."
     )

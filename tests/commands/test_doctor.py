@@ -36,7 +36,7 @@ def test_a_distilled_run_is_tried_and_leaves_nothing(examine, tmp_path):
     said = "\n".join(lines)
     assert code == 0 and lines[-1] == "no problems", said
     for words in (
-        "train on tests_trees_train, 1 classes: ",
+        "train on tests_trees_train, 1 class: ",
         "student      GeneralizedRCNN with 0.97 million parameters, on cpu",
         "teacher      GeneralizedRCNN with ",
         "objectives   features, outputs; balanced by 'loss_ratio'",
