@@ -198,6 +198,7 @@ def test_the_command_trains_and_evaluates(teacher_weights, make_lazy, tmp_path):
     assert not (tmp_path / "no").exists()
 
 
+@pytest.mark.slow  # most build a model first
 @pytest.mark.bad_input
 @pytest.mark.parametrize(
     "opts, message",
