@@ -110,6 +110,8 @@ def _try_steps(cfg: CfgNode, task: Task, output: str, findings: Findings) -> Non
         _describe_distillation(cfg, task, trainer._trainer.model, findings)
         alone, seconds = seconds, _seconds_a_step(trainer)
         cost += f"; distilled {seconds:.2f} s ({seconds / alone:.1f} times)"
+        if seconds < alone:
+            cost += ", which cannot be: the machine has other work"
     findings.say("a step", cost)
     duration = datetime.timedelta(seconds=round(seconds * trainer.max_iter))
     findings.say(

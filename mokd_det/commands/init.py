@@ -52,7 +52,9 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--val", nargs="+", metavar="PATH", help="the same, to evaluate on")
     parser.add_argument("--epochs", type=positive, help="of all runs (see above)")
     parser.add_argument(
-        "--no-download", action="store_true", help="classifiers: begin with random weights"
+        "--no-download",
+        action="store_true",
+        help="classifiers: begin with random weights (for 100 epochs, if not --epochs)",
     )
     parser.add_argument("--output", default="", help="new folder (mokd_STUDENT)")
     parser.add_argument("--trust", action="store_true", help="run the code in config files")

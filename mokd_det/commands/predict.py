@@ -27,6 +27,7 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--config-file", required=True, metavar="FILE", help="the model's config")
     parser.add_argument("--weights", required=True, help="its checkpoint")
     parser.add_argument("--output", default="predictions", help="folder to write (%(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="earlier predictions there")
     parser.add_argument(
         "--threshold", type=float, help="of detectors: smallest score of a box (0.5)"
     )

@@ -54,6 +54,9 @@ def predict(args: argparse.Namespace) -> None:
     if "://" not in args.weights and not PathManager.isfile(args.weights):
         raise FileNotFoundError(f"--weights '{args.weights}' does not exist.")
     photos = _find(paths, args.output)
+    file = os.path.join(args.output, "predictions.json")
+    if os.path.exists(file) and not args.overwrite:
+        raise ValueError(f"'{file}' is there already: name another --output, or --overwrite it.")
     cfg = load_config(args.config_file, [*opts, "MODEL.WEIGHTS", args.weights])
     task = validate(cfg, is_training=False)
     check_device(cfg)
@@ -70,7 +73,6 @@ def predict(args: argparse.Namespace) -> None:
         if is_classifier
         else _detect(cfg, task, model, photos, names, args)
     )
-    file = os.path.join(args.output, "predictions.json")
     content = json.dumps(results, indent=1).encode()
     replace_file(file, lambda f: f.write(content))
     least = _least_score(args)

@@ -63,6 +63,13 @@ class ClassificationEvaluator(DatasetEvaluator):
         labels = torch.tensor([p["label"] for p in predictions])
         right = torch.tensor([p["classes"] for p in predictions]) == labels[:, None]
         top1 = right[:, 0].double()
+        said = {p["classes"][0] for p in predictions}
+        if len(said) == 1 and len(labels.unique()) > 1:
+            logger.warning(
+                f"Every image of '{self.dataset_name}' got the same class. After a short training "
+                "that may be BatchNorm: its running statistics follow slowly (momentum 0.01 in "
+                "MobileNetV3), and evaluation reads them. Train longer."
+            )
         source = DatasetCatalog.get(self.dataset_name)
         results: dict[str, float] = {"top1": 100 * top1.mean().item()}
         if len(source.classes) > TOP:

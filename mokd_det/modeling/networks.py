@@ -143,7 +143,8 @@ def torchvision_state(member: Any, name: str) -> dict[str, Any]:
     except NO_DOWNLOAD as error:
         raise ValueError(
             f"{name} cannot be downloaded ({getattr(error, 'reason', error)}). Download "
-            f"{member.url} on a machine that can, and copy it here as {_cached(member)}."
+            f"{member.url} on a machine that can, and copy it here as {_cached(member)}; "
+            "or begin with random weights (set it to '')."
         ) from error
     except Exception as error:  # a damaged or hostile file may end in any of them
         raise ValueError(
@@ -216,7 +217,7 @@ def _timm_state(name, option):
         raise ValueError(
             f"{option} 'DEFAULT' of '{TIMM_PREFIX}{name}' cannot be downloaded ({error}). Download "
             f"model.safetensors of https://huggingface.co/{page} on a machine that can, copy it "
-            f"here, and set {option} to the path of that file."
+            f"here, and set {option} to the path of that file, or to '' for random weights."
         ) from error
 
 

@@ -28,15 +28,17 @@ def svg(figure: Figure, salt: str) -> str:
     return re.sub(r'<g id="[\w.]+"', "<g", element)  # "axes_1" is in every figure, and used by none
 
 
-def losses(metrics: Series) -> Series:
+def losses(run: Run) -> Series:
     """Return of a run's scalars the losses, the total first."""
-    found = {n: x for n, x in metrics.items() if "loss" in n and "/" not in n}
+    found = {n: x for n, x in run.metrics.items() if "loss" in n and "/" not in n}
+    if [*found] == ["total_loss"] and run.options.get("MODEL.META_ARCHITECTURE") == "Classifier":
+        found = {"loss_cls": found["total_loss"]}  # Detectron2 logs no loss that is the total
     return dict(sorted(found.items(), key=lambda item: (item[0] != "total_loss", item[0])))
 
 
-def main_evaluations(metrics: Series) -> Series:
+def main_evaluations(run: Run) -> Series:
     """Return of a run's evaluations the metrics that one looks at first."""
-    return {n: x for n, x in evaluations(metrics).items() if n.split("/")[-1] in MAIN_METRICS}
+    return {n: x for n, x in evaluations(run.metrics).items() if n.split("/")[-1] in MAIN_METRICS}
 
 
 def curves_figure(runs: Sequence[Run], of: Sequence[Series]) -> Figure | None:
@@ -49,6 +51,7 @@ def curves_figure(runs: Sequence[Run], of: Sequence[Series]) -> Figure | None:
     axes = list(figure.subplots(rows, COLUMNS, squeeze=False).flat)
     for axis, name in zip(axes, names):
         axis.set_title(name, fontsize=9, parse_math=False)
+        axis.set_xlabel("iteration", fontsize=8)
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.3)
         for series, colour in zip(of, colours(runs)):

@@ -110,7 +110,7 @@ def _cost(runs: Sequence[Run]) -> Iterator[str]:
 
 def _curves(runs: Sequence[Run]) -> Iterator[str]:
     for salt, what in (("metrics", main_evaluations), ("losses", losses)):
-        if figure := curves_figure(runs, [what(run.metrics) for run in runs]):
+        if figure := curves_figure(runs, [what(run) for run in runs]):
             yield f'<h3>{salt}</h3><div class="scroll">{svg(figure, salt)}</div>'
         else:
             yield note(f"No run has logged {salt}.")

@@ -86,7 +86,7 @@ def gains(runs: Sequence[Run]) -> list[str]:
 def cost_table(runs: Sequence[Run]) -> Table:
     """Return what each run and its model cost; None where a file does not say it."""
     head = [
-        *("run", "iterations", "images a step", "s / iteration", "training, h", "GPU memory, GB"),
+        *("run", "iterations", "images a step", "s / iteration", "steps, h", "GPU memory, GB"),
         *("parameters, M", "GFLOPs", "s / image"),
     ]
     rows = []

@@ -105,7 +105,7 @@ class ClassificationTask(Task):
         if not is_file and ("/" in given or os.path.splitext(given)[1]):
             raise FileNotFoundError(
                 f"{option} '{given}' does not exist (looked in {os.getcwd()}). Train the teacher "
-                "first, or give 'DEFAULT' for its ImageNet weights."
+                "first."
             )
         if is_file:
             teacher_cfg = self.untrained_config(teacher_cfg)

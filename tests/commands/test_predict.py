@@ -117,7 +117,11 @@ def test_a_classifier(make_digits_cfg, save, tmp_path):
         assert all(x["name"] == str(x["class"]) for x in photo["classes"])  # the digits' names
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["predictions.json"]
     with pytest.raises(ValueError, match="--threshold is for detectors, and the config is a class"):
-        call(*save(cfg), tmp_path / "0.png", "--threshold", 0.1)
+        call(*save(cfg), "--overwrite", "--threshold", 0.1, tmp_path / "0.png")
+    before = read(tmp_path)
+    with pytest.raises(ValueError, match="predictions.json' is there already: name another --out"):
+        call(*save(cfg), tmp_path / "0.png")
+    assert read(tmp_path) == before
 
 
 @pytest.mark.bad_input

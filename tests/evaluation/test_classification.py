@@ -73,6 +73,15 @@ def test_logits_that_are_close_are_no_ties():
     assert evaluator.evaluate()["classification"]["top1"] == 100
 
 
+@pytest.mark.parametrize("said, warned", [([3, 3], True), ([3, 4], False)])
+def test_one_class_for_every_image_is_warned_of(caplog, said, warned):
+    evaluator = ClassificationEvaluator("tests_digits_val")
+    logits = torch.nn.functional.one_hot(torch.tensor(said), 10).float()
+    evaluator.process(Batch(torch.zeros(2, 3, 1, 1), torch.tensor([3, 4]), ["x", "y"]), logits)
+    evaluator.evaluate()
+    assert ("Every image of 'tests_digits_val' got the same class" in caplog.text) == warned
+
+
 def test_no_image_at_all():
     evaluator = ClassificationEvaluator("tests_digits_val")
     with pytest.raises(ValueError, match="'tests_digits_val' has no image that could be"):

@@ -17,6 +17,7 @@ from mokd_det.commands.report import run as report
 from mokd_det.report import balance, read_runs, write_report
 from mokd_det.report.predictions import pictures
 from mokd_det.report.runs import role_of
+from mokd_det.report.curves import losses
 from mokd_det.report.tables import cost_table, differences, gains, results_tables
 
 from ..conftest import ROOT
@@ -83,7 +84,7 @@ def test_a_run_that_has_not_ended_has_its_last_evaluation(make_run):
     (run,) = read_runs([make_run("run", metrics=lines)])
     assert run.results == {"val": {"bbox": {"AP": 2.0, "APl": None}}} and run.results_at == 60
     assert results_tables([run])["val, bbox"].head == ["run", "is", "AP"]  # no empty column
-    assert cost_table([run]).head == ["run", "iterations", "s / iteration", "training, h"]
+    assert cost_table([run]).head == ["run", "iterations", "s / iteration", "steps, h"]
     assert cost_table([run]).rows == [["run", 60, 0.6, pytest.approx(0.01)]]
 
 
@@ -324,3 +325,11 @@ def test_the_command(make_run, tmp_path, capsys):
 def test_it_needs_no_torch():
     code = "import sys, mokd_det.report, mokd_det.commands.report; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_a_classifier_without_a_teacher_is_compared_by_its_task(make_run):
+    """Its total loss is the task's, and Detectron2 logs the total alone."""
+    lines = [{"iteration": 19, "total_loss": 2.0}]
+    model = {"MODEL": {**MODEL, "META_ARCHITECTURE": "Classifier"}}
+    runs = read_runs([make_run("a", metrics=lines, **model), make_run("b", metrics=lines)])
+    assert [[*losses(run)] for run in runs] == [["loss_cls"], ["total_loss"]]
