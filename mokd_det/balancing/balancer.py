@@ -198,12 +198,12 @@ class Balancer:
             if vanished[0] or len(kept) < 2:
                 return ones if vanished.all() else (~vanished).double(), None, "vanished"
             fallback = "vanished"
-        among = gram[kept][:, kept]
-        weights = self._answer(self.rule.weights(among, losses[kept].clamp_min(LOSS_FLOOR)), among)
+        among, rule = gram[kept][:, kept], self.rule.among(kept.tolist())
+        weights = self._answer(rule.weights(among, losses[kept].clamp_min(LOSS_FLOOR)), among)
         weights = RESCALES[self.rescale](weights, among)
         own = None
         if self.rule.weighs_projectors:
-            own = self._answer(self.rule.projector_weights(among), among)
+            own = self._answer(rule.projector_weights(among), among)
         if not (weights.isfinite().all() and (own is None or own.isfinite().all())):
             return ones, None, "undefined"
         zeros = torch.zeros_like(ones)

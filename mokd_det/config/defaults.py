@@ -419,9 +419,9 @@ def add_mokd_config(cfg: CN) -> None:
     # SCHEDULE. None: 2 for detectors, 10 for classifiers.
     cfg.MOKD.BALANCING.LOSS_RATIO.CAP = None
     # Cosine with the task gradient from which on a distillation gradient is trusted in full; from
-    # there its part falls to nothing at half of it. 0: all are trusted. None: 0.1, but 0 for
-    # "teacher_head" of detectors without "outputs"; with it they are trusted together, as the one
-    # that agrees more.
+    # there its part falls to nothing at half of it. 0: all are trusted. None: 0.1, but 0 for a
+    # detector's "teacher_head" alone. With "outputs" these two are trusted together, as the one
+    # that agrees more; beside others without outputs teacher_head is always trusted.
     cfg.MOKD.BALANCING.LOSS_RATIO.AGREEMENT = None
     # Rules "fixed" and "cosine_gate": the weights of the task and of each objective, in the order
     # of MOKD.OBJECTIVES. Empty: 1 for each.

@@ -76,8 +76,14 @@ class DetectionTask(Task):
         options: dict[str, Any] = {"cap": 2.0}
         # What the teacher's head says of the student's features hardly agrees with the task there,
         # whether it helps or not (docs/balancing.md). Outputs tell a good teacher from a bad one.
-        if "teacher_head" in objectives:
-            options |= {"together": True} if "outputs" in objectives else {"agreement": 0.0}
+        # Any other objective has to agree by itself.
+        row = {name: i for i, name in enumerate(objectives, 1)}
+        if list(row) == ["teacher_head"]:
+            options["agreement"] = 0.0
+        elif {"teacher_head", "outputs"} <= {*row}:
+            options["together"] = [row["teacher_head"], row["outputs"]]
+        elif "teacher_head" in row:
+            options["trusted"] = [row["teacher_head"]]
         return options
 
     def load_trained(self, cfg: CfgNode, option: str = "MODEL.WEIGHTS") -> nn.Module:

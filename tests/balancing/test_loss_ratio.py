@@ -68,10 +68,24 @@ def test_objectives_are_trusted_together():
     assert 0 < half < 1
     weights = weights_of("loss_ratio", gradients, losses)
     assert weights.tolist() == pytest.approx([1.0, 0.0, half])
-    weights = weights_of("loss_ratio", gradients, losses, together=True)
+    weights = weights_of("loss_ratio", gradients, losses, together=[1, 2])
     assert weights.tolist() == pytest.approx([1.0, 2 * half, half])
     gradients[2, 0] *= -1
-    assert weights_of("loss_ratio", gradients, losses, together=True).tolist() == [1.0, 0.0, 0.0]
+    weights = weights_of("loss_ratio", gradients, losses, together=[1, 2])
+    assert weights.tolist() == [1.0, 0.0, 0.0]
+
+
+def test_others_have_to_agree_by_themselves():
+    """Objectives 1 and 3 together, 2 alone; and as many of them as do not vanish."""
+    gradients = torch.tensor([[2.0, 0.0], [1.0, 0.0], [-1.0, 1.0], [0.0, 1.0]]).double()
+    losses = torch.ones(4).double()
+    options = {"together": [3, 1], "cap": 1e9}
+    weights = weights_of("loss_ratio", gradients, losses, **options)
+    assert weights.tolist() == [1.0, 4.0, 0.0, 4.0]
+    gradients[1] = 0  # so that nothing vouches for the third
+    assert weights_of("loss_ratio", gradients, losses, **options).tolist() == [1.0, 0.0, 0.0, 0.0]
+    weights = weights_of("loss_ratio", gradients, losses, trusted=[3], cap=1e9)
+    assert weights.tolist() == [1.0, 0.0, 0.0, 4.0]
 
 
 def test_projectors_learn_at_the_tasks_pace():

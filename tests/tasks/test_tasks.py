@@ -41,18 +41,22 @@ def test_what_is_distilled_unless_the_config_says(make_cfg, make_digits_cfg):
     def of(cfg):
         model = DistillationTrainer.build_model(cfg)
         rule = model.boundary.balancer.rule
-        return model.names[1:], rule.cap, rule.agreement, rule.together
+        return model.names[1:], rule.cap, rule.agreement, rule.together, rule.trusted
 
     def detector(names, *opts):
         free = ["MOKD.FEATURES.STUDENT", [], "MOKD.FEATURES.DIM", 0]
         more = [f"MOKD.BALANCING.LOSS_RATIO.{x}" if i % 2 == 0 else x for i, x in enumerate(opts)]
         return make_cfg("mokd", [*free, "MOKD.OBJECTIVES", names, *more])
 
-    assert of(make_digits_cfg()) == (["features", "logits"], 10.0, 0.1, False)
-    assert of(detector(None)) == (["teacher_head", "outputs"], 2.0, 0.1, True)
-    assert of(detector(["teacher_head"])) == (["teacher_head"], 2.0, 0.0, False)
-    assert of(detector(["features"], "CAP", 5.0)) == (["features"], 5.0, 0.1, False)
-    assert of(detector(None, "AGREEMENT", 0.3)) == (["teacher_head", "outputs"], 2.0, 0.3, True)
+    both = ["teacher_head", "outputs"]
+    assert of(make_digits_cfg()) == (["features", "logits"], 10.0, 0.1, (), ())
+    assert of(detector(None)) == (both, 2.0, 0.1, (1, 2), ())
+    assert of(detector(["teacher_head"])) == (["teacher_head"], 2.0, 0.0, (), ())
+    assert of(detector(["features"], "CAP", 5.0)) == (["features"], 5.0, 0.1, (), ())
+    assert of(detector(None, "AGREEMENT", 0.3)) == (both, 2.0, 0.3, (1, 2), ())
+    three = ["outputs", "features", "teacher_head"]
+    assert of(detector(three)) == (three, 2.0, 0.1, (3, 1), ())
+    assert of(detector(three[1:])) == (three[1:], 2.0, 0.1, (), (2,))
 
     script = detector(None)
     script.MOKD.TEACHER.TORCHSCRIPT.FILE = "teacher.ts"  # has features only

@@ -3,7 +3,7 @@
 
 import abc
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -63,6 +63,10 @@ class Rule(abc.ABC):
         Return (K,) weights from the (K, K) inner products of gradients and the (K,) losses, all
         float64 on the CPU. Not finite: undefined, and the step takes the plain sum.
         """
+
+    def among(self, rows: Sequence[int]) -> "Rule":
+        """Return the rule for these rows of the Gram matrix: gradients of others have vanished."""
+        return self
 
     def projector_weights(self, gram: Tensor) -> Tensor:
         """

@@ -1,6 +1,9 @@
 # Copyright (c) The mokd_det authors.
 """The default: each trusted distillation loss at a set multiple of the task's."""
 
+import copy
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -37,7 +40,8 @@ class LossRatio(Rule):
         ratio: float = 4.0,
         cap: float = 10.0,
         agreement: float = 0.1,
-        together: bool = False,
+        together: Sequence[int] = (),
+        trusted: Sequence[int] = (),
     ):
         """
         Args:
@@ -45,9 +49,10 @@ class LossRatio(Rule):
             cap: largest norm of the weighted distillation gradients over the task gradient's,
                 before the schedule. It bounds the weight of a loss near zero.
             agreement: cosine from which on a gradient is trusted in full, in [0, 1]. 0: all are.
-            together: the distillation objectives are trusted as the most trusted one is. For
-                several that say what one teacher's heads say, of which some hardly agree at
-                feature maps even if they help.
+            together: rows of the Gram matrix (from 1 on) that are trusted as the most trusted of
+                them is. For objectives that say what one teacher's heads say, of which some hardly
+                agree at feature maps even if they help.
+            trusted: rows that are trusted in full.
         """
         self.ratio = positive("MOKD.BALANCING.LOSS_RATIO.RATIO", ratio)
         self.cap = positive("MOKD.BALANCING.LOSS_RATIO.CAP", cap)
@@ -55,7 +60,13 @@ class LossRatio(Rule):
             raise ValueError(
                 f"MOKD.BALANCING.LOSS_RATIO.AGREEMENT is {agreement}: expected 0 (off) to 1."
             )
-        self.agreement, self.together = agreement, together
+        self.agreement, self.together, self.trusted = agreement, tuple(together), tuple(trusted)
+
+    def among(self, rows: Sequence[int]) -> "LossRatio":
+        new = copy.copy(self)
+        new.together = tuple(rows.index(i) for i in self.together if i in rows)
+        new.trusted = tuple(rows.index(i) for i in self.trusted if i in rows)
+        return new
 
     def weights(self, gram: Tensor, losses: Tensor) -> Tensor:
         norms = gram.diagonal().sqrt()
@@ -63,8 +74,9 @@ class LossRatio(Rule):
         if self.agreement:
             cosines = (gram[0, 1:] / norms[1:] / norms[0]).clamp(0, 1)
             trust = (2 * cosines / self.agreement - 1).clamp(0, 1)
-        if self.together:
-            trust = trust.max().expand_as(trust)
+        trust[[i - 1 for i in self.trusted]] = 1.0
+        if group := [i - 1 for i in self.together]:
+            trust[group] = trust[group].max()
         distillation = self.ratio * trust * losses[0] / losses[1:]
         norm = torch.sqrt((distillation @ gram[1:, 1:] @ distillation).clamp_min(0) / gram[0, 0])
         if norm > self.cap:
