@@ -292,6 +292,9 @@ def main(args):
         else:
             outputs = detect(module, metadata, image, args.device)
             kept = outputs["scores"] >= args.score
+            if len(kept) and not kept.any():
+                best = float(outputs["scores"].max())
+                print(f"{path}: the highest score is {best:.3g} (--score)", file=sys.stderr)
             outputs = {name: value[kept] for name, value in outputs.items()}
             result["detections"] = as_records(outputs, metadata)
             if args.picture:

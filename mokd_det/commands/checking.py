@@ -131,11 +131,11 @@ def check(args: argparse.Namespace) -> int:
         for message in messages:
             print(f"{kind}: {message}")
     seconds = time.perf_counter() - start
-    print(
-        f"{args.path or args.config_file}: {len(report.errors)} kinds of errors, "
-        f"{len(report.warnings)} kinds of warnings; {counts or ''} {seconds:.1f} s"
-    )
+    found = f"{len(report.errors)} kinds of errors, {len(report.warnings)} kinds of warnings"
+    if not (report.errors or report.warnings):
+        found = "no problems"
+    print(f"{args.path or args.config_file}: {found}; {counts or ''} {seconds:.1f} s")
     if args.report:
-        found = {"errors": report.errors, "warnings": report.warnings, "counts": counts}
-        Path(args.report).write_text(json.dumps(found, indent=2))
+        content = {"errors": report.errors, "warnings": report.warnings, "counts": counts}
+        Path(args.report).write_text(json.dumps(content, indent=2))
     return int(bool(report.errors))

@@ -276,6 +276,10 @@ def _print_next(folder: Path, data: Data, files: dict[str, dict[str, Any]], sche
     if any(options.get(f"{NODE}.WEIGHTS") for options in files.values()):
         print("ImageNet's weights will be downloaded; without internet: mokd init --no-download.")
     print("Next:")
-    print(f"  mokd doctor --config-file {folder / runs[0]}")
+    distilled = runs[-1]
+    first = "teacher.yaml" if "teacher.yaml" in runs else distilled
+    print(f"  mokd doctor --config-file {folder / first}")
     for file in runs:
+        if file == distilled != first:  # only now its teacher is there
+            print(f"  mokd doctor --config-file {folder / file}")
         print(f"  mokd train --config-file {folder / file}{processes}")

@@ -46,4 +46,6 @@ class ConsoleFilter(logging.Filter):
         if self.verbosity == VERBOSE or record.levelno >= logging.WARNING:
             return True
         is_noise = record.name.split(".")[0] in TALKATIVE and record.name not in SHOWN
+        # Detectron2's checkpointer, whatever weights the backbone has: the summary says which.
+        is_noise |= record.getMessage().startswith("No checkpoint found")
         return self.verbosity == USUAL and record.levelno >= logging.INFO and not is_noise

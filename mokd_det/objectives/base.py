@@ -84,15 +84,24 @@ class Objective(nn.Module):
     Its parameters are its own (projectors): they train beside the student and end with training.
     Parts of the student that it runs again, such as a head, it declares by :meth:`borrow` and runs
     by :meth:`StudentOutputs.run`.
+
+    Class attributes, for subclasses to set:
+        options ({}): options and their defaults, in the config's node ``MOKD.<NAME>``;
+            ``LOSS_WEIGHT`` is always there.
+        tasks (()): names of the tasks that it is for; empty: all.
+        compares_classes (False): of both sides, by the classes' numbers.
+
+    Attributes, for :meth:`from_config` to set:
+        taps: names of the student's features that it reads.
+        levels: the pairs of features that it matches, if it does; for the log.
     """
 
     name: str = ""
-    # Options and their defaults, in the config's node MOKD.<NAME>; LOSS_WEIGHT is always there.
     options: ClassVar[dict[str, Any]] = {}
-    tasks: ClassVar[tuple[str, ...]] = ()  # names of those that it is for; empty: all
-    compares_classes: ClassVar[bool] = False  # of both sides, by the classes' numbers
-    taps: Sequence[str] = ()  # the student's features that it reads, where these are tapped
-    levels: Sequence["Level"] = ()  # the pairs of features that it matches, if it does
+    tasks: ClassVar[tuple[str, ...]] = ()
+    compares_classes: ClassVar[bool] = False
+    taps: Sequence[str] = ()
+    levels: Sequence["Level"] = ()
 
     @classmethod
     def check_config(cls, cfg: CfgNode) -> None:

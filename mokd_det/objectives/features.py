@@ -31,6 +31,7 @@ class Level:
 
     Attributes:
         student, teacher: names of the features.
+        student_channels, teacher_channels: C_s and C_t.
         align: from the two features to maps (N, C_s, H, W) and (N, C_t, H, W) on one grid.
         stride: of the student's map, in pixels; None where there is none (classifiers).
         is_vector: the maps have a single position.

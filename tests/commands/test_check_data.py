@@ -30,7 +30,7 @@ def check(tmp_path, capsys):
 def test_a_good_file(check, photos):  # noqa: F811
     code, output = check(GOOD, photos, "--images", "--masks", "polygon")
     assert code == 0
-    assert "0 kinds of errors, 0 kinds of warnings; {'images': 2, 'annotations': 4}" in output
+    assert "no problems; {'images': 2, 'annotations': 4}" in output
 
 
 def test_errors(check, photos, tmp_path):  # noqa: F811

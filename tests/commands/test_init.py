@@ -80,7 +80,7 @@ def test_teachers_by_name_are_tuned_first(create, tmp_path, teacher):
     commands = [line.split()[1::2] for line in said.splitlines() if line.startswith("  mokd ")]
     assert [os.path.basename(file) for _, file in commands] == [
         *["teacher.yaml"] * 2,
-        *["student_scratch.yaml", "student_mokd.yaml"],
+        *["student_scratch.yaml", "student_mokd.yaml", "student_mokd.yaml"],
     ]
     os.chdir("/")
     folder = tmp_path / f"my-{teacher}"

@@ -53,3 +53,10 @@ def test_expected_time(caplog, monkeypatch, start, end, said):
     lines = [record.message for record in caplog.records]
     assert len(lines) == said
     assert all(line.startswith("A step takes 4 s: 999 more take 1:06:36, until ") for line in lines)
+
+
+def test_a_checkpointer_without_a_file_says_nothing():
+    """The summary names the weights, which a backbone may have all the same."""
+    message = "No checkpoint found. Initializing model from scratch"
+    record = logging.LogRecord("fvcore.common.checkpoint", logging.INFO, "", 0, message, (), None)
+    assert [v for v in (QUIET, USUAL, VERBOSE) if ConsoleFilter(v).filter(record)] == [VERBOSE]

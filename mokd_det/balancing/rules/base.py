@@ -38,24 +38,36 @@ class Rule(abc.ABC):
     ``sum_i weights[i] * gradient_i``; index 0 is the task.
 
     Degenerate steps are the :class:`Balancer`'s: a rule sees finite Gram matrices without vanishing
-    gradients, and positive finite losses. The attributes say what else it wants.
+    gradients, and positive finite losses.
+
+    Class attributes, for subclasses to set:
+        smoothing (0.0): default of ``MOKD.BALANCING.SMOOTHING``, the share of the past in the
+            running means that it sees: :class:`RunningGram`, and if ``averages_losses`` (False)
+            :class:`RunningLosses`.
+        interval (1): default of ``MOKD.BALANCING.INTERVAL``. Only a rule whose weights change
+            slowly may skip steps.
+        schedule ((1.0, 1.0)): default of ``MOKD.BALANCING.SCHEDULE``.
+        reads_gradients (True): the Gram matrix; else SMOOTHING would change nothing.
+        reads_support (False): it sees cosines with the task's gradient as they are on its support,
+            where features have one.
+        takes_vanishing_gradients (False): else the others are weighed without them.
+        needs_positive_losses (False): one below zero is an error.
+        weighs_projectors (False): it is asked for :meth:`projector_weights`; else a projector's
+            gradient has its objective's weight.
+        needs_second_forward (False): :meth:`update` wants the losses after the step.
     """
 
     name: str = ""
-    # Default of MOKD.BALANCING.SMOOTHING: share of the past in the running means that it sees,
-    # RunningGram and with `averages_losses` RunningLosses.
     smoothing: ClassVar[float] = 0.0
     averages_losses: ClassVar[bool] = False
-    # Default of MOKD.BALANCING.INTERVAL: only a rule whose weights change slowly may skip steps.
     interval: ClassVar[int] = 1
-    schedule: ClassVar[tuple[float, float]] = (1.0, 1.0)  # default of MOKD.BALANCING.SCHEDULE
-    reads_gradients: bool = True  # the Gram matrix; else SMOOTHING would change nothing
-    # Cosines with the task's gradient as they are on its support, where features have one.
+    schedule: ClassVar[tuple[float, float]] = (1.0, 1.0)
+    reads_gradients: bool = True
     reads_support: ClassVar[bool] = False
-    takes_vanishing_gradients: bool = False  # else the others are weighed without them
-    needs_positive_losses: bool = False  # one below zero is an error
-    weighs_projectors: ClassVar[bool] = False  # projector_weights()
-    needs_second_forward: ClassVar[bool] = False  # update() wants the losses after the step
+    takes_vanishing_gradients: bool = False
+    needs_positive_losses: bool = False
+    weighs_projectors: ClassVar[bool] = False
+    needs_second_forward: ClassVar[bool] = False
 
     @abc.abstractmethod
     def weights(self, gram: Tensor, losses: Tensor) -> Tensor:
