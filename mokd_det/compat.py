@@ -52,7 +52,7 @@ def apply() -> list[str]:
     return applied
 
 
-# What libraries say of each other: nobody who uses mokd_det can mend it. The message, of whom it
+# What libraries say of each other: nobody who uses mokd_det can fix it. The message, of whom it
 # is (what the library calls, as torch counts it), and the category.
 FOREIGN_WARNINGS = (
     # Detectron2 and fvcore script functions when they are imported, torchvision when it is traced.

@@ -137,7 +137,7 @@ def _is_loaded_by_detectron2(name: str) -> bool:
 def _register_completed(cfg, name, data, source, root):
     path = os.path.join(cfg.OUTPUT_DIR, "datasets", f"{name}.json")
     write_json(data, path)
-    logger.info(f"'{name}' is read from {path}, where this is mended.")
+    logger.info(f"'{name}' is read from {path}, where this is corrected.")
     again = ("name", "json_file", "image_root", "evaluator_type", "completed_from")
     kept = {
         key: value

@@ -210,6 +210,6 @@ def output_errors(folder: str) -> Iterator[None]:
             raise
         raise SystemExit(
             f"The run stopped since '{path}' could not be written "
-            f"({error.strerror}). Checkpoints from before are whole: mend that and go on with "
+            f"({error.strerror}). Checkpoints from before are whole: solve that and go on with "
             "--resume."
         ) from error

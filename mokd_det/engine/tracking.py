@@ -119,7 +119,7 @@ class ServiceWriter(TrackingWriter):
             identifier = self.begin(os.path.basename(os.path.abspath(self.folder)), known)
         except Exception as error:  # of many kinds: no account, no network, no such run
             raise ValueError(
-                f"LOGGING.WRITERS has '{self.name}', which cannot begin a run ({error}): mend "
+                f"LOGGING.WRITERS has '{self.name}', which cannot begin a run ({error}): solve "
                 "that, or take it out."
             ) from error
         self.id_file.write_text(identifier)
