@@ -97,7 +97,7 @@ def test_sets_of_a_config(check, photos, tmp_path, capsys):  # noqa: F811
         return code, capsys.readouterr().out
 
     code, output = check_config()
-    assert not (tmp_path / "out").exists() and "where this is mended" not in output
+    assert not (tmp_path / "out").exists() and "where this is corrected" not in output
     assert code == 0 and "warning: DATASETS.TRAIN: 'checked_by_the_tool'" in output
     other = ["MODEL.RETINANET.NUM_CLASSES", "80", "DATASETS.TRAIN", "('checked_again',)"]
     code, output = check_config("--opts", *other)
