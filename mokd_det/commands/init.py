@@ -8,18 +8,21 @@ Examples:
       --val val.json images/ --output cells
   mokd init --teacher my_teacher.yaml --teacher-weights output/model_final.pth \\
       --student ssdlite --data train.json images/
+  mokd init --teacher mobilenet-faster-rcnn --student small-faster-rcnn --no-download \\
+      --data train.json images/
   mokd init --teacher resnet50 --student mobilenet_v3_small --data photos/train --val photos/val
   mokd init --teacher output/resnet50/model_final.pth --student timm.mobilenetv3_small_100 \\
       --data photos/train
 
 Detectors have a JSON file in COCO's format and a folder of images as data. Students, from
 ImageNet's weights: r18-retinanet, r50-retinanet, mobilenet-retinanet, r18-faster-rcnn,
-r50-faster-rcnn, mobilenet-faster-rcnn, and torchvision's ssdlite and tv-mobilenet-faster-rcnn.
-Teachers by name: r50-retinanet, r101-retinanet, r50-faster-rcnn, r101-faster-rcnn (Detectron2's of
-COCO), or any detector of torchvision, such as retinanet_resnet50_fpn_v2. 12 epochs, but at least
-1,500 steps; the rate falls after 2/3 and 8/9 of them, as in Detectron2's "1x". Four images a step
-for each GPU (on a CPU four, of 320 pixels); the learning rate is that of the model's own recipe,
-scaled with the batch (Goyal et al. 2017).
+r50-faster-rcnn, mobilenet-faster-rcnn, small-faster-rcnn (3 million parameters), and torchvision's
+ssdlite and tv-mobilenet-faster-rcnn. Teachers by name: r50-retinanet, r101-retinanet,
+r50-faster-rcnn, r101-faster-rcnn (Detectron2's of COCO), any detector of torchvision, such as
+retinanet_resnet50_fpn_v2, and the other students. 12 epochs, but at least 1,500 steps; the rate
+falls after 2/3 and 8/9 of them, as in Detectron2's "1x". Four images a step for each GPU (on a CPU
+four, of at most 320 pixels, with fewer regions); the learning rate is that of the model's own
+recipe, scaled with the batch (Goyal et al. 2017).
 
 Classifiers have a folder with a folder of images for each class. Students and teachers by name: any
 classifier of torchvision, timm.X for timm's X, or one that --import registers; from ImageNet's
@@ -54,7 +57,8 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--no-download",
         action="store_true",
-        help="classifiers: begin with random weights (for 100 epochs, if not --epochs)",
+        help="detectors: MobileNetV2's weights from datasets/prepare_pretrained.py; classifiers: "
+        "begin with random weights (for 100 epochs, if not --epochs)",
     )
     parser.add_argument("--output", default="", help="new folder (mokd_STUDENT)")
     parser.add_argument("--trust", action="store_true", help="run the code in config files")

@@ -5,7 +5,7 @@ import math
 import os
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -120,6 +120,11 @@ class Classifiers(Kind):
             "INPUT.CLASSIFICATION.RESIZE_TEST": size if is_small else round(size * 8 / 7),
             **_solver(has_layer_norm(name, len(data.classes)), not facts.weights, batch),
         }
+
+    def downloads(self, files: Iterable[dict[str, Any]]) -> str:
+        if not any(options.get(f"{NODE}.WEIGHTS") for options in files):
+            return ""
+        return "ImageNet's weights will be downloaded; without internet: mokd init --no-download."
 
     def distilled(self, size: int) -> dict[str, Any]:
         return {"MOKD.TEACHER.IMAGE_SIZE": size, "MOKD.LOGITS.TEMPERATURE": 4.0}

@@ -2,7 +2,7 @@
 """``mokd init``: what differs between kinds of models."""
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 from detectron2.config import CfgNode
@@ -78,6 +78,10 @@ class Kind(abc.ABC):
     @abc.abstractmethod
     def options(self, model: Model, data: Data, batch: int) -> dict[str, Any]:
         """Return the options of a model without a teacher."""
+
+    @abc.abstractmethod
+    def downloads(self, files: Iterable[dict[str, Any]]) -> str:
+        """Return a sentence on what these configs download, "" for nothing."""
 
     def baseline(self) -> dict[str, Any]:
         """Return what a student without a teacher needs to see the images of the other one."""

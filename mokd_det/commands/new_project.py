@@ -19,7 +19,7 @@ from detectron2.utils.file_io import PathManager
 from ..config import find_config, load_config
 from ..data.classes import listed_names
 from ..tasks import TASKS, task_of
-from .new_classifier import NODE, SIZE, Classifiers
+from .new_classifier import SIZE, Classifiers
 from .new_detector import Detectors
 from .new_kind import Data, Kind, Model, local
 
@@ -66,7 +66,7 @@ def create(args: argparse.Namespace) -> None:
     for name, options in files.items():
         head = HEADS.get(name, f"Data, schedule and device of all runs: {schedule}.")
         (folder / name).write_text(f"# {head}\n{_as_yaml(options)}")
-    _print_next(folder, data, files, schedule)
+    _print_next(folder, data, files, schedule, kind.downloads(files.values()))
 
 
 HEADS = {
@@ -78,15 +78,10 @@ HEADS = {
 
 def _kind(args: argparse.Namespace) -> Kind:
     """Return what the data are for; ValueError: the other set or a model is of another kind."""
-    kind: Kind = Detectors()
+    kind: Kind = Detectors(args.no_download)
     other: Kind = Classifiers(args.no_download)
     if not _is_for(kind, other, args.data, "--data"):
         kind, other = other, kind
-    elif args.no_download:
-        raise ValueError(
-            "--no-download is for classifiers: detectors do not learn from random weights on your "
-            "data alone. Without internet mokd train names each file to copy, and where to put it."
-        )
     for option, name in (("--student", args.student), ("--teacher", args.teacher)):
         if other.knows(name) and not kind.knows(name):
             raise ValueError(
@@ -259,7 +254,9 @@ def _as_yaml(options: dict[str, Any]) -> str:
     return yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, width=100)
 
 
-def _print_next(folder: Path, data: Data, files: dict[str, dict[str, Any]], schedule: str) -> None:
+def _print_next(
+    folder: Path, data: Data, files: dict[str, dict[str, Any]], schedule: str, downloads: str
+) -> None:
     common, *_ = files.values()
     _, *runs = files
     gpus = torch.cuda.device_count()
@@ -273,8 +270,8 @@ def _print_next(folder: Path, data: Data, files: dict[str, dict[str, Any]], sche
     )
     if not common["DATASETS.TEST"]:
         print("Without --val nothing is evaluated: add a set to DATASETS.TEST in common.yaml.")
-    if any(options.get(f"{NODE}.WEIGHTS") for options in files.values()):
-        print("ImageNet's weights will be downloaded; without internet: mokd init --no-download.")
+    if downloads:
+        print(downloads)
     print("Next:")
     distilled = runs[-1]
     first = "teacher.yaml" if "teacher.yaml" in runs else distilled

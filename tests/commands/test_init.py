@@ -3,6 +3,7 @@
 
 import json
 import os
+import statistics
 
 import pytest
 import torch
@@ -67,7 +68,12 @@ def test_a_teacher_by_the_checkpoint_of_a_run(create, tmp_path):
     assert teacher.WEIGHTS == str(tmp_path / "run/model_final.pth")
 
 
-NAMES = [*new_detector.TEACHERS, "retinanet_resnet50_fpn_v2", "ssd300_vgg16"]
+NAMES = [
+    *new_detector.TEACHERS,
+    "mobilenet-faster-rcnn",
+    "retinanet_resnet50_fpn_v2",
+    "ssd300_vgg16",
+]
 
 
 @pytest.mark.parametrize("teacher", NAMES)
@@ -96,6 +102,41 @@ def test_teachers_by_name_are_tuned_first(create, tmp_path, teacher):
     assert task_of(student).teacher_config(student).MODEL.META_ARCHITECTURE == (
         cfg.MODEL.META_ARCHITECTURE
     )
+
+
+@pytest.mark.parametrize("student", ["small-faster-rcnn", "mobilenet-retinanet"])
+@pytest.mark.parametrize("teacher", ["mobilenet-faster-rcnn", "own"])
+def test_without_a_download(create, own_teacher, tmp_path, monkeypatch, student, teacher):
+    monkeypatch.setenv("DETECTRON2_DATASETS", "sets")
+    weights = tmp_path / "sets/pretrained/mobilenet_v2-b0353104.pth"
+    weights.parent.mkdir(parents=True)
+    weights.touch()
+    teachers = own_teacher if teacher == "own" else ["--teacher", teacher]
+    said = create(*teachers, "--no-download", student=student)
+    assert "download" not in said
+    written = list((tmp_path / "cells").glob("[!c]*.yaml"))
+    assert len(written) == (2 if teacher == "own" else 3)
+    for file in written:
+        assert load_config(str(file)).MODEL.TORCHVISION.WEIGHTS == str(weights)
+    assert "will be downloaded" in create(*teachers, student=student, output="online")
+
+
+@pytest.mark.parametrize("student, regions", [("r18-retinanet", 512), ("small-faster-rcnn", 128)])
+def test_on_a_cpu_images_and_regions_are_few(create, own_teacher, tmp_path, student, regions):
+    """The images' own size, for their shorter sides are small."""
+    create(*own_teacher, student=student)
+    cfg = load_config(str(tmp_path / "cells/student_mokd.yaml"))
+    sides = {cfg.INPUT.MIN_SIZE_TEST, *cfg.INPUT.MIN_SIZE_TRAIN}
+    rows = json.loads((TREES / "train.json").read_text())["images"]
+    assert sides == {statistics.median_low(min(row["width"], row["height"]) for row in rows)}
+    assert cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE == regions
+    assert cfg.MOKD.TEACHER.PROPOSALS == 128
+
+
+def test_torchvisions_detectors_on_a_cpu(create, own_teacher, tmp_path):
+    create(*own_teacher, student="tv-mobilenet-faster-rcnn")
+    options = load_config(str(tmp_path / "cells/student_scratch.yaml")).MODEL.TORCHVISION_DETECTOR
+    assert options.OPTIONS == {"min_size": 192, "max_size": 320, "box_batch_size_per_image": 128}
 
 
 def test_data_in_the_folder_of_data_sets(create, own_teacher, tmp_path, monkeypatch):
@@ -154,7 +195,8 @@ def write(path, **changes):
         ([], {"data": [str(TREES), TRAIN[1]]}, "--data '.*' '.*': a detector .*prepare_voc.py"),
         ([], {"data": TRAIN[:1]}, "--data '.*json': a detector takes a JSON .* and the folder"),
         ([], {"data": ["no"]}, "--data 'no' does not exist"),
-        (["--no-download"], {}, "--no-download is for classifiers"),
+        (["--no-download"], {}, "--student 'r18-retinanet' .* Expected mobilenet-retinanet, mob"),
+        (["--no-download"], {"student": "small-faster-rcnn"}, "python datasets/prepare_pretr"),
         ([], {"data": ["datasets://no.json", TRAIN[1]]}, "--data '.*no.json' does not exist"),
         ([], {"data": [TRAIN[0], "no"]}, "--data: the folder of images 'no' does not exist"),
         ([], {"data": [TRAIN[0], str(TREES)]}, "(?s)--data '.*/train.json'.*6.* 0.jpg"),
