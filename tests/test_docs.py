@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import supported
 import torch
+import torchvision
 import yaml
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils.events import EventStorage
@@ -147,29 +148,33 @@ def test_torchvision_examples_hold(folder):
     assert loads_in_its_library(code_of(TORCHVISION)[0], "model", state)
 
 
-def test_detector_tutorial_holds(folder):
-    data = r"datasets/neon_trees/", f"{TREES}/"
-    weights = r'"datasets/pretrained/.*?"', '""'
-    teacher, student = validated(folder, TUTORIALS / "detector.md", data, weights)
-    assert student.MOKD.ENABLED and not teacher.MOKD.ENABLED
-    *_, backbone = code_of(TUTORIALS / "detector.md", "yaml")
-    (folder / "backbone.yaml").write_text(backbone)
-    assert load_config("backbone.yaml").MODEL.TORCHVISION.NORM == "FrozenBN"
-
-
-CLASSIFIER = TUTORIALS / "classifier.md"
 MOKD = "mokd_det/__main__.py"
 
 
 @pytest.fixture
+def trees_of_the_page(folder, monkeypatch):
+    """What the scripts of its first commands make: a few trees, and weights (here random)."""
+    monkeypatch.delenv("DETECTRON2_DATASETS", raising=False)
+    (folder / "datasets/pretrained").mkdir(parents=True)
+    shutil.copytree(TREES, folder / "datasets/neon_trees")
+    weights = torchvision.models.mobilenet_v2().state_dict()
+    torch.save(weights, folder / "datasets/pretrained/mobilenet_v2-b0353104.pth")
+    return next((folder / "datasets/neon_trees/val").iterdir())
+
+
+@pytest.fixture
 def digits_as_files(folder, catalogs_restored):
-    """The files of the page's script, of the packed digits."""
+    """The files of the page's script, of the packed digits; returned is a photo."""
     (folder / "datasets/mnist").mkdir(parents=True)
     for split in ("train", "val"):
         shutil.copy(DIGITS / f"{split}.npz", folder / "datasets/mnist")
-    exec(code_of(CLASSIFIER)[0], {})
+    exec(code_of(TUTORIALS / "classifier.md")[0], {})
     files = list((folder / "datasets/photos/train").glob("*/*.png"))
     assert len(files) == len(np.load(DIGITS / "train.npz")["labels"])
+    return next((folder / "datasets/photos/val/7").iterdir())
+
+
+PAGES = {"detector": "trees_of_the_page", "classifier": "digits_as_files"}
 
 
 def plain_blocks(page):
@@ -178,40 +183,56 @@ def plain_blocks(page):
 
 
 def commands_of(page):
-    """The words of each command that a page has or prints."""
+    """The words of each command that a page has or prints, but for the scripts that bring data."""
     lines = "".join(plain_blocks(page)).replace("\\\n", "").splitlines()
     commands = [line.split() for line in lines if line.strip().startswith(("mokd ", "python "))]
-    return [words[1:] if "python" in words else [MOKD, *words[1:]] for words in commands]
+    return [
+        words[1:] if "python" in words else [MOKD, *words[1:]]
+        for words in commands
+        if "datasets/prepare" not in words[1]
+    ]
 
 
-def test_classifier_tutorial_holds(folder, digits_as_files):
-    """What `mokd init` says and writes, the configs, and the checkpoint in torchvision."""
-    _, init, *others = commands_of(CLASSIFIER)
+@pytest.mark.parametrize("name", PAGES)
+def test_tutorials_hold(folder, request, name):
+    """What `mokd init` says and writes, and the configs."""
+    request.getfixturevalue(PAGES[name])
+    page = TUTORIALS / f"{name}.md"
+    init, *others = commands_of(page)
     said = run_here(*init)
-    shown = plain_blocks(CLASSIFIER)[3]
+    (shown,) = (block for block in plain_blocks(page) if "Next:" in block)
     assert re.sub(r"\d+", "1", said) == re.sub(r"\d+", "1", shown)
     for words in others:
         if "--config-file" in words:
             assert (folder / words[words.index("--config-file") + 1]).is_file()
-    (example,) = map(yaml.safe_load, code_of(CLASSIFIER, "yaml"))
-    written = (folder / "digits/student_mokd.yaml").read_text().replace(f"{folder}/", "")
+    made = folder / init[init.index("--output") + 1]
+    example, *_ = map(yaml.safe_load, code_of(page, "yaml"))
+    written = (made / "student_mokd.yaml").read_text().replace(f"{folder}/", "")
     assert yaml.safe_load(written) == example
-    (folder / "digits/runs/teacher").mkdir(parents=True)
-    (folder / "digits/runs/teacher/model_final.pth").touch()
-    for name in ("teacher", "student_scratch", "student_mokd"):
-        cfg = load_config(f"digits/{name}.yaml")
+    (made / "runs/teacher").mkdir(parents=True)
+    (made / "runs/teacher/model_final.pth").touch()
+    for config in ("teacher", "student_scratch", "student_mokd"):
+        cfg = load_config(str(made / f"{config}.yaml"))
         register_datasets(cfg)
         validate(cfg).check_data(cfg)
-    (folder / "digits/runs/mokd").mkdir()
-    state = save_student(cfg, "digits/runs/mokd/model_final.pth")
-    assert loads_in_its_library(code_of(CLASSIFIER)[1], "network", state)
+    if name == "classifier":
+        (made / "runs/mokd").mkdir()
+        state = save_student(cfg, "digits/runs/mokd/model_final.pth")
+        assert loads_in_its_library(code_of(page)[1], "network", state)
+
+
+def test_the_backbone_of_the_detector_tutorial_is_read(folder):
+    *_, backbone = code_of(TUTORIALS / "detector.md", "yaml")
+    (folder / "backbone.yaml").write_text(backbone)
+    assert load_config("backbone.yaml").MODEL.TORCHVISION.NORM == "FrozenBN"
 
 
 @pytest.mark.slow
-def test_classifier_tutorial_runs(folder, digits_as_files):
+@pytest.mark.parametrize("name", PAGES)
+def test_tutorials_run(folder, request, name):
     """Every command as it stands, but for two steps."""
-    photo = next((folder / "datasets/photos/val/7").iterdir())
-    for words in commands_of(CLASSIFIER)[1:]:
+    photo = request.getfixturevalue(PAGES[name])
+    for words in commands_of(TUTORIALS / f"{name}.md"):
         if words[1] == "train":
             words += ["SOLVER.MAX_ITER", "2"]
         run_here(*(str(photo) if word.endswith(".png") else word for word in words))
