@@ -60,7 +60,7 @@ def balance_figure(runs: Sequence[tuple[str, Series]]) -> Figure:
     panels = [p for p in PANELS if any(_found(series, p[2]) for _, series in runs)]
     weights = [name for _, series in runs for name, *_ in _found(series, ("weight_",))]
     colour_of = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(map(_objective, weights)))}
-    figure = Figure(figsize=(7 * len(runs), 2.4 * len(panels)))
+    figure = Figure(figsize=(9 * len(runs), 2.4 * len(panels)))
     axes = figure.subplots(
         len(panels),
         len(runs),
@@ -87,8 +87,11 @@ def balance_figure(runs: Sequence[tuple[str, Series]]) -> Figure:
 
 
 def running_median(values: Sequence[float], window: int = 5) -> np.ndarray:
-    """Return the median of each value and its neighbours, ``window`` in all (fewer at the ends)."""
-    half = window // 2
+    """
+    Return the median of each value and its neighbours, ``window`` in all (fewer at the ends); the
+    values themselves if they are less than four windows, which would be levelled.
+    """
+    half = window // 2 if len(values) >= 4 * window else 0
     return np.array(
         [np.median(values[max(i - half, 0) : i + half + 1]) for i in range(len(values))]
     )
@@ -105,7 +108,7 @@ def _draw(
     for value in lines:
         axis.axhline(value, color="grey", linewidth=0.5)
     if found:
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))  # beside the lines
 
 
 def _objective(name: str) -> str:

@@ -175,6 +175,13 @@ def test_any_weights_can_be_drawn(values):
     assert figure.axes[0].get_yscale() == "symlog"
 
 
+def test_short_runs_are_drawn_as_they_are_and_long_ones_smoothed():
+    short, long = ([0.0, 1.0] * n for n in (5, 20))
+    assert balance.running_median(short).tolist() == short
+    assert set(balance.running_median(long)[2:-2]) == {0.0, 1.0}
+    assert balance.running_median([0.0] * 10 + [9.0] + [0.0] * 10).max() == 0
+
+
 # ---- pictures ------------------------------------------------------------------------------------
 
 
