@@ -21,7 +21,7 @@ from ..data.images import opened
 from ..modeling import CLASSIFIERS, NetworkFacts, check_name, classes_of_weights
 from ..modeling import has_layer_norm, is_classifier_name, network_facts
 from ..modeling.networks import IMAGENET_MEAN, IMAGENET_STD
-from .new_kind import Data, Kind, Model, local
+from .new_kind import REMEDY, Data, Kind, Model, check_number, local
 
 NODE = "MODEL.CLASSIFIER"
 NAME = f"{NODE}.NAME"
@@ -79,7 +79,7 @@ class Classifiers(Kind):
 
     def check_teacher(self, cfg: CfgNode, weights: str, data: Data) -> None:
         _check_names(trained_class_names(weights) or known_class_names(cfg), data.classes)
-        _check_number(cfg.MODEL.CLASSIFIER.NUM_CLASSES, data.classes)
+        check_number(cfg.MODEL.CLASSIFIER.NUM_CLASSES, data.classes)
 
     def read(self, files: Sequence[str], option: str) -> Data:
         path = local(files[0])
@@ -171,7 +171,7 @@ def _check_weights(name: str, weights: str, classes: list[str]) -> None:
     if not os.path.isfile(weights):
         raise FileNotFoundError(f"{WEIGHTS} '{weights}' does not exist: expected a file here.")
     _check_names(trained_class_names(weights, WEIGHTS), classes)
-    _check_number(_number(name, weights, classes), classes)
+    check_number(_number(name, weights, classes), classes)
 
 
 def _number(name: str, weights: str, classes: list[str]) -> int:
@@ -187,13 +187,3 @@ def _check_names(names: list[str] | None, classes: list[str]) -> None:
             f"--teacher knows the classes {listed_names(names)}, but --data has "
             f"{listed_names(classes)}: expected the same in the same order. {REMEDY}"
         )
-
-
-def _check_number(number: int, classes: list[str]) -> None:
-    if number != len(classes):
-        raise ValueError(
-            f"--teacher knows {number} classes, but --data has {listed_names(classes)}. {REMEDY}"
-        )
-
-
-REMEDY = "A teacher by name alone is trained on your data first."

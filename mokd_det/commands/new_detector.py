@@ -2,6 +2,7 @@
 """``mokd init`` for detectors: their names, and data in COCO's format."""
 
 import difflib
+import functools
 import os
 import statistics
 from collections.abc import Iterable, Sequence
@@ -15,7 +16,7 @@ from ..data import check_coco, read_coco
 from ..data.coco import class_names
 from ..modeling import detector_names
 from ..tasks.detection import NUM_CLASSES
-from .new_kind import Data, Kind, Model, local
+from .new_kind import Data, Kind, Model, check_number, local
 
 # What a CPU can train on: pixels of the shorter side, and regions an image of an R-CNN's head.
 MOST_ON_CPU, REGIONS_ON_CPU = 320, 128
@@ -98,6 +99,10 @@ class Detectors(Kind):
     def ready(self, name: str, weights: str, data: Data) -> None:
         if weights:
             raise ValueError(f"--teacher-weights is for a config file: '{name}' has its own.")
+
+    def check_teacher(self, cfg: CfgNode, weights: str, data: Data) -> None:
+        if key := NUM_CLASSES.get(cfg.MODEL.META_ARCHITECTURE):
+            check_number(functools.reduce(getattr, key.split("."), cfg), data.classes)
 
     def read(self, files: Sequence[str], option: str) -> Data:
         json_file, images = map(local, files)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 from detectron2.config import CfgNode
 
 from ..data import local_path
+from ..data.classes import listed_names
 
 
 class Model(NamedTuple):
@@ -95,3 +96,14 @@ class Kind(abc.ABC):
 def local(path: str) -> str:
     """Return the file of "datasets://x", as the scripts of datasets/ print them, and of others."""
     return local_path(path) if path.startswith("datasets://") else path
+
+
+REMEDY = "A teacher by name alone is trained on your data first."
+
+
+def check_number(number: int, classes: list[str]) -> None:
+    """ValueError: a trained teacher has another number of classes."""
+    if number != len(classes):
+        raise ValueError(
+            f"--teacher knows {number} classes, but --data has {listed_names(classes)}. {REMEDY}"
+        )

@@ -57,6 +57,15 @@ def test_students_with_a_teacher_that_is_trained(create, own_teacher, tmp_path, 
     assert cfg.MOKD.TEACHER.WEIGHTS == str(tmp_path / "t.pth")
 
 
+def test_a_teacher_of_the_model_zoo(create, tmp_path, monkeypatch):
+    """Of the same number of classes; its weights have an address."""
+    monkeypatch.setattr(new_detector.Detectors, "check_teacher", lambda *args: None)
+    create("--teacher", ZOO)
+    teacher = load_config(str(tmp_path / "cells/student_mokd.yaml")).MOKD.TEACHER
+    assert teacher.CONFIG_FILE.endswith(ZOO)
+    assert teacher.WEIGHTS.startswith("https://") and "retinanet_R_50_FPN_3x" in teacher.WEIGHTS
+
+
 def test_a_teacher_by_the_checkpoint_of_a_run(create, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/model_final.pth").touch()
@@ -165,6 +174,9 @@ def test_the_schedule_grows_with_data_and_devices(monkeypatch, gpus, images, arg
     assert common["MODEL.DEVICE"] == ("cuda" if gpus else "cpu")
 
 
+ZOO = "COCO-Detection/retinanet_R_50_FPN_3x.yaml"
+
+
 def write(path, **changes):
     path.write_text(json.dumps({**json.loads((TREES / "train.json").read_text()), **changes}))
     return [str(path), str(TREES / "train")]
@@ -191,6 +203,11 @@ def write(path, **changes):
         (["--teacher-weights", "no.pth"], {}, "train it first: mokd train --config-file"),
         (["--teacher", str(ROOT / "configs/Digits/teacher.yaml")], {}, "is no detector's config"),
         (["--teacher", "r50-retinanet", "--teacher-weights", "t.pth"], {}, "has its own"),
+        (
+            ["--teacher", ZOO],
+            {},
+            "--teacher knows 80 classes, but --data has 1: Tree. A teacher by",
+        ),
         ([], {"data": ["no.json", TRAIN[1]]}, "--data 'no.json' does not exist"),
         ([], {"data": [str(TREES), TRAIN[1]]}, "--data '.*' '.*': a detector .*prepare_voc.py"),
         ([], {"data": TRAIN[:1]}, "--data '.*json': a detector takes a JSON .* and the folder"),
