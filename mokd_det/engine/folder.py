@@ -59,8 +59,12 @@ class FolderBefore:
             raise
 
     def _restore(self) -> None:
-        release_folder(str(self.folder))
         with contextlib.suppress(OSError):  # the error that is on its way says more
+            try:
+                _lock(str(self.folder))
+            except ValueError:
+                return  # a run is at work there: what is new may be its own
+            release_folder(str(self.folder))
             for path in self._of_a_start() - self._files:
                 path.unlink()
             if self._config is not None:

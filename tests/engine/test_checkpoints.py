@@ -196,6 +196,20 @@ def test_a_failed_start_takes_back_what_it_wrote(tmp_path):
     assert (new / "log.txt").exists()
 
 
+def test_a_failed_evaluation_leaves_the_files_of_a_run_that_is_at_work(tmp_path):
+    before = FolderBefore(str(tmp_path))
+    hold = "import fcntl, sys; f = open('.lock', 'a+'); fcntl.lockf(f, fcntl.LOCK_EX); print()"
+    command = [sys.executable, "-c", f"{hold}; sys.stdout.flush(); sys.stdin.read()"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=tmp_path, **pipes) as run:
+        run.stdout.readline()
+        (tmp_path / "metrics.json").write_text("its own")
+        with pytest.raises(ValueError), before.restored_on_error():
+            raise ValueError
+        run.stdin.close()
+    assert (tmp_path / "metrics.json").read_text() == "its own"
+
+
 def test_a_run_that_is_refused_removes_nothing(make_cfg, run_folder):
     half = run_folder / f"model_0000007.pth.1{TEMPORARY}"
     half.touch()
