@@ -8,6 +8,7 @@ import json
 import os
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -115,6 +116,40 @@ def test_next_steps_name_the_trained_weights_only():
     opts = ["MODEL.WEIGHTS", "start.pth", "SEED", 3]
     said = next_steps("c.yaml", opts, "out", "out/model_final.pth")
     assert "start.pth" not in said and said.count("SEED 3") == 3
+
+
+@pytest.mark.parametrize(
+    "student, weights, commands",
+    [
+        (
+            "out/student.yaml",
+            "out/model_best.pth",
+            {
+                "train --trust --config-file c.py --eval-only train.seed=3 "
+                "train.init_checkpoint=out/model_best.pth",
+                "export --trust --config-file out/student.yaml --format torchscript "
+                "--output out/export MODEL.WEIGHTS out/model_best.pth",
+                "predict --trust --config-file out/student.yaml --weights out/model_best.pth "
+                "PHOTO...",
+                "report out",
+            },
+        ),
+        (
+            "",  # of what YAML cannot say
+            "out/a b.pth",
+            {
+                "train --trust --config-file c.py --eval-only train.seed=3 "
+                "train.init_checkpoint='out/a b.pth'",
+                "report out",
+            },
+        ),
+    ],
+)
+def test_next_steps_of_a_python_config(student, weights, commands):
+    opts = ["train.init_checkpoint=start.pth", "train.seed=3"]
+    said = next_steps("c.py", opts, "out", weights, (), student).splitlines()[1:]
+    split = [shlex.split(line)[1:] for line in said]
+    assert {" ".join(words[1:]) for words in split} == commands
 
 
 def test_training_prints_what_a_person_checks(trained):

@@ -13,8 +13,10 @@ from omegaconf import DictConfig
 from ..command_line import errors_as_messages, import_modules
 from ..config import config_path, trust_files
 from ..engine import FolderBefore, LazyTrainer, claim_folder, evaluate_lazy, find_checkpoint
-from ..engine import on_main_process, output_errors, read_lazy, setup_console
+from ..engine import on_main_process, output_errors, read_lazy, say_summary, setup_console
+from ..engine import write_options, write_student
 from ..evaluation import write_results
+from .training import print_next_steps
 
 
 def read(args: argparse.Namespace) -> DictConfig:
@@ -27,6 +29,20 @@ def read(args: argparse.Namespace) -> DictConfig:
     import_modules(args.imports)  # a process of --num-gpus has not
     args.config_file = config_path(args.config_file)  # Detectron2 copies it into the log
     return read_lazy(args.config_file, args.opts)
+
+
+def say_start(cfg: DictConfig, trainer: LazyTrainer) -> str:
+    """Write what is known before the first step; return the student's config as YAML."""
+    write_options(trainer.cfg)
+    student = write_student(cfg, trainer.cfg)
+    is_evaluated = cfg.dataloader.get("evaluator") is not None
+    say_summary(
+        trainer.cfg,
+        trainer,
+        trainer.start_iter,
+        trainer.cfg.DATASETS.TEST or ["dataloader.test"] * is_evaluated,
+    )
+    return student
 
 
 def main(args: argparse.Namespace) -> Any:
@@ -48,7 +64,10 @@ def main(args: argparse.Namespace) -> Any:
             with before.restored_on_error():
                 trainer = LazyTrainer(cfg)
                 trainer.resume_or_load(args.resume)
+            student = say_start(cfg, trainer) if comm.is_main_process() else ""
             results = trainer.run()
         if comm.is_main_process() and results:
             print(f"Results: {write_results(results, folder)}")
+        if comm.is_main_process() and not args.eval_only:
+            print_next_steps(args, folder, student)
     return results

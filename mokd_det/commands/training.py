@@ -124,7 +124,7 @@ def train(args, cfg, before):
         with PathManager.open(f"{cfg.OUTPUT_DIR}/student.yaml", "w") as f:
             f.write(task_of(cfg).stock_config(trainer.cfg).dump())
     if comm.is_main_process():
-        say_summary(trainer)
+        say_summary(trainer.cfg, trainer._trainer, trainer.start_iter)
     trainer.train()
     results = getattr(trainer, "_last_eval_results", {})
     return results, with_weights(cfg, f"{cfg.OUTPUT_DIR}/model_final.pth")
@@ -141,6 +141,14 @@ def write_zoo_row(args, cfg, results):
     print(format_zoo_row(row))
 
 
+def print_next_steps(args, output_dir, student=""):
+    """``student``: see :func:`mokd_det.engine.next_steps`."""
+    if args.verbosity >= USUAL:
+        best, final = (f"{output_dir}/model_{name}.pth" for name in ("best", "final"))
+        weights = best if PathManager.isfile(best) else final
+        print(next_steps(args.config_file, args.opts, output_dir, weights, args.imports, student))
+
+
 def main(args):
     with errors_as_messages(args.debug):
         cfg, before = setup(args)
@@ -150,8 +158,6 @@ def main(args):
             print(f"Results: {write_results(results, cfg.OUTPUT_DIR)}")
             if args.zoo_row:
                 write_zoo_row(args, cfg, results)
-        if comm.is_main_process() and not args.eval_only and args.verbosity >= USUAL:
-            best = f"{cfg.OUTPUT_DIR}/model_best.pth"
-            weights = best if PathManager.isfile(best) else cfg.MODEL.WEIGHTS
-            print(next_steps(args.config_file, args.opts, cfg.OUTPUT_DIR, weights, args.imports))
+        if comm.is_main_process() and not args.eval_only:
+            print_next_steps(args, cfg.OUTPUT_DIR)
     return results

@@ -8,6 +8,7 @@ from .console import setup_console
 from .folder import FolderBefore, claim_folder, output_errors, release_folder, replacing_run
 from .launch import launch, on_main_process
 from .lazy import LazyTrainer, distil, evaluate_lazy, read_lazy
+from .lazy_student import raises_os_errors, write_options, write_student
 from .step import BalancedTrainer
 from .summary import next_steps, say_summary
 from .trainer import DistillationTrainer, Trainer, build_trainer, prepare_datasets

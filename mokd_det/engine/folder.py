@@ -24,9 +24,9 @@ logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
 APPENDED = ("metrics.json", "balance.json")
+CONFIG, OPTIONS = "config.yaml", "options.yaml"  # the latter of Python configs
 # What a run appends to, or would leave behind if it stopped before it is written again.
-LOGS = (*APPENDED, "results.json", "events.out.tfevents.*", *TRACKING_FILES)
-CONFIG = "config.yaml"
+LOGS = (*APPENDED, OPTIONS, "results.json", "events.out.tfevents.*", *TRACKING_FILES)
 # What a run writes before its first step.
 STARTED = (LOCK, CONFIG, "log.txt*", *LOGS)
 _locks: dict[str, IO[str]] = {}

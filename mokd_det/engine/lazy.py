@@ -22,21 +22,22 @@ from torch import nn
 from ..config import check_device, check_targets
 from ..modeling import DistillationModel, StrictCheckpointer, load_lazy_config
 from ..tasks import task_of
-from .around_step import check_classes_of_teacher, check_loader, check_trained, inherit
+from .around_step import check_classes_of_teacher, check_loader, inherit
 from .around_step import inherited_names, step_options, wrap_distributed
 from .average import AverageCheckpointer
-from .best import BestCheckpointer, EnoughTrained
+from .best import BestCheckpointer
 from .checkpoints import PeriodicCheckpointer
 from .combinations import check_batch, images_at_once
-from .folder import claim_folder, release_folder
 from .identity import RunIdentity
 from .lazy_options import check_keys, describe_evaluation, described, filled
+from .loop import RunLoop
 from .step import BalancedTrainer
 from .stopping import StopOnSignal
-from .tracking import build_writers, start_writers
+from .summary import ExpectedTime
+from .tracking import build_writers
 from .trainer import prepare_datasets
 from .validate import validate
-from .writers import BalanceWriter, ProgressPrinter, bound_history
+from .writers import BalanceWriter, ProgressPrinter
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +111,7 @@ def _evaluated(cfg: DictConfig, model: nn.Module) -> Any:
     return results
 
 
-class LazyTrainer(BalancedTrainer):
+class LazyTrainer(RunLoop, BalancedTrainer):
     """
     The balanced step for a Python config, with the hooks of Detectron2's own tool
     and our checkpoints: the student is plain, a resumed run the uninterrupted one.
@@ -134,32 +135,31 @@ class LazyTrainer(BalancedTrainer):
                 f"model builds a {type(model).__name__}: expected L(mokd_det.engine.distil)(...). "
                 "A model without a teacher is for Detectron2's tools/lazyconfig_train_net.py."
             )
-        self.described = self._check_data(cfg, model)
+        self.cfg = self._check_data(cfg, model)
         with_model = copy.deepcopy(cfg)
         with_model.optimizer.params.model = model
         optimizer = _built(with_model, "optimizer")
-        optimizer = maybe_add_gradient_clipping(self.described, optimizer)
+        optimizer = maybe_add_gradient_clipping(self.cfg, optimizer)
         loader = _built(cfg, "dataloader", "train")
         check_loader(loader, "dataloader.train")
-        self.described.SOLVER.IMS_PER_BATCH = loader.batch_size * comm.get_world_size()
-        self.described.SOLVER.OPTIMIZER = type(optimizer).__name__
-        check_batch(self.described)
-        model.task.check_batch(self.described, model.student, images_at_once(self.described))
+        self.cfg.SOLVER.IMS_PER_BATCH = loader.batch_size * comm.get_world_size()
+        self.cfg.SOLVER.OPTIMIZER = type(optimizer).__name__
+        check_batch(self.cfg)
+        model.task.check_batch(self.cfg, model.student, images_at_once(self.cfg))
         ddp_model = wrap_distributed(model)
-        self._inherited = inherited_names(self.described, model)
-        options = step_options(self.described, model)
+        self._inherited = inherited_names(self.cfg, model)
+        options = step_options(self.cfg, model)
         super().__init__(ddp_model, loader, optimizer, loader.seed, **options)
         self.checkpointer = AverageCheckpointer(
             model.student,
             self.average,
             self.options["output_dir"],
-            RunIdentity(self.described),
+            RunIdentity(self.cfg),
             trainer=weakref.proxy(self),
             objectives=model.objectives,
         )
         self.results: Any = {}
         self._stop = StopOnSignal()
-        self._writers: list[EventWriter] = []
         self.register_hooks(self._hooks_of(cfg))
 
     def _check_data(self, cfg: DictConfig, model: Any) -> CfgNode:
@@ -187,29 +187,20 @@ class LazyTrainer(BalancedTrainer):
             hooks.LRScheduler(scheduler=_built(cfg, "lr_multiplier")),
             saving if main else None,
             self._stop,
+            ExpectedTime() if main else None,
             hooks.EvalHook(period, lambda: self._evaluate(cfg)),
             best,
             hooks.PeriodicWriter(self._build_writers(), options["log_period"]) if main else None,
         ]
 
     def _build_writers(self) -> list[EventWriter]:
-        self._writers = build_writers(self.described)
+        self._writers = build_writers(self.cfg)
         balance = BalanceWriter(os.path.join(self.options["output_dir"], "balance.json"))
         return [ProgressPrinter(self.options["max_iter"]), *self._writers, balance]
 
     def _evaluate(self, cfg: DictConfig) -> Any:
         self.results = _evaluated(cfg, self.inner)
         return self.results
-
-    def before_train(self) -> None:
-        bound_history(self.storage)
-        start_writers(self._writers, self.start_iter)
-        super().before_train()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return this part of a checkpoint; FloatingPointError if its weights are not finite."""
-        check_trained(self.checkpointer)
-        return super().state_dict()
 
     def resume_or_load(self, resume: bool) -> None:
         """Load the last checkpoint of ``train.output_dir``, or ``train.init_checkpoint``."""
@@ -222,12 +213,6 @@ class LazyTrainer(BalancedTrainer):
 
     def run(self) -> Any:
         """Train; return the last results. Errors: see :meth:`Trainer.train`."""
-        claim_folder(self.described, resume=self.start_iter > 0)
-        try:
-            with self._stop.listening():
-                self.train(self.start_iter, self.options["max_iter"])
-        except EnoughTrained:
-            pass
-        finally:
-            release_folder(self.described.OUTPUT_DIR)
+        with self._in_folder():
+            self.train(self.start_iter, self.options["max_iter"])
         return self.results

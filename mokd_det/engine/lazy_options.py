@@ -129,7 +129,8 @@ def described(train: Mapping[str, Any], input_format: str, mokd: Mapping[str, An
 
 def describe_evaluation(cfg: CfgNode, lazy: DictConfig, train: Mapping[str, Any]) -> None:
     """Set the data sets of a Python config in ``cfg``, and the options that need them."""
-    for split in ("train", "test"):
+    is_evaluated = lazy.dataloader.get("evaluator") is not None
+    for split in ("train", "test") if is_evaluated else ("train",):
         names = OmegaConf.select(lazy, f"dataloader.{split}.dataset.names") or ()
         cfg.DATASETS[split.upper()] = (names,) if isinstance(names, str) else tuple(names)
     for key in OF_EVALUATION:

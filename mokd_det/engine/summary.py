@@ -5,13 +5,14 @@ import datetime
 import json
 import logging
 import os
+import re
 import shlex
 from collections.abc import Sequence
 from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data.common import MapDataset
-from detectron2.engine import HookBase
+from detectron2.engine import HookBase, SimpleTrainer
 from detectron2.utils import comm
 from torch import nn
 
@@ -27,17 +28,20 @@ FILE = "summary.json"
 STEPS = 20  # after which the time that is left is known
 
 
-def summary_of(trainer: Any) -> dict[str, Any]:
+def summary_of(
+    cfg: CfgNode, step: SimpleTrainer, first: int, evaluated_on: Sequence[str] = ()
+) -> dict[str, Any]:
     """
-    Return what a :class:`mokd_det.engine.Trainer` is going to do: ``student`` and ``teacher``
+    Return what a run is going to do from iteration ``first`` on: ``student`` and ``teacher``
     (None: there is none), each with ``model``, ``parameters``, ``classes`` and ``weights``;
     ``objectives`` with their matched ``levels``, ``rule``, ``data``, ``iterations``, ``device``.
+    ``evaluated_on``: default DATASETS.TEST.
     """
-    cfg, model = trainer.cfg, trainer._trainer.model
+    model: Any = step.model
     model = getattr(model, "module", model)
     student = getattr(model, "student", model)  # Detectron2's own step has the model itself
-    images = _count_images(trainer._trainer.data_loader)
-    batch = cfg.SOLVER.IMS_PER_BATCH
+    images = _count_images(step.data_loader)
+    batch, iterations = cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.MAX_ITER
     return {
         "student": {
             **_side(cfg, student),
@@ -54,22 +58,27 @@ def summary_of(trainer: Any) -> dict[str, Any]:
         "data": list(cfg.DATASETS.TRAIN),
         "images": images,
         "images_per_step": batch,
-        "first_iteration": trainer.start_iter,
-        "iterations": trainer.max_iter,
-        "epochs": images and trainer.max_iter * batch / images,
-        "evaluated_on": list(cfg.DATASETS.TEST),
+        "first_iteration": first,
+        "iterations": iterations,
+        "epochs": images and iterations * batch / images,
+        "evaluated_on": list(evaluated_on or cfg.DATASETS.TEST),
         "evaluated_every": cfg.TEST.EVAL_PERIOD,
         "device": cfg.MODEL.DEVICE,
         "processes": comm.get_world_size(),
     }
 
 
-def say_summary(trainer: Any) -> None:
-    """Log the summary of a run, and write it to its folder; to be called by the main process."""
-    summary = summary_of(trainer)
+def say_summary(
+    cfg: CfgNode, step: SimpleTrainer, first: int, evaluated_on: Sequence[str] = ()
+) -> None:
+    """
+    Log the summary of a run, see :func:`summary_of`, and write it to its folder; to be called by
+    the main process.
+    """
+    summary = summary_of(cfg, step, first, evaluated_on)
     text = json.dumps(summary, indent=2).encode()
-    replace_file(os.path.join(trainer.cfg.OUTPUT_DIR, FILE), lambda f: f.write(text))
-    logger.info(f"The run:\n{format_summary(summary, trainer.cfg.OUTPUT_DIR)}")
+    replace_file(os.path.join(cfg.OUTPUT_DIR, FILE), lambda f: f.write(text))
+    logger.info(f"The run:\n{format_summary(summary, cfg.OUTPUT_DIR)}")
 
 
 def format_summary(summary: dict[str, Any], output_dir: str) -> str:
@@ -86,7 +95,8 @@ def format_summary(summary: dict[str, Any], output_dir: str) -> str:
     else:
         lines["teacher"] = "none"
     images = f", {summary['images']} images" if summary["images"] else ""
-    lines["data"] = f"{', '.join(summary['data'])}{images}; {summary['images_per_step']} a step"
+    names = ", ".join(summary["data"]) or "of its own loader"
+    lines["data"] = f"{names}{images}; {summary['images_per_step']} a step"
     epochs = f" ({summary['epochs']:.3g} epochs)" if summary["epochs"] else ""
     first = summary["first_iteration"]
     lines["length"] = f"{summary['iterations']} iterations{epochs}"
@@ -107,26 +117,33 @@ def next_steps(
     output_dir: str,
     weights: str,
     imports: Sequence[str] = (),
+    student: str = "",
 ) -> str:
     """
     Return lines on what one does with a trained model: ``opts`` and ``imports`` are those of its
-    training.
+    training. ``student``: of a Python config, which only training takes, the YAML config for the
+    other commands; they are not named if it has none.
     """
     flags = ["--trust"] * is_trusted()
     flags += [flag for name in imports for flag in ("--import", name)]
-    config = shlex.join([*flags, "--config-file", config_file])
-    pairs = [pair for pair in zip(opts[::2], opts[1::2]) if pair[0] != "MODEL.WEIGHTS"]
-    given = shlex.join(str(part) for pair in pairs for part in pair)
-    with_opts = f"{given} {shlex.join(['MODEL.WEIGHTS', weights])}".strip()
-    export = shlex.quote(os.path.join(output_dir, "export"))
-    steps = {
-        "evaluate": f"mokd train {config} --eval-only {with_opts}",
-        "export": f"mokd export {config} --format torchscript --output {export} {with_opts}",
-        "predict": f"mokd predict {config} --weights {shlex.quote(weights)} PHOTO... {given}",
-        "report": f"mokd report {shlex.quote(output_dir)}",
-    }
+    config = [*flags, "--config-file", config_file]
+    if is_python := config_file.endswith(".py"):
+        evaluated = [opt for opt in opts if not opt.startswith("train.init_checkpoint=")]
+        value = weights if re.fullmatch(r"[\w/.-]+", weights) else repr(weights)  # Hydra's syntax
+        evaluated.append(f"train.init_checkpoint={value}")
+        used, given = [*flags, "--config-file", student], []
+    else:
+        pairs = [pair for pair in zip(opts[::2], opts[1::2]) if pair[0] != "MODEL.WEIGHTS"]
+        used, given = config, [str(part) for pair in pairs for part in pair]
+        evaluated = [*given, "MODEL.WEIGHTS", weights]
+    export = ["--format", "torchscript", "--output", os.path.join(output_dir, "export")]
+    steps = {"evaluate": ["train", *config, "--eval-only", *evaluated]}
+    if student or not is_python:
+        steps["export"] = ["export", *used, *export, *given, "MODEL.WEIGHTS", weights]
+        steps["predict"] = ["predict", *used, "--weights", weights, "PHOTO...", *given]
+    steps["report"] = ["report", output_dir]
     return f"Trained: {weights}. What now:\n" + "\n".join(
-        f"  {name:9} {command.rstrip()}" for name, command in steps.items()
+        f"  {name:9} {shlex.join(['mokd', *words])}" for name, words in steps.items()
     )
 
 
@@ -149,7 +166,7 @@ class ExpectedTime(HookBase):
 
 def _side(cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
     return {
-        "model": _model_name(cfg),
+        "model": _model_name(cfg, model),
         "parameters": count_parameters(model),
         "classes": known_class_names(cfg),
     }
@@ -166,8 +183,10 @@ def _teacher(cfg: CfgNode, model: Any) -> dict[str, Any]:
     return {**side, "weights": weights}
 
 
-def _model_name(cfg: CfgNode) -> str:
+def _model_name(cfg: CfgNode, model: nn.Module) -> str:
     name = cfg.MODEL.META_ARCHITECTURE
+    if name == "LazyConfigDetector" and not cfg.MODEL.LAZY_CONFIG.FILE:  # of a Python config
+        return f"{type(model).__name__}, {type(model.backbone).__name__}"
     inner = {
         "Classifier": cfg.MODEL.CLASSIFIER.NAME,
         "TorchvisionDetector": cfg.MODEL.TORCHVISION_DETECTOR.NAME,

@@ -4,7 +4,7 @@
 import logging
 import os
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -25,36 +25,33 @@ from ..data import workers_that_outlive_signals
 from ..evaluation import build_evaluator, check_evaluators
 from ..modeling import DistillationModel, SupervisedModel
 from ..tasks import Task, task_of
-from .around_step import check_classes_of_teacher, check_loader, check_trained, inherit
+from .around_step import check_classes_of_teacher, check_loader, inherit
 from .around_step import inherited_names, step_options, wrap_distributed
 from .average import AverageCheckpointer
-from .best import BestCheckpointer, EnoughTrained, check_best_metric
+from .best import BestCheckpointer, check_best_metric
 from .checkpoints import PeriodicCheckpointer, RunCheckpointer
 from .combinations import images_at_once
 from .finite import describe, raise_before_steps
-from .folder import claim_folder, output_errors, release_folder
 from .identity import NEW_RUN, RunIdentity
+from .loop import RunLoop
 from .optimizer import build_optimizer
 from .step import BalancedTrainer
 from .stopping import StopOnSignal
 from .summary import ExpectedTime
-from .tracking import build_writers, start_writers
+from .tracking import build_writers
 from .validate import needs_own_step, validate
-from .writers import BalanceWriter, ProgressPrinter, bound_history
+from .writers import BalanceWriter, ProgressPrinter
 
 logger = logging.getLogger(__name__)
 
 
-class Trainer(DefaultTrainer):
+class Trainer(RunLoop, DefaultTrainer):
     """
     Detectron2's default trainer with the evaluators of its ``tools/train_net.py``, and data sets,
     optimizer and schedules in epochs from the config, and runs that survive: checkpoints that are
     whole, a stop on signals, one run at a time in a folder. Training itself is Detectron2's own,
     bit for bit.
     """
-
-    checkpointer: Any
-    _writers: Sequence[EventWriter] = ()  # of the main process
 
     def __init__(self, cfg: CfgNode):
         task = validate(cfg)
@@ -123,23 +120,8 @@ class Trainer(DefaultTrainer):
         an earlier run and this one is new. SystemExit: it was stopped by a signal (128 + its
         number), or OUTPUT_DIR cannot be written any more (a message).
         """
-        claim_folder(self.cfg, resume=self.start_iter > 0)
-        try:
-            with self._stop.listening():
-                return super().train()
-        except EnoughTrained:
-            return None
-        finally:
-            release_folder(self.cfg.OUTPUT_DIR)
-
-    # TrainerBase prints the traceback of every other error, also of a disk that is full.
-    def after_step(self) -> None:
-        with output_errors(self.cfg.OUTPUT_DIR):
-            super().after_step()
-
-    def after_train(self) -> None:
-        with output_errors(self.cfg.OUTPUT_DIR):
-            super().after_train()
+        with self._in_folder():
+            return super().train()
 
     def check_evaluators(self, cfg: CfgNode) -> None:
         """Raise ValueError for a data set without an evaluator, before training, not after it."""
@@ -147,14 +129,7 @@ class Trainer(DefaultTrainer):
         if used is vars(Trainer)["build_evaluator"].__func__:
             check_evaluators(cfg.DATASETS.TEST)
 
-    def before_train(self) -> None:
-        bound_history(self.storage)
-        start_writers(self._writers, self.start_iter)
-        super().before_train()
-
     def state_dict(self) -> dict[str, Any]:
-        """Return this part of a checkpoint; FloatingPointError if its weights are not finite."""
-        check_trained(self.checkpointer)
         # Detectron2 0.6 forgets its inner trainer here, and with it the optimizer's momentum.
         return {**super().state_dict(), "_trainer": self._trainer.state_dict()}
 

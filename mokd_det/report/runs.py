@@ -118,7 +118,9 @@ def _labels(paths: Sequence[Path]) -> list[str]:
 
 
 def _read_run(folder: Path, label: str) -> Run:
-    path = folder / "config.yaml"
+    path = folder / "options.yaml"  # of a Python config, whose config.yaml has objects
+    if not path.is_file():
+        path = folder / "config.yaml"
     if not path.is_file():
         raise FileNotFoundError(
             f"RUN '{folder}' has no config.yaml: expected the OUTPUT_DIR of a training."

@@ -2,20 +2,24 @@
 """A distillation in Python (LazyConfig): the YAML's run, its checks and its guarantees."""
 
 import json
+import re
 import shutil
 
 import detectron2.data.transforms as T
 import pytest
 import torch
+import yaml
 from detectron2.config import LazyCall as L
 from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
 from fvcore.common.param_scheduler import MultiStepParamScheduler
 
+from mokd_det.commands import predict
 from mokd_det.config import get_cfg, load_config, trust_files
 from mokd_det.data import register_coco
-from mokd_det.engine import DistillationTrainer, LazyTrainer, lazy, read_lazy
-from mokd_det.engine.lazy_options import IN_YAML, TRAIN
+from mokd_det.engine import DistillationTrainer, LazyTrainer, lazy, read_lazy, write_student
+from mokd_det.engine.lazy_options import IN_YAML, TRAIN, described, plain
+from mokd_det.report.runs import read_runs
 
 from ..conftest import CONFIGS, ROOT, TREE_OPTS, TREES
 from ..test_tools import refused, run_here
@@ -176,12 +180,68 @@ def test_a_resumed_run_is_the_uninterrupted_one(make_lazy, tmp_path):
         train(cfg, resume=True)
 
 
+def predict_with(config, weights, output):
+    """By the YAML that the run has written: the same model, and images of the same size."""
+    cfg = load_config(str(config))
+    build_model(cfg).load_state_dict(torch.load(weights)["model"], strict=True)
+    assert (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST, cfg.INPUT.FORMAT) == (256, 256, "BGR")
+    args = ["--trust", "--config-file", config, "--weights", weights, "--output", output]
+    parsed = predict.argument_parser().parse_args([*map(str, args), str(TREES / "val")])
+    predict.run(parsed)
+    assert json.loads((output / "predictions.json").read_text()) == []
+
+
+@pytest.mark.parametrize(
+    "augmentations, sizes",
+    [
+        ([L(T.ResizeShortestEdge)(short_edge_length=96, max_size=128)], (96, 128)),
+        ([L(T.ResizeShortestEdge)(short_edge_length=[96, 96], max_size=128)], (96, 128)),
+        ([L(T.ResizeShortestEdge)(short_edge_length=[64, 96], max_size=128)], None),
+        ([L(T.ResizeShortestEdge)(short_edge_length=96)], None),
+        ([L(T.Resize)(shape=[96, 96])], None),
+        ([], None),
+        (None, None),
+    ],
+)
+def test_sizes_of_evaluation_in_the_students_yaml(tmp_path, caplog, augmentations, sizes):
+    """What a YAML config cannot say is left out with a word, not replaced by its default."""
+    lazy = read_lazy(FILE, [f"train.output_dir='{tmp_path}'"])
+    lazy.dataloader.test.mapper.augmentations = augmentations
+    cfg = described(plain(lazy.train), "BGR", {})
+    with open(write_student(lazy, cfg)) as file:
+        given = yaml.safe_load(file)["INPUT"]
+    expected = dict(zip(("MIN_SIZE_TEST", "MAX_SIZE_TEST"), sizes or ()))
+    assert given == {"FORMAT": "BGR", **expected}
+    assert ("set INPUT.MIN_SIZE_TEST" in caplog.text) == (sizes is None)
+
+
+def test_a_student_that_yaml_cannot_say_has_no_yaml(tmp_path, caplog):
+    lazy = read_lazy(FILE, [f"train.output_dir='{tmp_path}'"])
+    lazy.model.student.box2box_transform = L(lambda: None)()
+    assert write_student(lazy, described(plain(lazy.train), "BGR", {})) == ""
+    assert re.search("student.yaml is not written, .*lambda>, which no module has", caplog.text)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_the_command_trains_and_evaluates(teacher_weights, make_lazy, tmp_path):
     tool, run = "tools/train_net.py", tmp_path / "run"
     opts = overrides(teacher_weights, run, max_iter=2)
     args = ["--trust", "--config-file", FILE]
-    assert "results.json" in run_here(tool, *args, *opts)
+    said = run_here(tool, *args, *opts)
+    for text in (
+        "The run:\n  student    RetinaNet, FPN: 0.86 M parameters, 1 class (Tree), random weights",
+        "  teacher    GeneralizedRCNN, build_torchvision_fpn_backbone: 4.64 M parameters",
+        "  objectives teacher_head (p3 -> p3, p4 -> p4, p5 -> p5, p6 -> p6), outputs\n",
+        "  data       tests_trees_train, 6 images; 2 a step\n  length     2 iterations (0.667 ep",
+        "  evaluation tests_trees_val, at the end\n  device     cpu, 1 process",
+        f"  predict   mokd predict --trust --config-file {run}/student.yaml --weights {run}/model_",
+    ):
+        assert said.count(text) == 1, text
+    assert json.loads((run / "summary.json").read_text())["teacher"]["classes"] == ["Tree"]
+    made = read_runs([str(run)])[0]
+    assert made.is_distilled and made.options["DATASETS.TEST"] == ["tests_trees_val"]
+    predict_with(run / "student.yaml", run / "model_final.pth", tmp_path / "found")
     first = json.loads((run / "results.json").read_text())
     weights = f"train.init_checkpoint='{run}/model_final.pth'"
     gone = "model.teacher.weights=gone.pth"
