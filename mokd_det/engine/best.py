@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.data import Metadata, MetadataCatalog
+from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.engine import hooks
 
 from ..data.classification.sources import class_names
@@ -17,6 +17,7 @@ from .launch import on_main_process
 logger = logging.getLogger(__name__)
 
 BEST = "model_best"
+SHOWN = 7  # metrics in a message; those of single classes come last
 # By evaluator_type: what is evaluated, and the metrics of each. Those of other types are not known
 # before the first evaluation.
 KNOWN: dict[str, tuple[Sequence[str], Sequence[str]]] = {
@@ -132,30 +133,38 @@ class BestCheckpointer(hooks.BestCheckpointer):
         self.seen = state["seen"]
 
 
-def check_best_metric(cfg: CfgNode) -> None:
+def check_best_metric(cfg: CfgNode, evaluated: list[str] | None = None) -> None:
     """
     Raise ValueError for a ``TEST.BEST_METRIC`` that evaluation on ``DATASETS.TEST``, whose sets are
     registered, cannot give.
+
+    Args:
+        evaluated: the tasks, if a Python config has a model and an evaluator; none of them: only
+            the first evaluation says which.
     """
     metric, names = cfg.TEST.BEST_METRIC, list(cfg.DATASETS.TEST)
-    if not metric:
+    if not metric or evaluated == []:
         return
+    if not names:
+        raise ValueError(f"TEST.BEST_METRIC is '{metric}', but DATASETS.TEST is (): name a set.")
     several = len(names) > 1
     name = next((n for n in names if metric.startswith(f"{n}/")), None) if several else names[0]
     rest = metric[len(name) + 1 :] if several and name else metric
     metadata = MetadataCatalog.get(name or names[0])
     kind = KNOWN.get(metadata.get("evaluator_type", ""))
     tasks, metrics = kind or ((), ())
+    tasks = [t for t in tasks if (_is_said(cfg, t) if evaluated is None else t in evaluated)]
     task, _, last = rest.partition("/")
-    is_there = kind is None or (
-        task in tasks and _is_said(cfg, task) and _is_measured(cfg, last, metrics, metadata)
-    )
-    if name is None or not last or not is_there:
-        example = f"{tasks[0]}/{metrics[0]}" if kind else "bbox/AP"
-        expected = f"{names[0]}/{example}" if several else example
+    measured = _measured(cfg, metrics, metadata) if kind else []
+    if name is None or not last or (kind and not (task in tasks and last in measured)):
+        more = ["..."] * (len(measured) > SHOWN)
+        known = ", ".join(f"{t}/{m}" for t in tasks for m in [*measured[:SHOWN], *more])
+        example = f"{tasks[0]}/{measured[0]}" if kind else "bbox/AP"
         raise ValueError(
-            f"TEST.BEST_METRIC is '{metric}': expected {'data set/' if several else ''}task/metric "
-            f"of DATASETS.TEST {names}, such as '{expected}'."
+            f"TEST.BEST_METRIC is '{metric}': expected {'data set/' * several}task/metric "
+            f"of DATASETS.TEST {names}, such as '{f'{names[0]}/' * several}{example}'."
+            + f" There are {known}."
+            * bool(known)
         )
 
 
@@ -167,14 +176,14 @@ def _is_said(cfg: CfgNode, task: str) -> bool:
     return is_on.get(task, True)
 
 
-def _is_measured(cfg: CfgNode, metric: str, metrics: Sequence[str], metadata: Metadata) -> bool:
-    """Whether it is one of the metrics, the first also of one class."""
-    is_classifier = metrics == CLASSIFICATION_METRICS
-    classes = class_names(metadata.image_path) if is_classifier else metadata.get("thing_classes")
-    if metric == "top5":
-        return is_classifier and len(classes) > 5
-    first, of_one, name = metric.partition("-")
-    if of_one and first == metrics[0]:
-        has_each = cfg.TEST.PER_CLASS if is_classifier else classes is None or len(classes) > 1
-        return has_each and (classes is None or name in classes)
-    return metric in metrics
+def _measured(cfg: CfgNode, metrics: Sequence[str], metadata: Metadata) -> list[str]:
+    """Return the metrics of a set, the first also of each class."""
+    if metrics == CLASSIFICATION_METRICS:
+        classes = class_names(metadata.image_path)
+        has_each, metrics = cfg.TEST.PER_CLASS, metrics if len(classes) > 5 else metrics[:1]
+    else:
+        if "thing_classes" not in metadata.as_dict():
+            DatasetCatalog.get(metadata.name)  # its annotations name them
+        classes = metadata.get("thing_classes") or []
+        has_each = len(classes) > 1
+    return [*metrics, *(f"{metrics[0]}-{name}" for name in classes if has_each)]

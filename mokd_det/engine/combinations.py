@@ -144,10 +144,9 @@ OF_TRAINING: Rows = (
         f"{USUAL.SOLVER.MAX_SKIPPED_STEPS} (the default).",
     ),
     (
-        lambda c: bool(c.TEST.BEST_METRIC) and not (c.DATASETS.TEST and c.TEST.EVAL_PERIOD),
-        "TEST.BEST_METRIC is '{c.TEST.BEST_METRIC}', but DATASETS.TEST is {c.DATASETS.TEST} and "
-        "TEST.EVAL_PERIOD {c.TEST.EVAL_PERIOD}: name a data set, and the steps between two "
-        "evaluations.",
+        lambda c: bool(c.TEST.BEST_METRIC) and not c.TEST.EVAL_PERIOD,
+        "TEST.BEST_METRIC is '{c.TEST.BEST_METRIC}', but TEST.EVAL_PERIOD is 0, so nothing is "
+        "evaluated during training: set the steps between two evaluations.",
     ),
     (
         lambda c: bool(c.TEST.PATIENCE) and not c.TEST.BEST_METRIC,

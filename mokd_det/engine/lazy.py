@@ -25,11 +25,11 @@ from ..tasks import task_of
 from .around_step import check_classes_of_teacher, check_loader, inherit
 from .around_step import inherited_names, step_options, wrap_distributed
 from .average import AverageCheckpointer
-from .best import BestCheckpointer
+from .best import BestCheckpointer, check_best_metric
 from .checkpoints import PeriodicCheckpointer
 from .combinations import check_batch, images_at_once
 from .identity import RunIdentity
-from .lazy_options import check_keys, describe_evaluation, described, filled
+from .lazy_options import check_keys, describe_evaluation, described, evaluated_tasks, filled
 from .loop import RunLoop
 from .step import BalancedTrainer
 from .stopping import StopOnSignal
@@ -167,10 +167,13 @@ class LazyTrainer(RunLoop, BalancedTrainer):
         run = model.cfg
         describe_evaluation(run, cfg, self.options)
         validate(run)
+        evaluated = evaluated_tasks(cfg, model.student)
         if run.DATASETS.TRAIN:
-            prepare_datasets(run, model.task)
+            prepare_datasets(run, model.task, evaluated=evaluated)
             check_classes_of_teacher(run, model.task)
             model.task.check_model(run, model.student)
+        else:
+            check_best_metric(run, evaluated)
         if cfg.dataloader.get("evaluator") is None:
             logger.warning("The student is not evaluated: there is no dataloader.evaluator.")
         return run

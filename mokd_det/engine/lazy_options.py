@@ -8,9 +8,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from detectron2.config import CfgNode
+from detectron2.evaluation import COCOEvaluator
+from detectron2.modeling.meta_arch import GeneralizedRCNN
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.utils import comm
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from torch import nn
 
 from ..config import get_cfg, merge_overrides
 from ..registry import did_you_mean
@@ -135,6 +139,26 @@ def describe_evaluation(cfg: CfgNode, lazy: DictConfig, train: Mapping[str, Any]
         cfg.DATASETS[split.upper()] = (names,) if isinstance(names, str) else tuple(names)
     for key in OF_EVALUATION:
         _set(cfg, IN_YAML[key], train[key])
+
+
+def evaluated_tasks(lazy: DictConfig, student: nn.Module) -> list[str]:
+    """
+    Return the tasks that a COCOEvaluator on one data set gives results of ("bbox", ...), by its
+    arguments or the student's heads; empty: another evaluator, or a detector of one's own.
+    """
+    names = OmegaConf.select(lazy, "dataloader.test.dataset.names")
+    evaluator = lazy.dataloader.get("evaluator") or {}
+    target = evaluator.get("_target_")
+    is_coco = (locate(target) if isinstance(target, str) else target) is COCOEvaluator
+    if not is_coco or not (isinstance(names, str) or names and len(names) == 1):
+        return []
+    if tasks := evaluator.get("tasks"):
+        return list(tasks)
+    if not isinstance(student, (GeneralizedRCNN, DenseDetector)):
+        return []
+    heads = getattr(student, "roi_heads", None)
+    flags = {"segm": "mask_on", "keypoints": "keypoint_on"}
+    return ["bbox", *(task for task, flag in flags.items() if getattr(heads, flag, False))]
 
 
 def check_keys(lazy: DictConfig, source: str) -> None:

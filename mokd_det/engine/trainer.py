@@ -238,10 +238,13 @@ def build_trainer(cfg: CfgNode) -> Trainer:
     return (DistillationTrainer if needs_own_step(cfg) else Trainer)(cfg)
 
 
-def prepare_datasets(cfg: CfgNode, task: Task, is_training: bool = True) -> None:
+def prepare_datasets(
+    cfg: CfgNode, task: Task, is_training: bool = True, evaluated: list[str] | None = None
+) -> None:
     """
     Register the data sets of the config and check that those of training (unless it is for
-    evaluation only) and evaluation exist and suit the task.
+    evaluation only) and evaluation exist and suit the task. ``evaluated``: see
+    :func:`check_best_metric`.
     """
     register_datasets(cfg)
     options = [*(["TRAIN"] if is_training else []), "TEST"]
@@ -251,4 +254,4 @@ def prepare_datasets(cfg: CfgNode, task: Task, is_training: bool = True) -> None
             check_proposals(cfg, [option])
     task.check_data(cfg, options)
     if is_training:
-        check_best_metric(cfg)
+        check_best_metric(cfg, evaluated)

@@ -146,8 +146,16 @@ def test_a_metric_that_is_not_there_is_an_error(make_cfg):
             ["DATASETS.TEST", ("tests_digits_train", "tests_digits_val")],
             "expected data set/task/metric .* such as 'tests_digits_train/classification/top1'",
         ),
-        (["TEST.EVAL_PERIOD", 0], "TEST.BEST_METRIC is .* name a data set"),
-        (["DATASETS.TEST", ()], "TEST.BEST_METRIC is .* name a data set"),
+        (
+            ["TEST.BEST_METRIC", "classification/top2"],
+            "'classification/top1'. There are classification/top1, classification/top5.$",
+        ),
+        (
+            ["TEST.BEST_METRIC", "classification/top2", "TEST.PER_CLASS", True],
+            "There are classification/top1, classification/top5, classification/top1-0, .*-4, ",
+        ),
+        (["TEST.EVAL_PERIOD", 0], "TEST.BEST_METRIC is .* set the steps between two evaluations"),
+        (["DATASETS.TEST", ()], "TEST.BEST_METRIC is .* name a set"),
         (["TEST.BEST_METRIC", "", "TEST.PATIENCE", 3], "TEST.PATIENCE is 3, but TEST.BEST_METRIC"),
         (["TEST.PATIENCE", -1], "TEST.PATIENCE is -1"),
     ],

@@ -10,6 +10,8 @@ import pytest
 import torch
 import yaml
 from detectron2.config import LazyCall as L
+from detectron2.data import get_detection_dataset_dicts
+from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
 from fvcore.common.param_scheduler import MultiStepParamScheduler
@@ -26,6 +28,19 @@ from ..test_tools import refused, run_here
 
 FILE = "configs/Quick-Start/student_retinanet_mokd.py"
 YAML = CONFIGS["retinanet"]
+
+
+def own_set(split):
+    """Elements of a data set that no name stands for."""
+    return get_detection_dataset_dicts(f"tests_trees_{split}")
+
+
+class OwnEvaluator(DatasetEvaluator):
+    def process(self, inputs, outputs):
+        pass
+
+    def evaluate(self):
+        return {"own": {"score": 1.0}}
 
 
 def overrides(teacher_weights, output, **train):
@@ -151,6 +166,37 @@ def test_a_run_ends_when_its_metric_no_longer_rises(make_lazy, tmp_path, monkeyp
     trainer = train(make_lazy(tmp_path / "run", opts, max_iter=9, eval_period=1))
     assert (trainer.iter, trainer.results) == (2, {"bbox": {"AP": 1.0}})
     assert {"model_best.pth", "model_final.pth"} <= {f.name for f in (tmp_path / "run").iterdir()}
+
+
+@pytest.mark.slow
+def test_metrics_of_an_evaluator_of_ones_own(make_lazy, tmp_path):
+    """Only its first evaluation says which there are."""
+    opts = ["train.eval_period=2", "dataloader.evaluator={}"]
+
+    def run(metric):
+        cfg = make_lazy(tmp_path / metric.replace("/", "_"), [f"train.best_metric={metric}", *opts])
+        cfg.dataloader.evaluator = L(OwnEvaluator)()
+        return train(cfg)
+
+    assert run("own/score").results == {"own": {"score": 1.0}}
+    with pytest.raises(ValueError, match="'bbox/AP', which the evaluation .* it gives own/score"):
+        run("bbox/AP")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "unnamed, message",
+    [
+        ("train", "is 'bbox/AQ': .* There are bbox/AP,"),
+        ("test", "which the evaluation .* bbox/AP,"),
+    ],
+)
+def test_metrics_of_sets_without_a_name(make_lazy, tmp_path, unnamed, message):
+    cfg = make_lazy(tmp_path, ["train.best_metric=bbox/AQ", "train.eval_period=2"])
+    cfg.dataloader.evaluator.dataset_name = "tests_trees_val"
+    cfg.dataloader[unnamed].dataset = L(own_set)(split="val" if unnamed == "test" else "train")
+    with pytest.raises(ValueError, match=message):
+        train(cfg)
 
 
 @pytest.mark.slow
@@ -286,8 +332,15 @@ def test_the_command_trains_and_evaluates(teacher_weights, make_lazy, tmp_path):
         (["train.backbone.compile=indctor"], "MODEL.BACKBONE.COMPILE is 'indctor'"),
         (["train.checkpointer.period=0"], "SOLVER.CHECKPOINT_PERIOD is 0: expected"),
         (["train.micro_batches=3"], "MICRO_BATCHES is 3: expected a divisor of the 2 images"),
-        (["train.best_metric=bbox/AP"], "BEST_METRIC is 'bbox/AP', but .* TEST.EVAL_PERIOD 0"),
-        (["train.best_metric=bbox/AQ", "train.eval_period=2"], "BEST_METRIC is 'bbox/AQ'"),
+        (["train.best_metric=bbox/AP"], "BEST_METRIC is 'bbox/AP', but TEST.EVAL_PERIOD is 0"),
+        (
+            ["train.best_metric=bbox/AQ", "train.eval_period=2"],
+            "BEST_METRIC is 'bbox/AQ'.*There are bbox/AP, bbox/AP50, bbox/AP75, .*, bbox/APl.$",
+        ),
+        (  # which a RetinaNet does not say
+            ["train.best_metric=segm/AP", "train.eval_period=2"],
+            "BEST_METRIC is 'segm/AP'.*There are bbox/AP, bbox/AP50, bbox/AP75, .*, bbox/APl.$",
+        ),
         (["train.patience=2"], "TEST.PATIENCE is 2, but TEST.BEST_METRIC, which it waits for"),
         (["model.inherit=[neck]"], "MOKD.INHERIT has 'neck', of which nothing fits"),
         (
