@@ -11,7 +11,7 @@ import os
 import struct
 import uuid
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import IO, Any
 
 import torch
@@ -20,6 +20,17 @@ TEMPORARY = ".mokd_det.tmp"  # ends the names of what is being written
 _MARK = b"sha256:"
 _COMMENT = len(_MARK) + 64
 _END = 22  # bytes of a zip archive's last record, with an empty comment
+
+
+@contextlib.contextmanager
+def naming(path: str) -> Iterator[None]:
+    """Within it a file is written. An OSError names it: those of full disks name none."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, path) from error
 
 
 def replace_file(path: str, write: Callable[[IO[bytes]], Any]) -> None:

@@ -6,14 +6,13 @@ from typing import Any
 
 from .. import compat  # noqa: F401  (first: patches Detectron2 where it needs it)
 from detectron2.config import CfgNode
-from detectron2.engine import default_setup
 from detectron2.utils import comm
 from omegaconf import DictConfig
 
 from ..command_line import errors_as_messages, import_modules
 from ..config import config_path, trust_files
 from ..engine import FolderBefore, LazyTrainer, claim_folder, evaluate_lazy, find_checkpoint
-from ..engine import on_main_process, output_errors, read_lazy, say_summary, setup_console
+from ..engine import on_main_process, output_errors, read_lazy, say_summary, start_logs
 from ..engine import write_options, write_student
 from ..evaluation import write_results
 from .training import print_next_steps
@@ -49,14 +48,13 @@ def main(args: argparse.Namespace) -> Any:
     with errors_as_messages(args.debug):
         cfg = read(args)
         folder = cfg.train.output_dir
-        of_folder = CfgNode({"OUTPUT_DIR": folder})
         before = FolderBefore(folder)
         if not args.eval_only:
-            claim_folder(of_folder, args.resume)
+            claim_folder(CfgNode({"OUTPUT_DIR": folder}), args.resume)
         elif args.resume and (last := on_main_process(find_checkpoint, folder)):
             cfg.train.init_checkpoint = last
-        setup_console(of_folder, args.verbosity)
-        default_setup(cfg, args)
+        with before.restored_on_error():
+            start_logs(cfg, folder, args)
     with errors_as_messages(args.debug), output_errors(folder):
         if args.eval_only:
             results = evaluate_lazy(cfg)

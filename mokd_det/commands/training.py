@@ -4,7 +4,6 @@
 import json
 
 from .. import compat  # noqa: F401  (first: patches Detectron2 where it needs it)
-from detectron2.engine import default_setup
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
@@ -25,10 +24,11 @@ from ..engine import (
     prepare_datasets,
     replacing_run,
     say_summary,
-    setup_console,
+    start_logs,
     validate,
 )
 from ..evaluation import finite, format_comparison, format_zoo_row, write_results, zoo_row
+from ..files import replace_file
 from ..tasks import task_of
 
 
@@ -76,8 +76,8 @@ def setup(args):
     before = FolderBefore(cfg.OUTPUT_DIR)
     if not args.eval_only:
         claim_folder(cfg, args.resume, args.overwrite)
-    setup_console(cfg, args.verbosity)
-    default_setup(cfg, args)
+    with before.restored_on_error():
+        start_logs(cfg, cfg.OUTPUT_DIR, args)
     return cfg, before
 
 
@@ -121,8 +121,8 @@ def train(args, cfg, before):
         trainer.resume_or_load(resume=args.resume)
     if comm.is_main_process() and isinstance(trainer, DistillationTrainer):
         # What stock Detectron2 needs to use the student.
-        with PathManager.open(f"{cfg.OUTPUT_DIR}/student.yaml", "w") as f:
-            f.write(task_of(cfg).stock_config(trainer.cfg).dump())
+        text = task_of(cfg).stock_config(trainer.cfg).dump().encode()
+        replace_file(f"{cfg.OUTPUT_DIR}/student.yaml", lambda f: f.write(text))
     if comm.is_main_process():
         say_summary(trainer.cfg, trainer._trainer, trainer.start_iter)
     trainer.train()
@@ -136,8 +136,8 @@ def write_zoo_row(args, cfg, results):
     one_by_one.TEST.BATCH_SIZE = 1
     loader = Trainer.build_test_loader(one_by_one, cfg.DATASETS.TEST[0])
     row = zoo_row(cfg, task_of(cfg).load_trained(cfg), results, args.config_file, loader)
-    with PathManager.open(f"{cfg.OUTPUT_DIR}/zoo_row.json", "w") as f:
-        json.dump(finite(row), f, indent=2)
+    text = json.dumps(finite(row), indent=2).encode()
+    replace_file(f"{cfg.OUTPUT_DIR}/zoo_row.json", lambda f: f.write(text))
     print(format_zoo_row(row))
 
 

@@ -22,6 +22,7 @@ from .tracking import FILES as TRACKING_FILES
 
 logger = logging.getLogger(__name__)
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
 LOCK = ".lock"
 APPENDED = ("metrics.json", "balance.json")
 CONFIG, OPTIONS = "config.yaml", "options.yaml"  # the latter of Python configs
@@ -206,14 +207,15 @@ def output_errors(folder: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
+        full = error.errno in (*FULL, errno.EROFS, errno.EFBIG, errno.EIO)
         path = os.fsdecode(error.filename) if error.filename else folder
         inside = os.path.abspath(path).startswith(os.path.abspath(folder) + os.sep)
         was_read = isinstance(error, FileNotFoundError) and os.path.isdir(folder)
         if was_read or not (full or inside):
             raise
+        remedy = "make room there" if error.errno in FULL else "solve that"
         raise SystemExit(
             f"The run stopped since '{path}' could not be written "
-            f"({error.strerror}). Checkpoints from before are whole: solve that and go on with "
+            f"({error.strerror}). Checkpoints from before are whole: {remedy} and go on with "
             "--resume."
         ) from error

@@ -1,7 +1,6 @@
 # Copyright (c) The mokd_det authors.
 """What a Python config says, as YAML: its student for other commands, its options for a report."""
 
-import contextlib
 import functools
 import logging
 import os
@@ -14,7 +13,8 @@ from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
 
-from ..files import replace_file
+from ..files import naming, replace_file
+from .console import raises_os_errors
 from .folder import OPTIONS
 from .lazy_options import IN_YAML, plain
 
@@ -57,7 +57,7 @@ def write_student(lazy: DictConfig, cfg: CfgNode) -> str:
             f"calls {local[0]}, which no module has. Define it in one, and import it."
         )
         return ""
-    with raises_os_errors():
+    with raises_os_errors(), naming(model):
         LazyConfig.save(OmegaConf.create(student, flags={"allow_objects": True}), model)
     sizes = _test_sizes(lazy)
     if sizes is None:
@@ -113,21 +113,3 @@ def _test_sizes(lazy: DictConfig) -> dict[str, int] | None:
     if not (isinstance(short, int) and isinstance(longest, int)):
         return None
     return {"MIN_SIZE_TEST": short, "MAX_SIZE_TEST": longest}
-
-
-@contextlib.contextmanager
-def raises_os_errors() -> Iterator[None]:
-    """Within it, LazyConfig.save raises that a file cannot be written: it only logs that."""
-    log = logging.getLogger("detectron2.config.lazy")
-    log.addFilter(_raise_os_error)
-    try:
-        yield
-    finally:
-        log.removeFilter(_raise_os_error)
-
-
-def _raise_os_error(record: logging.LogRecord) -> bool:
-    error = record.exc_info[1] if record.exc_info else None
-    if isinstance(error, OSError):
-        raise error
-    return True

@@ -18,12 +18,28 @@ from detectron2.config import CfgNode
 from detectron2.utils.events import EventWriter, JSONWriter, TensorboardXWriter
 from detectron2.utils.events import get_event_storage
 
-from ..files import replace_file
+from ..files import naming, replace_file
 
 logger = logging.getLogger(__name__)
 
 Scalars = dict[int, dict[str, float]]
 """By iteration and name."""
+
+
+class MetricsWriter(JSONWriter):
+    """Detectron2's, whose errors name the file."""
+
+    def __init__(self, json_file: str):
+        super().__init__(json_file)
+        self.path = json_file
+
+    def write(self) -> None:
+        with naming(self.path):
+            super().write()
+
+    def close(self) -> None:
+        with naming(self.path):
+            super().close()
 
 
 class TrackingWriter(EventWriter, abc.ABC):
@@ -77,7 +93,7 @@ class CSVWriter(TrackingWriter):
             self._replace([merged[i] for i in sorted(merged)])
             return
         self._iterations |= scalars.keys()
-        with open(self.path, "a", newline="") as file:
+        with naming(self.path), open(self.path, "a", newline="") as file:
             csv.DictWriter(file, self._columns, lineterminator="\n").writerows(rows)
 
     def _rows(self) -> list[dict[str, Any]]:
@@ -203,7 +219,7 @@ def _in_folder(write: Callable[[str], EventWriter], name: str, cfg: CfgNode) -> 
 
 # By their names in LOGGING.WRITERS.
 WRITERS: dict[str, Callable[[CfgNode], EventWriter]] = {
-    "json": functools.partial(_in_folder, JSONWriter, "metrics.json"),
+    "json": functools.partial(_in_folder, MetricsWriter, "metrics.json"),
     "tensorboard": functools.partial(_in_folder, TensorboardXWriter, ""),
     "csv": functools.partial(_in_folder, CSVWriter, CSV),
     **SERVICES,

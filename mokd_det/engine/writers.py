@@ -12,6 +12,7 @@ from detectron2.utils.events import get_event_storage
 from detectron2.utils.file_io import PathManager
 from fvcore.common.history_buffer import HistoryBuffer
 
+from ..files import naming
 from .diagnostics import COUNTS
 
 HISTORY = 1000  # the most that Detectron2's own writers look back (for the time that is left)
@@ -33,6 +34,7 @@ class BalanceWriter(EventWriter):
     """
 
     def __init__(self, json_file: str):
+        self.path = json_file
         self._file = PathManager.open(json_file, "a")
         self._last = -1
 
@@ -49,12 +51,15 @@ class BalanceWriter(EventWriter):
             is_count = name.split("/")[-1] in COUNTS
             line[name] = new[-1][0] if is_count else sum(v for v, _ in new) / len(new)
         if line:
-            self._file.write(json.dumps({"iteration": int(latest), **line}, sort_keys=True) + "\n")
-            self._file.flush()
+            text = json.dumps({"iteration": int(latest), **line}, sort_keys=True)
+            with naming(self.path):
+                self._file.write(f"{text}\n")
+                self._file.flush()
         self._last = latest
 
     def close(self) -> None:
-        self._file.close()
+        with naming(self.path):
+            self._file.close()
 
 
 class ProgressPrinter(CommonMetricPrinter):
@@ -65,6 +70,14 @@ class ProgressPrinter(CommonMetricPrinter):
     def __init__(self, max_iter: int, window_size: int = 20):
         super().__init__(max_iter, window_size)
         self.logger = _WithBalance(self.logger, {})
+        self._printed = -1
+
+    def write(self) -> None:
+        """Print the line once: a run that ends by an error asks twice, and 0.6 divides by zero."""
+        iteration = get_event_storage().iter
+        if iteration != self._printed:
+            self._printed = iteration
+            super().write()
 
 
 class _WithBalance(logging.LoggerAdapter):

@@ -1,7 +1,9 @@
 # Copyright (c) The mokd_det authors.
 """A distillation in Python (LazyConfig): the YAML's run, its checks and its guarantees."""
 
+import errno
 import json
+import os
 import re
 import shutil
 
@@ -267,6 +269,28 @@ def test_a_student_that_yaml_cannot_say_has_no_yaml(tmp_path, caplog):
     assert write_student(lazy, described(plain(lazy.train), "BGR", {})) == ""
     assert re.search("student.yaml is not written, .*lambda>, which no module has", caplog.text)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_stops_the_run_with_one_sentence(
+    make_lazy, tmp_path, monkeypatch, caplog, number
+):
+    period = ["train.checkpointer.period=1"]
+    replace = os.replace
+
+    def full(source, target):
+        if "model_0000002" in target:
+            raise OSError(number, os.strerror(number))
+        replace(source, target)
+
+    message = "'.*model_0000002.pth' could not be written .*: make room there and .* --resume"
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match=message):
+        patch.setattr(os, "replace", full)
+        train(make_lazy(tmp_path / "full", period))
+    assert "Traceback" not in caplog.text and "Exception during training" not in caplog.text
+    assert not list((tmp_path / "full").glob("*.tmp"))
+    assert train(make_lazy(tmp_path / "full", period), resume=True).start_iter == 2
 
 
 @pytest.mark.slow
