@@ -100,9 +100,49 @@ def torchdistill_step(cfg, model, batch):
     """
     from torchdistill.core.distillation import DistillationBox
 
-    head = model.student.head_name
+    config = torchdistill_config(cfg, model.student.head_name, model.teacher.model.head_name)
+    teacher, student = model.teacher.model.network, model.student.network
+    box = DistillationBox(
+        teacher.eval(), student.train(), {}, config, model.device, None, False, 1.0
+    )
+    images, targets = model.student.preprocess(batch.images), batch.targets.to(model.device)
+
+    def step():
+        box.pre_epoch_process(epoch=0)
+        loss = box.forward_process(images, targets)
+        box.post_forward_process(loss=loss)
+        loss.item()  # as its example script logs it, and as our step logs its losses
+        return loss
+
+    return step
+
+
+def torchdistill_config(cfg, head, teacher_head):
+    """Training with :func:`torchdistill_criterion`."""
+    return {
+        "num_epochs": 1,
+        "teacher": {
+            "forward_proc": "forward_batch_only",
+            "forward_hook": {"output": [teacher_head]},
+            "requires_grad": False,
+        },
+        "student": {
+            "forward_proc": "forward_batch_only",
+            "forward_hook": {"output": [head]},
+            "requires_grad": True,
+        },
+        "optimizer": {
+            "key": "SGD",
+            "kwargs": {"lr": 0.0, "momentum": cfg.SOLVER.MOMENTUM, "weight_decay": 1e-4},
+        },
+        "criterion": torchdistill_criterion(cfg, head, teacher_head),
+    }
+
+
+def torchdistill_criterion(cfg, head, teacher_head):
+    """Cross-entropy and KDLoss on the outputs of two modules, by their names."""
     logits = {"module_path": head, "io": "output"}
-    criterion = {
+    return {
         "key": "WeightedSumLoss",
         "kwargs": {
             "sub_terms": {
@@ -123,7 +163,7 @@ def torchdistill_step(cfg, model, batch):
                         "kwargs": {
                             "student_module_path": head,
                             "student_module_io": "output",
-                            "teacher_module_path": model.teacher.model.head_name,
+                            "teacher_module_path": teacher_head,
                             "teacher_module_io": "output",
                             "temperature": cfg.MOKD.LOGITS.TEMPERATURE,
                             "alpha": 0.0,
@@ -134,38 +174,6 @@ def torchdistill_step(cfg, model, batch):
             }
         },
     }
-    config = {
-        "num_epochs": 1,
-        "teacher": {
-            "forward_proc": "forward_batch_only",
-            "forward_hook": {"output": [model.teacher.model.head_name]},
-            "requires_grad": False,
-        },
-        "student": {
-            "forward_proc": "forward_batch_only",
-            "forward_hook": {"output": [head]},
-            "requires_grad": True,
-        },
-        "optimizer": {
-            "key": "SGD",
-            "kwargs": {"lr": 0.0, "momentum": cfg.SOLVER.MOMENTUM, "weight_decay": 1e-4},
-        },
-        "criterion": criterion,
-    }
-    teacher, student = model.teacher.model.network, model.student.network
-    box = DistillationBox(
-        teacher.eval(), student.train(), {}, config, model.device, None, False, 1.0
-    )
-    images, targets = model.student.preprocess(batch.images), batch.targets.to(model.device)
-
-    def step():
-        box.pre_epoch_process(epoch=0)
-        loss = box.forward_process(images, targets)
-        box.post_forward_process(loss=loss)
-        loss.item()  # as its example script logs it, and as our step logs its losses
-        return loss
-
-    return step
 
 
 def compare_steps(cfg, size, count, rounds):

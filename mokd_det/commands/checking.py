@@ -100,7 +100,7 @@ def _check_voc(path: Path) -> tuple[Report, dict[str, Any]]:
     return prepare_voc.check(path), {}
 
 
-def _check_coco(args):
+def _check_coco(args: argparse.Namespace) -> tuple[Report, dict[str, Any]]:
     if args.image_root is None:
         raise ValueError(f"Give the folder of the images, too: mokd check-data {args.path} FOLDER")
     data = read_coco(args.path)
@@ -120,6 +120,7 @@ def _check_coco(args):
 
 
 def check(args: argparse.Namespace) -> int:
+    """Check as the arguments say, print what was found; return 1 if there are errors, else 0."""
     if bool(args.path) == bool(args.config_file):
         raise ValueError("Give either a path or --config-file.")
     start = time.perf_counter()

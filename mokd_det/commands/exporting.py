@@ -1,8 +1,11 @@
 # Copyright (c) The mokd_det authors.
 """``mokd export``: the work."""
 
+import argparse
 import json
 import os
+from collections.abc import Mapping
+from typing import Any
 
 from .. import compat  # noqa: F401  (first: patches Detectron2 where it needs it)
 from detectron2.utils.file_io import PathManager
@@ -20,7 +23,7 @@ from ..export import (
 )
 
 
-def report(result):
+def report(result: Mapping[str, Any]) -> str:
     """Return the results as lines for people."""
     lines = [f"{result['file']}: {result['bytes'] / 2**20:.1f} MiB"]
     parity = result["parity"]
@@ -51,7 +54,7 @@ def report(result):
     return "\n".join(lines)
 
 
-def export(args):
+def export(args: argparse.Namespace) -> dict[str, Any]:
     """Export as the arguments say; print and return the results."""
     args.images, overrides = split_overrides(args.images)
     args.opts = overrides + args.opts

@@ -1,9 +1,12 @@
 # Copyright (c) The mokd_det authors.
 """``mokd train``: one run, from its arguments to its results."""
 
+import argparse
 import json
+from typing import Any
 
 from .. import compat  # noqa: F401  (first: patches Detectron2 where it needs it)
+from detectron2.config import CfgNode
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
@@ -32,7 +35,10 @@ from ..files import replace_file
 from ..tasks import task_of
 
 
-def check_arguments(args, cfg):
+Results = dict[str, Any]  # of Detectron2's DefaultTrainer.test
+
+
+def check_arguments(args: argparse.Namespace, cfg: CfgNode) -> None:
     """Raise ValueError or FileNotFoundError for what the command line alone decides."""
     if args.zoo_row and not cfg.DATASETS.TEST:
         raise ValueError("--zoo-row needs DATASETS.TEST, which is empty: name a data set.")
@@ -58,7 +64,7 @@ def check_arguments(args, cfg):
         raise FileNotFoundError(f"MODEL.WEIGHTS '{weights}' does not exist.")
 
 
-def setup(args):
+def setup(args: argparse.Namespace) -> tuple[CfgNode, FolderBefore]:
     """
     Read the config, check all that can be checked before data and weights, start logging. Return
     the config, and what its OUTPUT_DIR held before.
@@ -81,15 +87,20 @@ def setup(args):
     return cfg, before
 
 
-def with_weights(cfg, weights):
+def with_weights(cfg: CfgNode, weights: str) -> CfgNode:
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.WEIGHTS = weights
     return cfg
 
 
-def evaluate(args, cfg, before):
-    """Evaluate the plain model of ``cfg`` on DATASETS.TEST (with --resume: its last weights)."""
+def evaluate(
+    args: argparse.Namespace, cfg: CfgNode, before: FolderBefore
+) -> tuple[Results, CfgNode]:
+    """
+    Evaluate the plain model of ``cfg`` on DATASETS.TEST (with --resume: its last weights). Return
+    the results, and the config with these weights.
+    """
     task = task_of(cfg)
     with before.restored_on_error():
         if args.resume and (last := on_main_process(find_checkpoint, cfg.OUTPUT_DIR)):
@@ -114,8 +125,8 @@ def evaluate(args, cfg, before):
     return results, cfg
 
 
-def train(args, cfg, before):
-    """Train, and evaluate as the config says."""
+def train(args: argparse.Namespace, cfg: CfgNode, before: FolderBefore) -> tuple[Results, CfgNode]:
+    """Train, and evaluate as the config says; return as :func:`evaluate`."""
     with before.restored_on_error(), replacing_run(cfg.OUTPUT_DIR, args.overwrite):
         trainer = build_trainer(cfg)
         trainer.resume_or_load(resume=args.resume)
@@ -130,7 +141,8 @@ def train(args, cfg, before):
     return results, with_weights(cfg, f"{cfg.OUTPUT_DIR}/model_final.pth")
 
 
-def write_zoo_row(args, cfg, results):
+def write_zoo_row(args: argparse.Namespace, cfg: CfgNode, results: Results) -> None:
+    """Write ``zoo_row.json``, and print the row."""
     one_by_one = cfg.clone()
     one_by_one.defrost()
     one_by_one.TEST.BATCH_SIZE = 1
@@ -141,15 +153,16 @@ def write_zoo_row(args, cfg, results):
     print(format_zoo_row(row))
 
 
-def print_next_steps(args, output_dir, student=""):
-    """``student``: see :func:`mokd_det.engine.next_steps`."""
+def print_next_steps(args: argparse.Namespace, output_dir: str, student: str = "") -> None:
+    """Print what one does with a run's best weights; ``student``: see :func:`next_steps`."""
     if args.verbosity >= USUAL:
         best, final = (f"{output_dir}/model_{name}.pth" for name in ("best", "final"))
         weights = best if PathManager.isfile(best) else final
         print(next_steps(args.config_file, args.opts, output_dir, weights, args.imports, student))
 
 
-def main(args):
+def main(args: argparse.Namespace) -> Results:
+    """Train or evaluate, as one of the processes; return the results of the last evaluation."""
     with errors_as_messages(args.debug):
         cfg, before = setup(args)
     with errors_as_messages(args.debug), output_errors(cfg.OUTPUT_DIR):  # with the run's logs

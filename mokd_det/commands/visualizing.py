@@ -2,13 +2,15 @@
 """``mokd visualize``: the work."""
 
 import os
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 import torch
 
 from .. import compat  # noqa: F401  (first: patches Detectron2 where it needs it)
+from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.structures import Boxes, BoxMode, pairwise_iou
 from detectron2.utils.file_io import PathManager
@@ -25,26 +27,33 @@ IOU = 0.5  # of a prediction that is right, as in AP50
 SMALLEST = 256  # pixels of an enlarged image's longer side
 
 
+Element = dict[str, Any]  # Detectron2's data set dict
+Colour = tuple[int, int, int]
+
+
 class Objects(NamedTuple):
     """
     Attributes:
-        boxes (ndarray): (N, 4) x0, y0, x1, y1 in an image's pixels.
-        classes (ndarray): (N,) numbers of their classes.
+        boxes: (N, 4) x0, y0, x1, y1 in an image's pixels.
+        classes: (N,) numbers of their classes.
     """
 
     boxes: np.ndarray
     classes: np.ndarray
 
 
-def predict(cfg, elements, score):
-    """
-    Args:
-        cfg (CfgNode): of a trained detector.
-        elements (list[dict]): data set dicts.
-        score (float): smallest score shown.
+class Column(NamedTuple):
+    """``objects`` and ``colours`` of each image's."""
 
-    Returns:
-        list[Objects]: for each element, the highest score first.
+    title: str
+    objects: Sequence[Objects]
+    colours: Sequence[Sequence[Colour]]
+
+
+def predict(cfg: CfgNode, elements: Sequence[Element], score: float) -> list[Objects]:
+    """
+    Return what the trained detector of ``cfg`` finds in each image with a score of at least
+    ``score``, the highest first.
     """
     model = task_of(cfg).load_trained(cfg)
     mapper = DatasetMapper(cfg, is_train=False)
@@ -59,16 +68,16 @@ def predict(cfg, elements, score):
     return found
 
 
-def ground_truth(element):
-    """Return the Objects of a data set dict."""
+def ground_truth(element: Element) -> Objects:
+    """Return the objects of a data set dict."""
     annotations = [a for a in element.get("annotations", []) if not a.get("iscrowd")]
     boxes = [BoxMode.convert(a["bbox"], a["bbox_mode"], BoxMode.XYXY_ABS) for a in annotations]
     classes = [a["category_id"] for a in annotations]
     return Objects(np.array(boxes, dtype=np.float32).reshape(-1, 4), np.array(classes, dtype=int))
 
 
-def are_right(found, truth):
-    """Return (N,) bool: which of the found Objects have the class and place of a true one each."""
+def are_right(found: Objects, truth: Objects) -> np.ndarray:
+    """Return (N,) bool: which of the found objects have the class and place of a true one each."""
     overlaps = pairwise_iou(*(Boxes(torch.as_tensor(o.boxes)) for o in (found, truth))).numpy()
     overlaps[found.classes[:, None] != truth.classes] = 0
     right = np.zeros(len(found.boxes), dtype=bool)
@@ -79,7 +88,13 @@ def are_right(found, truth):
     return right
 
 
-def draw(image, objects, colours, names, scale):
+def draw(
+    image: np.ndarray,
+    objects: Objects,
+    colours: Sequence[Colour],
+    names: Sequence[str],
+    scale: float,
+) -> np.ndarray:
     """Return an enlarged copy of a BGR image with boxes drawn on it, and names of their classes."""
     canvas = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)
     boxes = np.round(objects.boxes * scale).astype(int).tolist()
@@ -90,19 +105,21 @@ def draw(image, objects, colours, names, scale):
     return canvas
 
 
-def write(canvas, text, place, colour):
+def write(canvas: np.ndarray, text: str, place: tuple[int, int], colour: Colour) -> None:
+    """Write on a BGR image; ``place``: x, y of the text's left end below."""
     cv2.putText(canvas, text, place, cv2.FONT_HERSHEY_SIMPLEX, 0.6, colour, 2, cv2.LINE_AA)
 
 
-def grid(elements, columns, names):
+def grid(
+    elements: Sequence[Element], columns: Sequence[Column], names: Sequence[str]
+) -> np.ndarray:
     """
     Args:
-        elements (list[dict]): data set dicts, one for each row.
-        columns (list[tuple]): (title, Objects of each element, colours of each element's).
-        names (list[str]): of the classes.
+        elements: data set dicts, one for each row.
+        names: of the classes.
 
     Returns:
-        ndarray: (H, W, 3) BGR uint8.
+        (H, W, 3) BGR uint8.
     """
     images = [np.asarray(read_rgb(e["file_name"]))[:, :, ::-1].copy() for e in elements]
     scale = max(1.5, SMALLEST / max(max(i.shape) for i in images))
@@ -126,23 +143,33 @@ def grid(elements, columns, names):
     return np.concatenate(rows)
 
 
-def model_column(label, found, truth):
-    """Return the column of :func:`grid` of a model that ``found`` these Objects."""
+def model_column(label: str, found: Sequence[Objects], truth: Sequence[Objects]) -> Column:
+    """Return the column of :func:`grid` of a model that ``found`` these objects."""
     right = [are_right(*pair) for pair in zip(found, truth)]
     colours = [[RIGHT_COLOUR if r else WRONG_COLOUR for r in image] for image in right]
     count = sum(map(sum, right))
-    return f"{label}: {count} of {sum(len(t.boxes) for t in truth)}", found, colours
+    title = f"{label}: {count} of {sum(len(t.boxes) for t in truth)}"
+    return Column(title, found, colours)
 
 
-def visualize(dataset, models, output, count=3, score=0.5, opts=()):
+def visualize(
+    dataset: str,
+    models: Sequence[Sequence[str]],
+    output: str,
+    count: int = 3,
+    score: float = 0.5,
+    opts: Sequence[str] = (),
+) -> None:
     """
+    Write a grid of images. ValueError, FileNotFoundError, OSError: what cannot be read or written.
+
     Args:
-        dataset (str): name, registered by the first model's config if it is not yet.
-        models (list[tuple]): (label, config file, weights file).
-        output (str): PNG to write.
-        count (int): images: those with the most boxes; of equals, the first ones of the set.
-        score (float): smallest score shown.
-        opts (sequence): overrides [KEY, VALUE, ...] of all configs.
+        dataset: name, registered by the first model's config if it is not yet.
+        models: (label, config file, weights file) of each.
+        output: PNG to write.
+        count: images: those with the most boxes; of equals, the first ones of the set.
+        score: smallest score shown.
+        opts: overrides [KEY, VALUE, ...] of all configs.
     """
     if count < 1:
         raise ValueError(f"--count is {count}: expected 1 or more.")
@@ -169,7 +196,7 @@ def visualize(dataset, models, output, count=3, score=0.5, opts=()):
     elements = sorted(elements, key=lambda e: -len(e.get("annotations", [])))[:count]
     truth = [ground_truth(element) for element in elements]
     colours = [[GROUND_TRUTH_COLOUR] * len(objects.boxes) for objects in truth]
-    columns = [("ground truth", truth, colours)]
+    columns = [Column("ground truth", truth, colours)]
     for (label, _, _), cfg in zip(models, cfgs):
         columns.append(model_column(label, predict(cfg, elements, score), truth))
     names = MetadataCatalog.get(dataset).thing_classes

@@ -82,8 +82,23 @@ def export_model(
     if format == "checkpoint":
         paths = export_checkpoint(task, cfg, output_dir)
         result = {"format": format, "bytes": os.path.getsize(paths["weights"]), **paths}
-        return _write(result, output_dir)
-    register_datasets(cfg)
+    else:
+        register_datasets(cfg)
+        result = _export_compared(task, cfg, output_dir, options, images, option)
+    Path(output_dir, "export.json").write_text(json.dumps(result, indent=2))
+    return result
+
+
+def _export_compared(
+    task: "Task",
+    cfg: CfgNode,
+    output_dir: str,
+    options: ExportOptions,
+    images: Sequence[str],
+    option: str,
+) -> Json:
+    """Write what runs without Detectron2, and compare it; as :func:`export_model`."""
+    format = options.format
     model, exporter = task.load_trained(cfg, option), task.exporter(cfg)
     if not options.method:
         method = exporter.default_method if format == "torchscript" else "tracing"
@@ -99,7 +114,7 @@ def export_model(
     path = os.path.join(output_dir, FORMATS[format])
     tensors = [exporter.to_tensor(picture) for picture in pictures]
     compared = exporter.write(model, tensors, path, metadata, options)
-    result = {
+    return {
         "format": format,
         **({"method": options.method} if format == "torchscript" else {}),
         "file": path,
@@ -110,7 +125,6 @@ def export_model(
         "parity": compared,
         "metadata": metadata,
     }
-    return _write(result, output_dir)
 
 
 def export_checkpoint(task: "Task", cfg: CfgNode, output_dir: str) -> dict[str, str]:
@@ -134,8 +148,3 @@ def export_checkpoint(task: "Task", cfg: CfgNode, output_dir: str) -> dict[str, 
     stock.MODEL.WEIGHTS = os.path.abspath(weights)  # so that it works from any folder
     Path(config).write_text(stock.dump())
     return {"weights": weights, "config": config}
-
-
-def _write(result: Json, output_dir: str) -> Json:
-    Path(output_dir, "export.json").write_text(json.dumps(result, indent=2))
-    return result
