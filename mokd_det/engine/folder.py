@@ -18,6 +18,7 @@ from ..files import TEMPORARY
 from ..tasks import task_of
 from .checkpoints import LAST, checkpoints_in
 from .launch import on_main_process
+from .tracking import EVENTS
 from .tracking import FILES as TRACKING_FILES
 
 logger = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ LOCK = ".lock"
 APPENDED = ("metrics.json", "balance.json")
 CONFIG, OPTIONS = "config.yaml", "options.yaml"  # the latter of Python configs
 # What a run appends to, or would leave behind if it stopped before it is written again.
-LOGS = (*APPENDED, OPTIONS, "results.json", "events.out.tfevents.*", *TRACKING_FILES)
+LOGS = (*APPENDED, OPTIONS, "results.json", EVENTS, *TRACKING_FILES)
 # What a run writes before its first step.
 STARTED = (LOCK, CONFIG, "log.txt*", *LOGS)
 _locks: dict[str, IO[str]] = {}

@@ -9,6 +9,7 @@ import importlib.util
 import logging
 import os
 import re
+import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from ..files import naming, replace_file
 
 logger = logging.getLogger(__name__)
 
+EVENTS = "events.out.tfevents.*"
 Scalars = dict[int, dict[str, float]]
 """By iteration and name."""
 
@@ -40,6 +42,35 @@ class MetricsWriter(JSONWriter):
     def close(self) -> None:
         with naming(self.path):
             super().close()
+
+
+class TensorBoardWriter(TensorboardXWriter):
+    """
+    Detectron2's, whose errors name the files. The thread that writes them hands its error on, to
+    the next call here, and would print a traceback besides.
+    """
+
+    def __init__(self, folder: str):
+        super().__init__(folder)
+        self.path = os.path.join(folder, EVENTS)
+        self._usual = threading.excepthook
+        threading.excepthook = self._say_thread_error
+
+    def _say_thread_error(self, args: threading.ExceptHookArgs) -> None:
+        is_handed_on = type(args.thread).__module__.startswith("tensorboard.")
+        if not (is_handed_on and isinstance(args.exc_value, OSError)):
+            self._usual(args)
+
+    def write(self) -> None:
+        with naming(self.path):
+            super().write()
+
+    def close(self) -> None:
+        try:
+            with naming(self.path):
+                super().close()
+        finally:
+            threading.excepthook = self._usual
 
 
 class TrackingWriter(EventWriter, abc.ABC):
@@ -220,7 +251,7 @@ def _in_folder(write: Callable[[str], EventWriter], name: str, cfg: CfgNode) -> 
 # By their names in LOGGING.WRITERS.
 WRITERS: dict[str, Callable[[CfgNode], EventWriter]] = {
     "json": functools.partial(_in_folder, MetricsWriter, "metrics.json"),
-    "tensorboard": functools.partial(_in_folder, TensorboardXWriter, ""),
+    "tensorboard": functools.partial(_in_folder, TensorBoardWriter, ""),
     "csv": functools.partial(_in_folder, CSVWriter, CSV),
     **SERVICES,
 }

@@ -2,16 +2,20 @@
 """Logs and configs on a disk that is full: one sentence that names the file."""
 
 import argparse
+import contextlib
+import errno
 import logging
 import os
+import threading
 
 import pytest
 from detectron2.utils.events import EventStorage
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from mokd_det.command_line import USUAL
 from mokd_det.config import get_cfg
 from mokd_det.engine import output_errors, read_lazy, start_logs
-from mokd_det.engine.tracking import CSVWriter, MetricsWriter
+from mokd_det.engine.tracking import CSVWriter, MetricsWriter, TensorBoardWriter
 from mokd_det.engine.writers import BalanceWriter, ProgressPrinter
 
 LAZY = "configs/Quick-Start/student_retinanet_mokd.py"
@@ -39,6 +43,26 @@ def test_a_writer_names_its_file(tmp_path, writer_class):
             with output_errors(str(tmp_path)):
                 writer.write()
             on_full_disk(path)
+
+
+def test_tensorboard_hands_on_the_error_of_its_thread(tmp_path, monkeypatch, capfd):
+    """Of the first line: later ones may wait for minutes."""
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(threading, "excepthook", usual := threading.__excepthook__)
+    writer = TensorBoardWriter(str(tmp_path))
+    monkeypatch.setattr(RecordWriter, "write", full)
+    message = f"No space left on device: '{tmp_path}/events.out.tfevents"
+    with EventStorage() as storage, pytest.raises(OSError, match=message):
+        for storage.iter in range(1000):
+            storage.put_scalar("total_loss", 1.0)
+            writer.write()
+    with contextlib.suppress(OSError):
+        writer.close()
+    assert threading.excepthook is usual
+    assert "Traceback" not in "".join(capfd.readouterr())
 
 
 @pytest.fixture
