@@ -8,13 +8,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import yaml
-from detectron2.config import CfgNode, LazyConfig
+from detectron2.config import CfgNode
 from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
 
-from ..files import naming, replace_file
-from .console import raises_os_errors
+from ..files import replace_file
 from .folder import OPTIONS
 from .lazy_options import IN_YAML, plain
 
@@ -35,8 +34,7 @@ def write_options(cfg: CfgNode) -> None:
         key: functools.reduce(dict.__getitem__, key.split("."), values)
         for key in sorted({*IN_YAML.values(), *ALSO_SET})
     }
-    text = yaml.safe_dump(options).encode()
-    replace_file(os.path.join(cfg.OUTPUT_DIR, OPTIONS), lambda f: f.write(text))
+    _write(os.path.join(cfg.OUTPUT_DIR, OPTIONS), yaml.safe_dump(options))
 
 
 def write_student(lazy: DictConfig, cfg: CfgNode) -> str:
@@ -50,15 +48,16 @@ def write_student(lazy: DictConfig, cfg: CfgNode) -> str:
         cfg: its options as those of a YAML config.
     """
     model, config = (os.path.join(cfg.OUTPUT_DIR, name) for name in (MODEL, CONFIG))
-    student = {"model": plain(lazy.model.student)}
+    student = OmegaConf.to_object(lazy.model.student)
     if local := [name for name in map(_name_of, _calls(student)) if not _is_found(name)]:
         logger.warning(
             f"{config} is not written, so mokd export and predict cannot be used: the student "
             f"calls {local[0]}, which no module has. Define it in one, and import it."
         )
         return ""
-    with raises_os_errors(), naming(model):
-        LazyConfig.save(OmegaConf.create(student, flags={"allow_objects": True}), model)
+    # As LazyConfig.save, which would turn the ShapeSpec of upstream's Detectron2 into a dict.
+    text = yaml.dump({"model": _named(student)}, default_flow_style=None, width=9999)
+    _write(model, text)
     sizes = _test_sizes(lazy)
     if sizes is None:
         logger.warning(
@@ -74,9 +73,12 @@ def write_student(lazy: DictConfig, cfg: CfgNode) -> str:
         },
         "INPUT": {"FORMAT": cfg.INPUT.FORMAT, **(sizes or {})},
     }
-    text = yaml.safe_dump(content).encode()
-    replace_file(config, lambda f: f.write(text))
+    _write(config, yaml.safe_dump(content))
     return config
+
+
+def _write(path: str, text: str) -> None:
+    replace_file(path, lambda f: f.write(text.encode()))
 
 
 def _calls(value: Any) -> Iterator[Any]:
@@ -86,6 +88,16 @@ def _calls(value: Any) -> Iterator[Any]:
             yield from _calls(part)
     elif callable(value):
         yield value
+
+
+def _named(value: Any) -> Any:
+    """Return a config with the names of what it calls."""
+    if isinstance(value, dict):
+        return {
+            key: _name_of(x) if key == "_target_" and callable(x) else _named(x)
+            for key, x in value.items()
+        }
+    return [_named(x) for x in value] if type(value) is list else value
 
 
 def _name_of(function: Any) -> str:

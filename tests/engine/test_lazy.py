@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from detectron2.config import LazyCall as L
+from detectron2.config import LazyConfig, instantiate
 from detectron2.data import get_detection_dataset_dicts
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import build_model
@@ -231,7 +232,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(make_lazy, tmp_path):
 def predict_with(config, weights, output):
     """By the YAML that the run has written: the same model, and images of the same size."""
     cfg = load_config(str(config))
-    build_model(cfg).load_state_dict(torch.load(weights)["model"], strict=True)
+    alone = instantiate(LazyConfig.load(str(config.parent / "student_model.yaml")).model)
+    for model in (build_model(cfg), alone):
+        model.load_state_dict(torch.load(weights)["model"], strict=True)
     assert (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST, cfg.INPUT.FORMAT) == (256, 256, "BGR")
     args = ["--trust", "--config-file", config, "--weights", weights, "--output", output]
     parsed = predict.argument_parser().parse_args([*map(str, args), str(TREES / "val")])
