@@ -18,14 +18,13 @@ from detectron2.utils.file_io import PathManager
 from ..config import check_device, load_config
 from ..data import check_datasets, read_rgb, register_datasets
 from ..engine import validate
+from ..report import found_once
 from ..tasks import task_of
 
 GROUND_TRUTH_COLOUR = (80, 220, 80)  # BGR
 RIGHT_COLOUR = (80, 220, 80)
 WRONG_COLOUR = (60, 60, 255)
-IOU = 0.5  # of a prediction that is right, as in AP50
 SMALLEST = 256  # pixels of an enlarged image's longer side
-
 
 Element = dict[str, Any]  # Detectron2's data set dict
 Colour = tuple[int, int, int]
@@ -79,13 +78,7 @@ def ground_truth(element: Element) -> Objects:
 def are_right(found: Objects, truth: Objects) -> np.ndarray:
     """Return (N,) bool: which of the found objects have the class and place of a true one each."""
     overlaps = pairwise_iou(*(Boxes(torch.as_tensor(o.boxes)) for o in (found, truth))).numpy()
-    overlaps[found.classes[:, None] != truth.classes] = 0
-    right = np.zeros(len(found.boxes), dtype=bool)
-    for i in range(len(right) if len(truth.boxes) else 0):
-        best = overlaps[i].argmax()
-        right[i] = overlaps[i, best] >= IOU
-        overlaps[:, best] *= not right[i]  # each is found once
-    return right
+    return found_once(np.where(found.classes[:, None] == truth.classes, overlaps, 0))
 
 
 def draw(

@@ -3,4 +3,5 @@
 
 from .balance import plot_balance, read_balance
 from .page import write_report
+from .predictions import found_once
 from .runs import Run, read_runs

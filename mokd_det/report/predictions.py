@@ -16,7 +16,7 @@ from pycocotools import mask
 
 from .runs import Run
 
-IOU = 0.5  # from which on two boxes are the same object
+IOU = 0.5  # from which on two boxes are the same object, as in AP50
 PREFIX = "datasets://"
 # What the evaluators write.
 DETECTIONS, CLASSES = "coco_instances_results.json", "predictions.json"
@@ -129,19 +129,29 @@ def _difference(first: Sequence[Box], second: Sequence[Box]) -> int:
 
 def _matched(boxes: Sequence[Box], others: Sequence[Box]) -> list[bool]:
     """Return which boxes, the surest first, find one of the others that none has found before."""
-    matched = [False] * len(boxes)
     if not boxes or not others:
-        return matched
+        return [False] * len(boxes)
     boxes_xywh, others_xywh = (np.array([b.xywh for b in x], float) for x in (boxes, others))
     ious = mask.iou(boxes_xywh, others_xywh, [0] * len(others))
     same = np.array([[a.category == b.category for b in others] for a in boxes])
-    ious = np.where(same, ious, 0)
-    for i in sorted(range(len(boxes)), key=lambda i: -boxes[i].score):
-        best = int(ious[i].argmax())
-        if ious[i, best] >= IOU:
-            matched[i] = True
+    order = np.argsort([-box.score for box in boxes], kind="stable")
+    matched = np.empty(len(boxes), dtype=bool)
+    matched[order] = found_once(np.where(same, ious, 0)[order])
+    return matched.tolist()
+
+
+def found_once(ious: np.ndarray) -> np.ndarray:
+    """
+    Return (N,) bool: which rows of (N, M) IoUs, the surest first, find a column that no row before
+    has found.
+    """
+    ious, found = ious.copy(), np.zeros(len(ious), dtype=bool)
+    for i in range(len(ious) if ious.size else 0):
+        best = ious[i].argmax()
+        found[i] = ious[i, best] >= IOU
+        if found[i]:
             ious[:, best] = 0
-    return matched
+    return found
 
 
 def _coco_source(runs: Sequence[Run], data_set: str) -> tuple[str, str] | None:
