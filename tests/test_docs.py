@@ -36,9 +36,9 @@ def code_of(page, language="python"):
 
 @pytest.fixture
 def examples():
-    blocks = code_of(TUTORIALS / "extend.md")
+    blocks, names = code_of(TUTORIALS / "extend.md"), {}
     for block in blocks:
-        exec(block, {})
+        exec(block, names)
     yield len(blocks)
     RULES.remove("equal_norms")
     OBJECTIVES.remove("attention")
@@ -47,7 +47,7 @@ def examples():
 
 
 def test_examples_train(examples, make_cfg):
-    assert examples == 3
+    assert examples == 4
     opts = ["MODEL.META_ARCHITECTURE", "BottomUpRCNN", "INPUT.COLOR_JITTER", 0.1]
     opts += ["MOKD.BALANCING.RULE", "equal_norms", "MOKD.BALANCING.EQUAL_NORMS.POWER", 0.5]
     opts += ["MOKD.FEATURES.STUDENT", ["res4"], "MOKD.FEATURES.TEACHER", ["p4"]]

@@ -115,7 +115,9 @@ class Detectors(Kind):
         for warning in report.warnings:
             print(f"warning: {option} '{json_file}': {warning}")
         side = statistics.median_low(min(row["width"], row["height"]) for row in data["images"])
-        return Data(class_names(data), len(data["images"]), side)
+        # As Detectron2's loader, which leaves out images that have nothing but crowds.
+        trained = {row["image_id"] for row in data["annotations"] if not row.get("iscrowd")}
+        return Data(class_names(data), len(trained), side)
 
     def epochs(self, data: Data) -> int:
         return 12

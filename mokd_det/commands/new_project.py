@@ -200,7 +200,7 @@ def _check_classes(args: argparse.Namespace, val: Data, data: Data) -> None:
 
 def _schedule(args: argparse.Namespace, kind: Kind, data: Data) -> str:
     if args.epochs:
-        return f"{args.epochs} epochs"
+        return f"{args.epochs} epoch{'s' * (args.epochs > 1)}"
     return f"{kind.epochs(data)} epochs, but at least {kind.least_steps} steps"
 
 
@@ -262,10 +262,12 @@ def _print_next(
     gpus = torch.cuda.device_count()
     processes = f" --num-gpus {gpus}" if gpus > 1 else ""
     steps, batch = common["SOLVER.MAX_ITER"], common["SOLVER.IMS_PER_BATCH"]
+    epochs = round(steps * batch / data.images)
     classes = f"{len(data.classes)} class{'es' * (len(data.classes) > 1)}"
+    counted = "images with objects" if "DATASETS.COCO" in common else "images"
     print(
-        f"{folder}: {data.images} images, {classes}; {steps} steps of {batch} "
-        f"images ({steps * batch / data.images:.0f} epochs) on {max(gpus, 1)} "
+        f"{folder}: {data.images} {counted}, {classes}; {steps} steps of {batch} "
+        f"images ({epochs} epoch{'s' * (epochs > 1)}) on {max(gpus, 1)} "
         f"{'GPU' if gpus else 'CPU'}\nSchedule: {schedule}; change it in common.yaml."
     )
     if not common["DATASETS.TEST"]:

@@ -39,7 +39,7 @@ def own_teacher(tmp_path):
 @pytest.mark.parametrize("student", new_detector.STUDENTS)
 def test_students_with_a_teacher_that_is_trained(create, own_teacher, tmp_path, student):
     said = create(*own_teacher, "--val", *VAL, student=student, output=student)
-    assert "6 images, 1 class; 1500 steps of 4 images (1000 epochs) on 1 CPU" in said
+    assert "6 images with objects, 1 class; 1500 steps of 4 images (1000 epochs) on 1 CPU" in said
     assert "Schedule: 12 epochs, but at least 1500 steps" in said
     assert "mokd train --config-file " + f"{student}/student_mokd.yaml" in said
     assert "teacher.yaml" not in said
