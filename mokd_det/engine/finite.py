@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 ON_NON_FINITE = ("raise", "skip")
 REMEDY = (
     "Use a lower SOLVER.BASE_LR, a longer SOLVER.WARMUP_ITERS or SOLVER.CLIP_GRADIENTS, and look "
-    "at the images of this step."
+    "at the images of this step, and at the weights that a rule of your own gives."
 )
 
 
@@ -132,7 +132,7 @@ def origin_of(decision: Decision | None, objectives: Sequence[str], levels: Sequ
             found.append(f"{name} (at {', '.join(at)})" if at else name)
     if not found:
         return "That of every objective is still finite where they meet. "
-    return f"Its objectives are {', '.join(found)}. "
+    return f"It comes from {', '.join(found)}. "
 
 
 def check_weights(modules: Mapping[str, nn.Module], last_checkpoint: str) -> None:

@@ -138,7 +138,7 @@ slow = functools.partial(pytest.param, marks=pytest.mark.slow)
     "name, opts, words",
     [
         ("digits", [], "every objective is still finite.*Parameters: student.network"),
-        ("digits", PARAMETERS, "objectives are task, features, logits. Parameters"),
+        ("digits", PARAMETERS, "comes from task, features, logits. Parameters"),
         ("digits", BF16, "still finite"),
         ("digits", ["SOLVER.MICRO_BATCHES", 2], "still finite"),
         ("digits", ["MOKD.ENABLED", False], "not taken. Parameters: student"),
@@ -159,7 +159,7 @@ def test_it_stops_before_the_weights_change(make, poison, name, opts, words):
 def test_objective_and_level_are_named(make_cfg):
     trainer = build(make_cfg("mokd"))
     trainer.model.objectives["features"].loss = lambda student, teacher: (student * NAN).sum()
-    message = r"objectives are features .at p3, p4.\..*features nan"
+    message = r"comes from features .at p3, p4.\..*features nan"
     with pytest.raises(FloatingPointError, match=message):
         run_steps(trainer)
 
