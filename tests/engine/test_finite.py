@@ -50,7 +50,7 @@ def test_whose_gradient_it_is():
     parts[:, 1, 1] = INF
     decision = Decision(weights, None, weights, parts=parts)
     assert "features (at p3, p4), outputs (at p4). " in origin_of(decision, names, levels)
-    assert "are features, outputs. " in origin_of(decision, names, [])
+    assert "from features, outputs. " in origin_of(decision, names, [])
     assert origin_of(None, names, levels) == origin_of(
         Decision(weights, None, weights), names, levels
     )
