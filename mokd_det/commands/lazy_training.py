@@ -14,8 +14,7 @@ from ..config import config_path, trust_files
 from ..engine import FolderBefore, LazyTrainer, claim_folder, evaluate_lazy, find_checkpoint
 from ..engine import on_main_process, output_errors, read_lazy, say_summary, start_logs
 from ..engine import write_options, write_student
-from ..evaluation import write_results
-from .training import print_next_steps
+from .training import print_next_steps, print_results
 
 
 def read(args: argparse.Namespace) -> DictConfig:
@@ -65,7 +64,7 @@ def main(args: argparse.Namespace) -> Any:
             student = say_start(cfg, trainer) if comm.is_main_process() else ""
             results = trainer.run()
         if comm.is_main_process() and results:
-            print(f"Results: {write_results(results, folder)}")
+            print_results(results, folder)
         if comm.is_main_process() and not args.eval_only:
             print_next_steps(args, folder, student)
     return results

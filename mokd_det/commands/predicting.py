@@ -2,6 +2,7 @@
 """``mokd predict``: the work."""
 
 import argparse
+import colorsys
 import contextlib
 import json
 import os
@@ -186,6 +187,8 @@ def _detect(
                 picture = pictures[element["file_name"]]
                 os.makedirs(os.path.dirname(picture) or ".", exist_ok=True)
                 draw(read_rgb(element["file_name"]), found, names).save(picture)
+    if others := set(list_images(args.output, LeftOut())) - set(pictures.values()):
+        print(f"'{args.output}' has pictures of earlier calls, too: {len(others)}")
     if not results:
         print(f"No box scores {least:g} or more; the highest score is {best:.3g}: see --threshold")
     return results
@@ -213,6 +216,11 @@ def _name(names: Sequence[str], label: int) -> str:
     return printable(names[label]) if label < len(names) else str(label)
 
 
+def _colour(label: int) -> tuple[int, ...]:
+    """Return a class's own colour: hues in steps of the golden ratio stay apart."""
+    return tuple(round(255 * x) for x in colorsys.hsv_to_rgb(label * 0.618034 % 1, 0.9, 1))
+
+
 def draw(image: Image.Image, found: Instances, names: Sequence[str] = ()) -> Image.Image:
     """Return an RGB picture with boxes, names, scores, masks and keypoints drawn on it."""
     if not len(found):
@@ -225,7 +233,8 @@ def draw(image: Image.Image, found: Instances, names: Sequence[str] = ()) -> Ima
         for label, score in zip(found.pred_classes.tolist(), found.scores.tolist())
     ]
     width = max(min(image.size) // 200, 1)
-    canvas = draw_bounding_boxes(canvas, found.pred_boxes.tensor, labels, width=width)
+    colours = [_colour(label) for label in found.pred_classes.tolist()]
+    canvas = draw_bounding_boxes(canvas, found.pred_boxes.tensor, labels, colours, width=width)
     if found.has("pred_keypoints"):
         canvas = draw_keypoints(canvas, found.pred_keypoints[..., :2], radius=2 * width)
     return F.to_pil_image(canvas)

@@ -30,7 +30,14 @@ from ..engine import (
     start_logs,
     validate,
 )
-from ..evaluation import finite, format_comparison, format_zoo_row, write_results, zoo_row
+from ..evaluation import (
+    finite,
+    format_comparison,
+    format_zoo_row,
+    headlines,
+    write_results,
+    zoo_row,
+)
 from ..files import replace_file
 from ..tasks import task_of
 
@@ -153,6 +160,12 @@ def write_zoo_row(args: argparse.Namespace, cfg: CfgNode, results: Results) -> N
     print(format_zoo_row(row))
 
 
+def print_results(results: Results, output_dir: str) -> None:
+    """Write them, too."""
+    file = write_results(results, output_dir)
+    print(*headlines(results), f"Results: {file}", sep="\n")
+
+
 def print_next_steps(args: argparse.Namespace, output_dir: str, student: str = "") -> None:
     """Print what one does with a run's best weights; ``student``: see :func:`next_steps`."""
     if args.verbosity >= USUAL:
@@ -168,7 +181,7 @@ def main(args: argparse.Namespace) -> Results:
     with errors_as_messages(args.debug), output_errors(cfg.OUTPUT_DIR):  # with the run's logs
         results, cfg = (evaluate if args.eval_only else train)(args, cfg, before)
         if comm.is_main_process() and results:
-            print(f"Results: {write_results(results, cfg.OUTPUT_DIR)}")
+            print_results(results, cfg.OUTPUT_DIR)
             if args.zoo_row:
                 write_zoo_row(args, cfg, results)
         if comm.is_main_process() and not args.eval_only:

@@ -25,7 +25,7 @@ from ..tasks import task_of
 logger = logging.getLogger(__name__)
 
 FILE = "summary.json"
-STEPS = 20  # after which the time that is left is known
+STEPS = 10  # after which the time that is left is known
 
 
 def summary_of(

@@ -7,5 +7,5 @@ from .build import build_evaluator, check_evaluators
 from .classification import ClassificationEvaluator
 from .cost import count_parameters
 from .fast_coco import fast_coco_eval
-from .results import finite, format_comparison, write_results
+from .results import finite, format_comparison, headlines, write_results
 from .zoo_row import format_zoo_row, zoo_row

@@ -6,7 +6,7 @@ import json
 import math
 import numbers
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,20 +47,45 @@ def format_comparison(results_by_model: Mapping[str, Mapping[str, Any]]) -> str:
     name, all of the same data sets, in either form of :func:`write_results`; that of one data set
     does not name it.
     """
-    rows = []
-    for model, results in results_by_model.items():
-        nested = all(isinstance(v, dict) for task in results.values() for v in task.values())
-        for data_set, tasks in (results if nested else {"": results}).items():
-            rows += [(data_set, task, model, metrics) for task, metrics in tasks.items()]
+    rows = [
+        (data_set, task, model, metrics)
+        for model, results in results_by_model.items()
+        for data_set, task, metrics in _by_set_and_task(results)
+    ]
     rows.sort(key=lambda row: row[:2])
-    found = [m for m in (*METRICS, *CLASSIFICATION_METRICS) if any(m in row[3] for row in rows)]
+    found = _metrics_of([row[3] for row in rows])
     first = 0 if any(row[0] for row in rows) else 1
     head = ["data set", "task", "model", *found][first:]
     lines = [head, ["---"] * len(head)]
-    for row in rows:
-        metrics = row[3]
-        lines.append([*row[first:3], *(f"{metrics[m]:.2f}" if m in metrics else "" for m in found)])
+    for *names, metrics in rows:
+        values = (f"{metrics[m]:.2f}" if m in metrics else "" for m in found)
+        lines.append([*map(str, names[first:]), *values])
     return "\n".join(map(markdown_row, lines))
+
+
+def headlines(results: Mapping[str, Any]) -> list[str]:
+    """Return a line with the usual metrics for each data set and task of :func:`write_results`."""
+    lines = []
+    for data_set, task, metrics in _by_set_and_task(results):
+        shown = ", ".join(f"{m} {metrics[m]:.1f}" for m in _metrics_of([metrics]))
+        if shown:
+            lines.append(f"{data_set} {task}".lstrip() + f", in percent: {shown}")
+    return lines
+
+
+def _by_set_and_task(results: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, Any]]]:
+    """The data set is "" if the results are of one."""
+    nested = all(isinstance(v, dict) for task in results.values() for v in task.values())
+    by_set: Mapping[str, Any] = results if nested else {"": results}
+    return [
+        (data_set, task, metrics)
+        for data_set, tasks in by_set.items()
+        for task, metrics in tasks.items()
+    ]
+
+
+def _metrics_of(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [m for m in (*METRICS, *CLASSIFICATION_METRICS) if any(m in row for row in found)]
 
 
 def finite(value: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 from .runs import Results, Run, has_model_of, role_of
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "PQ", "SQ", "RQ", "mIoU", "top1", "top5")
+OF_CLASS, MOST_CLASSES = "AP-", 20  # of Detectron2's evaluators; columns that a page has room for
 # What differs between any two runs and says nothing.
 UNTOLD = ("OUTPUT_DIR", "VERSION")
 
@@ -49,9 +50,17 @@ def results_tables(runs: Sequence[Run]) -> dict[str, Table]:
             if task in results.get(data_set, {})
         ]
         metrics = [m for m in METRICS if any(values.get(m) is not None for *_, values in having)]
-        rows = [[label, role, *(values.get(m) for m in metrics)] for label, role, values in having]
-        tables[f"{data_set}, {task}"] = Table(["run", "is", *metrics], rows, _best(rows), ".2f")
+        tables[f"{data_set}, {task}"] = _results_table(having, metrics)
+        of_classes = [key for key in having[0][2] if key.startswith(OF_CLASS)]
+        if 1 < len(of_classes) <= MOST_CLASSES:
+            tables[f"{data_set}, {task}: AP of each class"] = _results_table(having, of_classes)
     return tables
+
+
+def _results_table(having: Sequence[tuple[str, str, Any]], metrics: Sequence[str]) -> Table:
+    rows = [[label, role, *(values.get(m) for m in metrics)] for label, role, values in having]
+    head = [metric.removeprefix(OF_CLASS) for metric in metrics]
+    return Table(["run", "is", *head], rows, _best(rows), ".2f")
 
 
 def _best(rows: Sequence[Sequence[Any]]) -> list[Any]:

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
 from detectron2.utils.env import seed_all_rng
 from PIL import Image
 
 from mokd_det.commands import predict, visualizing
+from mokd_det.commands.predicting import draw
 from mokd_det.config import load_config
 from mokd_det.tasks import task_of
 
@@ -79,6 +81,23 @@ def test_a_detector(make_cfg, save, photos, tmp_path, capsys):
     for name, file in zip(("a.jpg", "more/b.bmp.png", "2.jpg"), files):
         picture, photo = (np.asarray(Image.open(x)) for x in (tmp_path / "out" / name, file))
         assert picture.shape == photo.shape and (picture.astype(int) - photo).any()
+
+
+def test_a_class_has_one_colour():
+    found = Instances((40, 60))
+    found.pred_boxes = Boxes(torch.tensor([[2.0, 2, 12, 12], [20, 20, 30, 30], [40, 2, 50, 12]]))
+    found.scores, found.pred_classes = torch.ones(3), torch.tensor([0, 1, 0])
+    picture = draw(Image.new("RGB", (60, 40)), found)
+    first, other, again = (picture.getpixel(corner) for corner in ((12, 12), (30, 30), (50, 12)))
+    assert first == again != other != (0, 0, 0) != first
+
+
+def test_pictures_of_earlier_calls_are_told(make_cfg, save, photos, tmp_path, capsys):
+    args = save(make_cfg("faster_rcnn"))
+    call(*args, photos)
+    assert "earlier calls" not in capsys.readouterr().out
+    call(*args, "--overwrite", photos / "a.jpg")
+    assert "has pictures of earlier calls, too: 1" in capsys.readouterr().out
 
 
 def test_no_box_above_the_threshold(make_cfg, save, photos, tmp_path, capsys):

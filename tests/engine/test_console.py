@@ -41,7 +41,9 @@ def test_flags():
         parser.parse_args(["-v", "-q"])
 
 
-@pytest.mark.parametrize("start, end, said", [(0, 1020, 1), (100, 1120, 1), (0, STEPS, 0)])
+@pytest.mark.parametrize(
+    "start, end, said", [(0, 1000 + STEPS, 1), (100, 1100 + STEPS, 1), (0, STEPS, 0)]
+)
 def test_expected_time(caplog, monkeypatch, start, end, said):
     monkeypatch.setattr(logging.getLogger("mokd_det"), "propagate", True)
     hook, storage = ExpectedTime(), EventStorage()

@@ -24,6 +24,7 @@ from mokd_det.evaluation import (
     fast_coco_eval,
     format_comparison,
     format_zoo_row,
+    headlines,
     write_results,
 )
 
@@ -172,6 +173,16 @@ def test_comparison_of_models():
         [" test ", " bbox ", " teacher "],
         [" test ", " bbox ", " student "],
     ]
+
+
+def test_headlines():
+    several = {"val": {"bbox": BOX}, "test": {"classification": {"top1": 9.0, "images": 5}}}
+    assert headlines(several) == [
+        "val bbox, in percent: AP 12.3, AP50 30.0, AP75 nan, APs 1.0, APm 2.0, APl 3.0",
+        "test classification, in percent: top1 9.0",
+    ]
+    assert headlines({"bbox": {"AP": 1.0, "AP-cat": 2.0}}) == ["bbox, in percent: AP 1.0"]
+    assert not headlines({})
 
 
 def test_results_without_a_value_become_null(tmp_path):

@@ -182,6 +182,16 @@ def test_short_runs_are_drawn_as_they_are_and_long_ones_smoothed():
     assert balance.running_median([0.0] * 10 + [9.0] + [0.0] * 10).max() == 0
 
 
+def test_results_of_each_class(make_run):
+    classes = {"AP": 30.0, "AP-cat": 20.0, "AP-dog": 40.0}
+    runs = read_runs([make_run("a", {"bbox": classes}), make_run("b", {"bbox": {"AP": 1.0}})])
+    table = results_tables(runs)["val, bbox: AP of each class"]
+    assert table.head == ["run", "is", "cat", "dog"]
+    assert [row[2:] for row in table.rows] == [[20.0, 40.0], [None, None]]
+    of_one = {"AP": 30.0, "AP-cat": 30.0}
+    assert list(results_tables(read_runs([make_run("c", {"bbox": of_one})]))) == ["val, bbox"]
+
+
 # ---- pictures ------------------------------------------------------------------------------------
 
 
