@@ -16,6 +16,7 @@ each. A classifier's has "classes", the best first: "class", "name" and "score" 
 """
 
 import argparse
+import colorsys
 import json
 import os
 import re
@@ -246,6 +247,11 @@ def as_records(outputs, metadata):
     return records
 
 
+def colour_of(label):
+    """Return a class's own colour, as mokd_det/commands/predicting.py."""
+    return tuple(round(255 * x) for x in colorsys.hsv_to_rgb(label * 0.618034 % 1, 0.9, 1))
+
+
 def draw(image, outputs, metadata):
     """Return the PIL image with boxes, labels, masks and keypoints drawn on it."""
     canvas = F.pil_to_tensor(image)
@@ -258,7 +264,8 @@ def draw(image, outputs, metadata):
         for label, score in zip(outputs["classes"].tolist(), outputs["scores"].tolist())
     ]
     width = max(min(image.size) // 200, 1)
-    canvas = draw_bounding_boxes(canvas, outputs["boxes"], labels, width=width)
+    colours = [colour_of(label) for label in outputs["classes"].tolist()]
+    canvas = draw_bounding_boxes(canvas, outputs["boxes"], labels, colours, width=width)
     if "keypoints" in outputs:
         canvas = draw_keypoints(canvas, outputs["keypoints"][..., :2], radius=2 * width)
     return F.to_pil_image(canvas)
@@ -304,6 +311,7 @@ def main(args):
 
 
 if __name__ == "__main__":
+    warnings.filterwarnings("ignore", r"torch\.meshgrid: in an upcoming")  # Detectron2's anchors
     try:
         main(ARGUMENTS)
     except (ValueError, OSError, RuntimeError, Image.DecompressionBombError) as error:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .. import compat  # noqa: F401  (first: patches Detectron2 where it needs it)
+from .. import compat  # first: patches Detectron2 where it needs it
 from detectron2.config import CfgNode
 from detectron2.utils.events import EventStorage
 from torch import nn
@@ -29,6 +29,11 @@ from .installation import GIB, Findings
 
 STEPS = 3  # that are measured, after the first
 SECONDS = 12.0  # enough for those of one model
+LONG = datetime.timedelta(hours=1)
+SHORTER = (
+    "shorter with fewer steps (mokd init --epochs, or the options of SOLVER that count steps); "
+    "beside other programs steps are faster with OMP_NUM_THREADS=1"
+)
 
 
 def check_config(config_file: str, opts: Sequence[Any], findings: Findings) -> None:
@@ -117,6 +122,8 @@ def _try_steps(cfg: CfgNode, task: Task, output: str, findings: Findings) -> Non
     findings.say(
         "the run", f"{trainer.max_iter} steps, {duration} in one process, evaluation not counted"
     )
+    if duration > LONG and cfg.MODEL.DEVICE == "cpu":
+        findings.say("", SHORTER)
     _check_space(trainer, output, findings)
 
 
@@ -214,7 +221,8 @@ def _logs_said(findings: Findings) -> Iterator[None]:
     logging.getLogger("detectron2").setLevel(logging.INFO)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("once")  # two trainers with the same loaders
+            warnings.simplefilter("once", UserWarning)  # two trainers with the same loaders
+            compat.ignore_foreign_warnings(append=False)
             yield
     finally:
         logger.removeHandler(handler)

@@ -268,7 +268,8 @@ def _print_next(
     print(
         f"{folder}: {data.images} {counted}, {classes}; {steps} steps of {batch} "
         f"images ({epochs} epoch{'s' * (epochs > 1)}) on {max(gpus, 1)} "
-        f"{'GPU' if gpus else 'CPU'}\nSchedule: {schedule}; change it in common.yaml."
+        f"{'GPU' if gpus else 'CPU'}\n"
+        f"Schedule: {schedule}; another one by --epochs, or SOLVER in common.yaml."
     )
     if not common["DATASETS.TEST"]:
         print("Without --val nothing is evaluated: add a set to DATASETS.TEST in common.yaml.")

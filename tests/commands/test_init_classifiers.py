@@ -88,7 +88,7 @@ def test_without_weights_that_are_downloaded(create, tmp_path, monkeypatch):
     """Nothing asks for any."""
     monkeypatch.setattr(get_model_weights("resnet18"), "get_state_dict", None)
     said, _ = create("--no-download", "--epochs", 3)
-    assert "Schedule: 3 epochs; change" in said and "downloaded" not in said
+    assert "Schedule: 3 epochs; another" in said and "downloaded" not in said
     cfg = read(tmp_path, "teacher.yaml")
     assert cfg.MODEL.CLASSIFIER.WEIGHTS == "" and cfg.SOLVER.MAX_ITER == 1
     task_of(cfg).build_student(cfg)
