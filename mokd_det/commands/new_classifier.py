@@ -101,6 +101,8 @@ class Classifiers(Kind):
             "INPUT.RANDOM_FLIP": "horizontal",
             "SOLVER.WEIGHT_DECAY_BIAS": 0.0,
             "SOLVER.LR_SCHEDULER_NAME": "WarmupCosineLR",
+            # Of short schedules the moving statistics are those of earlier weights.
+            "TEST.PRECISE_BN": {"ENABLED": True, "NUM_ITER": 50},
         }
 
     def options(self, model: Model, data: Data, batch: int) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from ..balancing import Decision, cosine, dominance, share, update_cosine
 
 logger = logging.getLogger(__name__)
 
-WINDOW = 100  # steps
+WINDOW, LONG_WINDOW = 100, 200  # steps
+IDLE = 0.9  # of the long window: objectives that agree late have weight after some 150 steps
 LEAST_COSINE = 0.1
 COUNTS = ("fallbacks_degenerate", "fallbacks_non_finite")  # steps so far
 
@@ -22,7 +23,7 @@ class BalanceDiagnostics:
     Counts fallbacks and dominated steps, and warns when the task is dominated: the update's cosine
     with its gradient was below 0.1 in more than half of the last 100 steps. (Not its share of the
     weights: an update of the teacher's alone serves the task if both agree.) Also when another
-    objective had no weight at all in more than half of them.
+    objective had no weight in nearly all of the last 200, which the first steps alone are not.
     """
 
     def __init__(self, measured_at: str | None):
@@ -88,11 +89,11 @@ class BalanceDiagnostics:
         return values
 
     def _count_idle(self, name: str, idle: bool) -> None:
-        steps = self.idle.setdefault(name, collections.deque(maxlen=WINDOW))
+        steps = self.idle.setdefault(name, collections.deque(maxlen=LONG_WINDOW))
         steps.append(idle)
-        if name not in self.warned_idle and sum(steps) > WINDOW / 2:
+        if name not in self.warned_idle and sum(steps) >= IDLE * LONG_WINDOW:
             logger.warning(
-                f"The objective '{name}' had no weight in more than half of the last {WINDOW} "
+                f"The objective '{name}' had no weight in {sum(steps)} of the last {len(steps)} "
                 "steps: the rule finds it superfluous beside the others, in conflict with the task "
                 "or unrelated to it. If it is to take part, use MOKD.BALANCING.RULE fixed; else "
                 "leaving it out of MOKD.OBJECTIVES saves what it costs."

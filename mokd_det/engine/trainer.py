@@ -37,6 +37,7 @@ from .loop import RunLoop
 from .optimizer import build_optimizer
 from .step import BalancedTrainer
 from .stopping import StopOnSignal
+from .statistics import StudentStatistics
 from .summary import ExpectedTime
 from .tracking import build_writers
 from .validate import needs_own_step, validate
@@ -221,6 +222,19 @@ class DistillationTrainer(Trainer):
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> ResumableLoader:
         return task_of(cfg).build_train_loader(cfg)
+
+    def build_hooks(self) -> list[HookBase | None]:
+        """Detectron2's, but the statistics of BatchNorm are the student's alone."""
+        period, batches = self.cfg.TEST.EVAL_PERIOD, self.cfg.TEST.PRECISE_BN.NUM_ITER
+        student = self._trainer.inner.student
+        own = StudentStatistics(period, student, self._build_other_loader, batches)
+        return [own if isinstance(h, hooks.PreciseBN) else h for h in super().build_hooks()]
+
+    def _build_other_loader(self) -> ResumableLoader:
+        """Return a second one, which leaves the training's as it is."""
+        loader = self.build_train_loader(self.cfg)
+        loader.seed = self._trainer.data_loader.seed
+        return loader
 
     def build_writers(self) -> list[EventWriter]:
         path = os.path.join(self.cfg.OUTPUT_DIR, "balance.json")

@@ -50,7 +50,7 @@ def validate(cfg: CfgNode, is_training: bool = True) -> Task:
     check_batch(cfg)
     check_installed(cfg.LOGGING.WRITERS)
     _check_kind(cfg, task)
-    _check_precise_bn(cfg)
+    _check_precise_bn(cfg, task)
     check_acceleration(cfg)
     if cfg.MOKD.ENABLED:
         _check_distillation(cfg, task)
@@ -156,12 +156,23 @@ def _instead(key: str, other: str, task: Task) -> str:
     return f"; for {task.name} there is {', '.join(same)}" if same else ""
 
 
-def _check_precise_bn(cfg: CfgNode) -> None:
-    if cfg.TEST.PRECISE_BN.ENABLED and needs_own_step(cfg):
+def _check_precise_bn(cfg: CfgNode, task: Task) -> None:
+    if not cfg.TEST.PRECISE_BN.ENABLED or not needs_own_step(cfg):
+        return
+    if not task.is_one_of(["classification"]):
         raise ValueError(
-            "TEST.PRECISE_BN.ENABLED True is not supported by the distillation trainer: it would "
-            "run the teacher as well, and miss a running mean of the student. Set it to False, or "
-            "compute the statistics of the finished student (its checkpoint is stock)."
+            "TEST.PRECISE_BN.ENABLED True is for classifiers in the distillation trainer: heads of "
+            "detectors use one BatchNorm for several levels. Set it to False, or compute the "
+            "statistics of the finished student (its checkpoint is stock)."
+        )
+    others = {
+        "SOLVER.EMA_DECAY": cfg.SOLVER.EMA_DECAY,
+        "MODEL.BACKBONE.COMPILE": cfg.MODEL.BACKBONE.COMPILE,
+    }
+    if used := [f"{key} {value}" for key, value in others.items() if value]:
+        raise ValueError(
+            f"TEST.PRECISE_BN.ENABLED True and {used[0]} exclude each other: the statistics would "
+            "be those of other weights, or of a compiled graph. Leave one of them out."
         )
 
 

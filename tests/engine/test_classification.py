@@ -27,6 +27,7 @@ from .helpers import balanced_steps, on_two_ranks, train, train_and_stop
 MIXED = ["INPUT.CLASSIFICATION.MIXUP", 0.8, "INPUT.CLASSIFICATION.CUTMIX", 1.0]
 SMALL = ["MOKD.FEATURES.DIM", 32, "INPUT.CLASSIFICATION.SIZE_TRAIN", 32]
 OFF = ["MOKD.ENABLED", False]
+STATISTICS = ["TEST.PRECISE_BN.ENABLED", True, "TEST.PRECISE_BN.NUM_ITER", 2]
 
 
 def slow(opts):
@@ -103,8 +104,9 @@ def test_the_checkpoint_is_torchvisions_and_has_no_teacher(make_digits_cfg):
         slow(["MOKD.BALANCING.RULE", "famo", "MODEL.CLASSIFIER.NAME", "mobilenet_v3_small"]),
         slow(["DATALOADER.NUM_WORKERS", 2]),
         slow(["MOKD.OBJECTIVES", ["teacher_head", "logits"], "MOKD.FEATURES.DIM", 0]),
+        slow([*STATISTICS, "TEST.EVAL_PERIOD", 1, *MIXED]),
     ],
-    ids=["plain", "mixed", "average", "famo", "workers", "teacher_head"],
+    ids=["plain", "mixed", "average", "famo", "workers", "teacher_head", "statistics"],
 )
 def test_resumed_equals_uninterrupted(make_digits_cfg, opts):
     opts = [*SMALL, *opts, "SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 2]
@@ -116,6 +118,38 @@ def test_resumed_equals_uninterrupted(make_digits_cfg, opts):
     cfg.SEED = 12345  # the checkpoint's seed counts
     assert train(cfg, resume=True).start_iter == 2
     assert_equal_states(saved(whole), saved(cfg))
+
+
+@pytest.mark.parametrize("opts", [[], OFF], ids=["distilled", "alone"])
+def test_statistics_for_evaluation_are_those_of_the_batches(make_digits_cfg, opts):
+    """The rest of the student is trained as without them."""
+    opts = [*SMALL, *opts, "SOLVER.MAX_ITER", 2, "MODEL.CLASSIFIER.NAME", "mobilenet_v3_small"]
+    plain = make_digits_cfg(opts, "plain")
+    train(plain)
+    cfg = make_digits_cfg([*opts, *STATISTICS], "precise")
+    trainer = train(cfg)
+    precise, moving = saved(cfg), saved(plain)
+    for name in precise:
+        same = not name.endswith(("running_mean", "running_var", "num_batches_tracked"))
+        assert torch.equal(precise[name], moving[name]) or not same, name
+    first = "network.features.0.1.running_mean"
+    seen = []
+    student = trainer._trainer.inner.student
+    hook = student.network.features[0][0].register_forward_hook(
+        lambda module, inputs, output: seen.append(output.mean(dim=(0, 2, 3)))
+    )
+    loader = trainer._build_other_loader()
+    with torch.no_grad():
+        for _, batch in zip(range(2), loader):
+            student(batch)
+    hook.remove()
+    assert torch.allclose(precise[first.removeprefix("network.")], sum(seen) / 2, atol=1e-5)
+
+
+def test_statistics_exclude_a_running_mean_of_the_weights(make_digits_cfg):
+    cfg = make_digits_cfg([*STATISTICS, "SOLVER.EMA_DECAY", 0.9])
+    with pytest.raises(ValueError, match="SOLVER.EMA_DECAY 0.9 exclude each other"):
+        validate(cfg)
 
 
 def test_a_resumed_epoch_goes_on_where_it_stopped(make_digits_cfg):
