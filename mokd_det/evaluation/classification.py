@@ -68,8 +68,8 @@ class ClassificationEvaluator(DatasetEvaluator):
             logger.warning(
                 f"Every image of '{self.dataset_name}' got the same class. After a short training "
                 "that may be BatchNorm: its running statistics follow slowly (momentum 0.01 in "
-                "MobileNetV3), and evaluation reads them. Set TEST.PRECISE_BN.ENABLED True, or train "
-                "longer."
+                "MobileNetV3), and evaluation reads them. Set TEST.PRECISE_BN.ENABLED True, or "
+                "train longer."
             )
         source = DatasetCatalog.get(self.dataset_name)
         results: dict[str, float] = {"top1": 100 * top1.mean().item()}
