@@ -10,6 +10,7 @@ a build of upstream's main branch (which needs at most the last three) is left a
 
 import importlib
 import importlib.util
+import logging
 import random
 import sys
 import types
@@ -49,6 +50,7 @@ def apply() -> list[str]:
         applied = [name for name, patch in patches.items() if patch(root)]
         importlib.import_module("detectron2.modeling")
     ignore_foreign_warnings()
+    logging.getLogger("torch.utils.cpp_extension").addFilter(_says_more_than_no_gpu)
     return applied
 
 
@@ -68,6 +70,11 @@ def ignore_foreign_warnings(append: bool = True) -> None:
     """Ignore ``FOREIGN_WARNINGS``; ``append``: unless the user's own filters say otherwise."""
     for message, module, category in FOREIGN_WARNINGS:
         warnings.filterwarnings("ignore", message, category, module, append=append)
+
+
+def _says_more_than_no_gpu(record: logging.LogRecord) -> bool:
+    """Torch says so at every start where CUDA's compiler is installed, but no GPU."""
+    return not record.getMessage().startswith("No CUDA runtime is found")
 
 
 def _mentions(file: Path, text: str) -> bool:

@@ -2,6 +2,7 @@
 """Each patch of Detectron2 0.6: where it is needed, and that it leaves everything else alone."""
 
 import json
+import logging
 import re
 import subprocess
 import sys
@@ -229,3 +230,13 @@ def test_commands_print_no_warnings_of_libraries(tmp_path, teacher_weights):
     args = ["--config-file", CONFIGS["teacher"], "--eval-only", "--zoo-row", *TREE_OPTS, *opts]
     done = run("tools/train_net.py", *args)
     assert not re.findall(r"\w*Warning:.*", done.stderr)
+
+
+def test_torchs_remark_on_cuda_is_not_printed(caplog):
+    logger = logging.getLogger("torch.utils.cpp_extension")
+    compat.apply()
+    with caplog.at_level(logging.WARNING, logger.name):
+        logger.propagate = True
+        logger.warning("No CUDA runtime is found, using CUDA_HOME='%s'", "/usr")
+        logger.warning("Another one")
+    assert [record.message for record in caplog.records] == ["Another one"]
