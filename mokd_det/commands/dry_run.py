@@ -106,7 +106,8 @@ def _try_steps(cfg: CfgNode, task: Task, output: str, findings: Findings) -> Non
     own.merge_from_list(["MOKD.ENABLED", False, "DATALOADER.RESUMABLE", True])
     trainer = _trainer(own)
     student = getattr(trainer._trainer.model, "student", trainer._trainer.model)
-    findings.say("student", f"{_described(student)}, on {cfg.MODEL.DEVICE}")
+    name = "student" if cfg.MOKD.ENABLED else "model"
+    findings.say(name, f"{_described(student)}, on {cfg.MODEL.DEVICE}")
     seconds = _seconds_a_step(trainer)
     cost = f"{seconds:.2f} s for {cfg.SOLVER.IMS_PER_BATCH} images, the student's own"
     if cfg.MOKD.ENABLED:

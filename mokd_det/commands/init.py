@@ -61,6 +61,9 @@ def argument_parser() -> argparse.ArgumentParser:
         "begin with random weights (for 100 epochs, if not --epochs)",
     )
     parser.add_argument("--output", default="", help="new folder (mokd_STUDENT)")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace configs in --output; its runs stay"
+    )
     parser.add_argument("--trust", action="store_true", help="run the code in config files")
     add_imports(parser)
     add_debug(parser)

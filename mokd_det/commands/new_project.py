@@ -40,8 +40,11 @@ def create(args: argparse.Namespace) -> None:
     kind = _kind(args)
     student = kind.student(args.student)
     folder = Path(args.output or f"mokd_{args.student}")
-    if folder.exists():
-        raise ValueError(f"--output '{folder}' is there already: name a new folder.")
+    if folder.exists() and not (args.overwrite and folder.is_dir()):
+        raise ValueError(
+            f"--output '{folder}' is there already: name a new folder, or replace the configs in "
+            "it by --overwrite."
+        )
     teacher = kind.teacher(args.teacher) or _trained(args, kind)
     data = kind.read(args.data, "--data")
     if args.val:
@@ -62,7 +65,9 @@ def create(args: argparse.Namespace) -> None:
             **taught,
         },
     }
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=args.overwrite)
+    for name in {"common.yaml", *HEADS} - files.keys():  # of an earlier call
+        (folder / name).unlink(missing_ok=True)
     for name, options in files.items():
         head = HEADS.get(name, f"Data, schedule and device of all runs: {schedule}.")
         (folder / name).write_text(f"# {head}\n{_as_yaml(options)}")
@@ -267,8 +272,8 @@ def _print_next(
     counted = "images with objects" if "DATASETS.COCO" in common else "images"
     print(
         f"{folder}: {data.images} {counted}, {classes}; {steps} steps of {batch} "
-        f"images ({epochs} epoch{'s' * (epochs > 1)}) on {max(gpus, 1)} "
-        f"{'GPU' if gpus else 'CPU'}\n"
+        f"images ({epochs} epoch{'s' * (epochs > 1)}) on "
+        f"{f'{gpus} GPUs' if gpus > 1 else 'the GPU' if gpus else 'the CPU'}\n"
         f"Schedule: {schedule}; another one by --epochs, or SOLVER in common.yaml."
     )
     if not common["DATASETS.TEST"]:

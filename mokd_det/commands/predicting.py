@@ -34,6 +34,7 @@ from ..untrusted import printable
 PHOTOS = "photos_to_predict"  # the name under which they are registered
 USUAL_THRESHOLD = 0.5
 TOP = 5  # classes of a photo
+SAID = 10  # photos whose classes are printed
 FEW = 32  # photos for which no processes are started
 
 
@@ -76,6 +77,10 @@ def predict(args: argparse.Namespace) -> None:
     )
     content = json.dumps(results, indent=1).encode()
     replace_file(file, lambda f: f.write(content))
+    if is_classifier and len(results) <= SAID:
+        for result in results:
+            best = (f"{x['name']} {x['score']:.2f}" for x in result["classes"][:3])
+            print(f"{result['file_name']}: {', '.join(best)}")
     least = _least_score(args)
     boxes = f"{len(results)} boxes that score {least:g} or more (--threshold)"
     what = "the five best classes of each" if is_classifier else boxes

@@ -84,7 +84,7 @@ def say_summary(
 def format_summary(summary: dict[str, Any], output_dir: str) -> str:
     """Return the summary as lines of text."""
     teacher, levels = summary["teacher"], summary["objectives"]
-    lines = {"student": _described(summary["student"])}
+    lines = {"student" if teacher else "model": _described(summary["student"])}
     if teacher:
         lines["teacher"] = _described(teacher)
         lines["objectives"] = ", ".join(
@@ -92,8 +92,6 @@ def format_summary(summary: dict[str, Any], output_dir: str) -> str:
             for name, pairs in levels.items()
         )
         lines["rule"] = f"{summary['rule']}, gradients measured at {summary['measured_at']}"
-    else:
-        lines["teacher"] = "none"
     images = f", {summary['images']} images" if summary["images"] else ""
     names = ", ".join(summary["data"]) or "of its own loader"
     lines["data"] = f"{names}{images}; {summary['images_per_step']} a step"

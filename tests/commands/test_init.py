@@ -39,7 +39,7 @@ def own_teacher(tmp_path):
 @pytest.mark.parametrize("student", new_detector.STUDENTS)
 def test_students_with_a_teacher_that_is_trained(create, own_teacher, tmp_path, student):
     said = create(*own_teacher, "--val", *VAL, student=student, output=student)
-    assert "6 images with objects, 1 class; 1500 steps of 4 images (1000 epochs) on 1 CPU" in said
+    assert "6 images with objects, 1 class; 1500 steps of 4 images (1000 epochs) on the CPU" in said
     assert "Schedule: 12 epochs, but at least 1500 steps" in said
     assert "mokd train --config-file " + f"{student}/student_mokd.yaml" in said
     assert "teacher.yaml" not in said
@@ -64,6 +64,18 @@ def test_a_teacher_of_the_model_zoo(create, tmp_path, monkeypatch):
     teacher = load_config(str(tmp_path / "cells/student_mokd.yaml")).MOKD.TEACHER
     assert teacher.CONFIG_FILE.endswith(ZOO)
     assert teacher.WEIGHTS.startswith("https://") and "retinanet_R_50_FPN_3x" in teacher.WEIGHTS
+
+
+def test_configs_are_replaced_and_runs_stay(create, own_teacher, tmp_path):
+    create("--teacher", "r50-retinanet")
+    run = tmp_path / "cells/runs/teacher/model_final.pth"
+    run.parent.mkdir(parents=True)
+    run.touch()
+    create(*own_teacher, "--epochs", "3", "--overwrite")
+    left = {path.name for path in (tmp_path / "cells").iterdir()}
+    assert left == {"common.yaml", "student_scratch.yaml", "student_mokd.yaml", "runs"}
+    assert run.exists()
+    assert load_config(str(tmp_path / "cells/student_mokd.yaml")).SOLVER.MAX_ITER == 5
 
 
 def test_a_teacher_by_the_checkpoint_of_a_run(create, tmp_path):

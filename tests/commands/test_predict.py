@@ -123,13 +123,16 @@ def test_a_detector_of_torchvision(save, photos, tmp_path, capsys):
         assert x >= 0 and y >= 0 and x + w <= width + 1e-3 and y + h <= height + 1e-3
 
 
-def test_a_classifier(make_digits_cfg, save, tmp_path):
+def test_a_classifier(make_digits_cfg, save, tmp_path, capsys):
     cfg = make_digits_cfg(["MOKD.ENABLED", False])
     for i, image in enumerate(np.load(DIGITS / "val.npz")["images"][:3]):
         Image.fromarray(image).save(tmp_path / f"{i}.png")
     call(*save(cfg), *(tmp_path / f"{i}.png" for i in range(3)))
     found = read(tmp_path)
     assert [x["file_name"] for x in found] == [str(tmp_path / f"{i}.png") for i in range(3)]
+    first = found[0]["classes"][0]
+    said = capsys.readouterr().out
+    assert f"{tmp_path / '0.png'}: {first['name']} {first['score']:.2f}, " in said
     for photo in found:
         scores = [x["score"] for x in photo["classes"]]
         assert len(scores) == 5 and scores == sorted(scores, reverse=True) and sum(scores) < 1
