@@ -245,11 +245,11 @@ def find_config(name: str, option: str) -> tuple[str, str]:
         if (shipped := shipped_config(name)) is None:
             raise FileNotFoundError(f"{option} '{name}' is no config that comes with mokd_det.")
         return shipped, weights
+    if shipped := shipped_config(name):  # with plain numbers, where upstream's base computes them
+        return shipped, weights
     try:
         return model_zoo.get_config_file(name), weights
     except RuntimeError as error:
-        if shipped := shipped_config(name):
-            return shipped, weights
         raise FileNotFoundError(
             f"{option} '{name}' does not exist"
             + (

@@ -237,8 +237,9 @@ def write(path, **changes):
     ],
 )
 def test_what_is_wrong_is_found_before_anything_is_written(
-    create, own_teacher, tmp_path, args, changes, message
+    create, own_teacher, tmp_path, monkeypatch, args, changes, message
 ):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "sets"))
     if changes.get("data") == "empty":
         changes = {"data": write(tmp_path / "empty.json", images=[], annotations=[])}
     if args[-1:] == ["other"]:

@@ -72,7 +72,7 @@ def test_objects_are_the_boxes_that_it_is_sure_of(make_cfg):
 
 def test_zoo_name_is_config_and_weights(make_cfg, monkeypatch, teacher_weights):
     """Detectron2's own functions resolve the name; here they answer with local files."""
-    name = "COCO-Detection/faster_rcnn_R_50_FPN_3x.yaml"
+    name = "COCO-Detection/faster_rcnn_R_50_C4_1x.yaml"
     monkeypatch.setattr(model_zoo, "get_config_file", lambda asked: CONFIGS["teacher"])
     monkeypatch.setattr(model_zoo, "get_checkpoint_url", lambda asked: teacher_weights)
     opts = ["MOKD.TEACHER.CONFIG_FILE", name, "MOKD.TEACHER.WEIGHTS", ""]
