@@ -54,6 +54,8 @@ def main(args: argparse.Namespace) -> Any:
             cfg.train.init_checkpoint = last
         with before.restored_on_error():
             start_logs(cfg, folder, args)
+        if args.eval_only:
+            before.keep_config()
     with errors_as_messages(args.debug), output_errors(folder):
         if args.eval_only:
             results = evaluate_lazy(cfg)

@@ -91,6 +91,8 @@ def setup(args: argparse.Namespace) -> tuple[CfgNode, FolderBefore]:
         claim_folder(cfg, args.resume, args.overwrite)
     with before.restored_on_error():
         start_logs(cfg, cfg.OUTPUT_DIR, args)
+    if args.eval_only:
+        before.keep_config()
     return cfg, before
 
 

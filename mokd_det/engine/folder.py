@@ -60,6 +60,11 @@ class FolderBefore:
                 self._restore()
             raise
 
+    def keep_config(self) -> None:
+        """Write the config that was there again, for an evaluation is not the folder's run."""
+        if self._config is not None and comm.is_main_process():
+            (self.folder / CONFIG).write_bytes(self._config)
+
     def _restore(self) -> None:
         with contextlib.suppress(OSError):  # the error that is on its way says more
             try:
@@ -69,8 +74,7 @@ class FolderBefore:
             release_folder(str(self.folder))
             for path in self._of_a_start() - self._files:
                 path.unlink()
-            if self._config is not None:
-                (self.folder / CONFIG).write_bytes(self._config)
+            self.keep_config()
             for path in self._made:
                 path.rmdir()
 

@@ -11,6 +11,8 @@ import torch
 from detectron2.engine import DefaultTrainer
 from detectron2.utils.env import seed_all_rng
 
+from mokd_det.commands import train as train_command
+from mokd_det.commands import training
 from mokd_det.engine import build_trainer, claim_folder, find_checkpoint, release_folder, validate
 from mokd_det.engine.checkpoints import PeriodicCheckpointer, RunCheckpointer, checkpoints_in
 from mokd_det.engine.folder import FolderBefore, output_errors, replacing_run
@@ -194,6 +196,19 @@ def test_a_failed_start_takes_back_what_it_wrote(tmp_path):
         new.mkdir(parents=True)
         (new / "log.txt").touch()
     assert (new / "log.txt").exists()
+
+
+@pytest.mark.parametrize("was_there", [True, False])
+def test_an_evaluation_leaves_the_config_of_the_run(make_cfg, tmp_path, was_there):
+    config = tmp_path / "config.yaml"
+    if was_there:
+        config.write_text("of the run")
+    file = tmp_path / "evaluation.yaml"
+    opts = ["OUTPUT_DIR", str(tmp_path), "DATASETS.TEST", ("tests_trees_val",)]
+    file.write_text(make_cfg("faster_rcnn", opts).dump())
+    args = train_command.argument_parser().parse_args(["--config-file", str(file), "--eval-only"])
+    training.setup(args)
+    assert (config.read_text() == "of the run") == was_there
 
 
 def test_a_failed_evaluation_leaves_the_files_of_a_run_that_is_at_work(tmp_path):
