@@ -67,9 +67,18 @@ class Run:
     @property
     def memory(self) -> int | None:
         """Return the most MiB on a GPU, which only ``log.txt`` has."""
+        return max(map(int, re.findall(r"max_mem: (\d+)M", self._log())), default=None)
+
+    @property
+    def hours(self) -> float | None:
+        """Return how long training took, all parts of a resumed run; None: it has not ended."""
+        pattern = r"Total training time: (?:(\d+) days?, )?(\d+):(\d+):(\d+)"
+        parts = [[int(x or 0) for x in found] for found in re.findall(pattern, self._log())]
+        return sum(24 * d + h + m / 60 + s / 3600 for d, h, m, s in parts) if parts else None
+
+    def _log(self) -> str:
         path = self.folder / "log.txt"
-        text = path.read_text(errors="replace") if path.is_file() else ""
-        return max(map(int, re.findall(r"max_mem: (\d+)M", text)), default=None)
+        return path.read_text(errors="replace") if path.is_file() else ""
 
 
 def read_runs(folders: Sequence[str]) -> list[Run]:

@@ -95,7 +95,14 @@ def gains(runs: Sequence[Run]) -> list[str]:
 def cost_table(runs: Sequence[Run]) -> Table:
     """Return what each run and its model cost; None where a file does not say it."""
     head = [
-        *("run", "iterations", "images a step", "s / iteration", "steps, h", "GPU memory, GB"),
+        *(
+            "run",
+            "iterations",
+            "images a step",
+            "median s / iteration",
+            "training, h",
+            "GPU memory, GB",
+        ),
         *("parameters, M", "GFLOPs", "s / image"),
     ]
     rows = []
@@ -109,7 +116,7 @@ def cost_table(runs: Sequence[Run]) -> Table:
                 run.iterations or None,
                 run.options.get("SOLVER.IMS_PER_BATCH"),
                 seconds,
-                seconds and seconds * run.iterations / 3600,
+                run.hours,
                 memory and memory / 1024,
                 count and count / 1e6,
                 run.zoo_row.get("gflops"),

@@ -84,8 +84,16 @@ def test_a_run_that_has_not_ended_has_its_last_evaluation(make_run):
     (run,) = read_runs([make_run("run", metrics=lines)])
     assert run.results == {"val": {"bbox": {"AP": 2.0, "APl": None}}} and run.results_at == 60
     assert results_tables([run])["val, bbox"].head == ["run", "is", "AP"]  # no empty column
-    assert cost_table([run]).head == ["run", "iterations", "s / iteration", "steps, h"]
-    assert cost_table([run]).rows == [["run", 60, 0.6, pytest.approx(0.01)]]
+    assert cost_table([run]).head == ["run", "iterations", "median s / iteration"]
+    assert cost_table([run]).rows == [["run", 60, 0.6]]
+
+
+def test_the_time_of_training_is_that_of_all_its_parts(make_run):
+    (run,) = read_runs([folder := make_run("run")])
+    with open(f"{folder}/log.txt", "w") as file:
+        for time in ("0:30:00", "1 day, 2:15:36"):
+            file.write(f"hooks INFO: Total training time: {time} (0:00:01 on hooks)\n")
+    assert run.hours == pytest.approx(26.76)
 
 
 def test_options_that_differ(make_run):
