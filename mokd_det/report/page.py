@@ -87,15 +87,13 @@ def _results(runs: Sequence[Run]) -> Iterator[str]:
     for run in runs:
         if run.results_at:
             yield note(f"{run.label} has not ended: its results are of iteration {run.results_at}.")
-    for sentence in gains(runs):
-        yield f'<p class="gain">{TEXT(sentence)}</p>'
+    if sentences := gains(runs):
+        yield from (f'<p class="gain">{TEXT(sentence)}</p>' for sentence in sentences)
+        yield note("One run of each kind has noise: a difference needs several seeds.")
     for title, table in tables.items():
         yield f"<h3>{TEXT(title)}</h3>{table_of(table)}"
     if tables:
-        yield note(
-            "The best of the runs that are no teachers is bold. One run of each kind has noise: a "
-            "difference needs several seeds."
-        )
+        yield note("The best of the runs that are no teachers is bold.")
 
 
 def _cost(runs: Sequence[Run]) -> Iterator[str]:
