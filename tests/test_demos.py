@@ -130,6 +130,8 @@ def test_a_signal_stops_a_demo_at_once(root, number):
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": path},
+        # A shell starts what runs in the background with this signal ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     files = [root / "a", root / "b"]
     while not all(file.is_file() and file.read_text() for file in files):

@@ -311,7 +311,7 @@ def test_the_command_trains_and_evaluates(teacher_weights, make_lazy, tmp_path):
         f"  predict   mokd predict --trust --config-file {run}/student.yaml --weights {run}/model_",
     ):
         assert said.count(text) == 1, text
-    assert json.loads((run / "summary.json").read_text())["teacher"]["classes"] == ["Tree"]
+    assert json.loads((run / "summary.json").read_text())["student"]["classes"] == ["Tree"]
     made = read_runs([str(run)])[0]
     assert made.is_distilled and made.options["DATASETS.TEST"] == ["tests_trees_val"]
     predict_with(run / "student.yaml", run / "model_final.pth", tmp_path / "found")
