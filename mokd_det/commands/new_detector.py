@@ -117,6 +117,11 @@ class Detectors(Kind):
         side = statistics.median_low(min(row["width"], row["height"]) for row in data["images"])
         # As Detectron2's loader, which leaves out images that have nothing but crowds.
         trained = {row["image_id"] for row in data["annotations"] if not row.get("iscrowd")}
+        if not trained and option == "--data":
+            raise ValueError(
+                f"{option} '{json_file}' has no object to learn from: expected annotations that "
+                "are no crowds, of some of its images."
+            )
         return Data(class_names(data), len(trained), side)
 
     def epochs(self, data: Data) -> int:

@@ -225,10 +225,16 @@ class DistillationTrainer(Trainer):
 
     def build_hooks(self) -> list[HookBase | None]:
         """Detectron2's, but the statistics of BatchNorm are the student's alone."""
-        period, batches = self.cfg.TEST.EVAL_PERIOD, self.cfg.TEST.PRECISE_BN.NUM_ITER
-        student = self._trainer.inner.student
-        own = StudentStatistics(period, student, self._build_other_loader, batches)
-        return [own if isinstance(h, hooks.PreciseBN) else h for h in super().build_hooks()]
+        found = super().build_hooks()
+        if self.cfg.TEST.PRECISE_BN.ENABLED:
+            own = StudentStatistics(
+                self.cfg.TEST.EVAL_PERIOD,
+                self._trainer.inner.student,
+                self._build_other_loader,
+                self.cfg.TEST.PRECISE_BN.NUM_ITER,
+            )
+            found = [own if isinstance(hook, hooks.PreciseBN) else hook for hook in found]
+        return found
 
     def _build_other_loader(self) -> ResumableLoader:
         """Return a second one, which leaves the training's as it is."""

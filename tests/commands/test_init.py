@@ -230,6 +230,7 @@ def write(path, **changes):
         ([], {"data": [TRAIN[0], "no"]}, "--data: the folder of images 'no' does not exist"),
         ([], {"data": [TRAIN[0], str(TREES)]}, "(?s)--data '.*/train.json'.*6.* 0.jpg"),
         ([], {"data": "empty"}, "(?s)--data '.*/empty.json'.* no images"),
+        ([], {"data": "bare"}, "--data '.*/bare.json' has no object to learn from"),
         (["--val", VAL[1]], {}, "--val '.*/val' is for a classifier, but --data"),
         (["--val", *VAL[:1], "no"], {}, "--val: the folder of images 'no' does not exist"),
         (["--val", "other"], {}, "--val '.*/other.json' has the classes 1: pear, but --data 1: "),
@@ -242,6 +243,8 @@ def test_what_is_wrong_is_found_before_anything_is_written(
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "sets"))
     if changes.get("data") == "empty":
         changes = {"data": write(tmp_path / "empty.json", images=[], annotations=[])}
+    if changes.get("data") == "bare":
+        changes = {"data": write(tmp_path / "bare.json", annotations=[])}
     if args[-1:] == ["other"]:
         args = ["--val", *write(tmp_path / "other.json", categories=[{"id": 1, "name": "pear"}])]
     with pytest.raises((ValueError, FileNotFoundError), match=message):

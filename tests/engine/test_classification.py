@@ -146,6 +146,13 @@ def test_statistics_for_evaluation_are_those_of_the_batches(make_digits_cfg, opt
     assert torch.allclose(precise[first.removeprefix("network.")], sum(seen) / 2, atol=1e-5)
 
 
+def test_without_the_option_nothing_is_said_of_statistics(make_digits_cfg, caplog):
+    cfg = make_digits_cfg([*OFF, "MODEL.CLASSIFIER.NAME", "vgg11"])  # without BatchNorm
+    with caplog.at_level("INFO", "detectron2"):
+        build_trainer(cfg)
+    assert "PreciseBN" not in caplog.text
+
+
 def test_statistics_exclude_a_running_mean_of_the_weights(make_digits_cfg):
     cfg = make_digits_cfg([*STATISTICS, "SOLVER.EMA_DECAY", 0.9])
     with pytest.raises(ValueError, match="SOLVER.EMA_DECAY 0.9 exclude each other"):
